@@ -1,0 +1,510 @@
+"""The recipe: every setting of a run, read from YAML, validated, and frozen.
+
+It knows fields, types, limits and units. It reads no data and no model, imports no ML library, and decides nothing
+about stages beyond naming which settings change which stage's answer (:func:`stage_settings`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from merit.errors import RecipeError, nearest
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=120)]
+SplitMethod = Literal["pca", "raw_pca", "random", "kmeans", "conflict_induced", "joint"]
+DataFormat = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt"]
+
+
+class Settings(BaseModel):
+    """Base of every block: frozen, unknown keys refused, attribute docstrings become the schema's descriptions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+class LoraSettings(Settings):
+    """Low-rank adapters; read only when ``model.trainable`` is ``lora``."""
+
+    rank: Annotated[int, Field(ge=1, le=4096)] = 16
+    """Rank r of every adapter."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """Scale numerator: the update is (alpha / rank) * B A, or alpha / sqrt(rank) with rslora."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout probability on the adapter's input, in training only."""
+    target_modules: str | list[str] = "all-linear"
+    """Module-name endings to adapt, or all-linear."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) in place of alpha / rank."""
+
+
+class ModelSettings(Settings):
+    """The base (θ0): the one checkpoint that every branch starts from."""
+
+    base: str
+    """Folder of a Hugging Face checkpoint, or a hub id. A relative folder is looked up beside the recipe, then in the
+    working directory."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit); for hub ids only."""
+    trainable: Literal["all", "lora", "language", "projector", "vision"] | list[str] = "all"
+    """What is trained: all parameters, low-rank adapters, one role of a vision-language model, or shell patterns over
+    parameter names (such as ["model.layers.1?.*"]). Everything else stays frozen and bit-identical."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Dtype of the forward and backward arithmetic on a GPU; weights and optimizer state are kept in float32 while
+    training. On a CPU the arithmetic is float32, whatever is said here."""
+    lora: LoraSettings = LoraSettings()
+    """Adapter settings."""
+    chat_template: str | None = None
+    """File with a Jinja chat template to use in place of the base's own. Without either, a documented default is used."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint. Off unless you have read that code."""
+
+
+class DatasetSettings(Settings):
+    """One dataset: the smallest unit that is never cut."""
+
+    name: Name
+    """Name in every table and file."""
+    path: str
+    """Training rows: a .jsonl, .json, .parquet or .csv file, a folder of such files, or a hub dataset id."""
+    test: str | None = None
+    """Held-out rows in the same form; without it the dataset is trained on but not scored."""
+    format: DataFormat = "auto"
+    """Row format; auto recognises it from the columns and says which it found."""
+    subset: str | None = None
+    """Configuration name of a hub dataset."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    samples: Annotated[int, Field(ge=1)] | None = None
+    """Sample budget: at most this many rows, drawn by seed. Default: all."""
+    tokens: Annotated[int, Field(ge=1)] | None = None
+    """Token budget n_t: rows are drawn by seed until their target tokens reach this number. Default: all."""
+
+
+class UnrepresentableSettings(Settings):
+    """What to do about text that the base's tokenizer cannot represent (dropped or unknown characters)."""
+
+    max_share: Annotated[float, Field(ge=0, le=1)] = 0.02
+    """Share of a dataset's characters (train rows, prompts and answers) that may be lost before ``action`` applies."""
+    action: Literal["warn", "leave_out", "error"] = "warn"
+    """warn: keep the dataset and say so; leave_out: leave the whole dataset out of the mixture and say so; error: stop."""
+
+
+class MixtureSettings(Settings):
+    """The datasets: exactly one of ``folder``, ``datasets``, or ``path`` with ``split_by``."""
+
+    folder: str | None = None
+    """Folder with one sub-folder per dataset, each with train.jsonl and, if there, test.jsonl (.json, .parquet and .csv
+    work too)."""
+    datasets: list[DatasetSettings] | None = None
+    """Datasets listed one by one."""
+    path: str | None = None
+    """One file that holds every dataset; ``split_by`` names the column that tells them apart."""
+    test: str | None = None
+    """Held-out rows for ``path``, with the same ``split_by`` column."""
+    split_by: str | None = None
+    """Column of ``path`` that names a row's dataset."""
+    format: DataFormat = "auto"
+    """Row format of ``folder`` or ``path``."""
+    include: list[str] = ["*"]
+    """Shell patterns over dataset names; a dataset is used when one matches."""
+    exclude: list[str] = []
+    """Shell patterns over dataset names to leave out, after ``include``."""
+    samples: Annotated[int, Field(ge=1)] | None = None
+    """Sample budget per dataset (rows) where the dataset has none of its own. Default: all."""
+    tokens: Annotated[int, Field(ge=1)] | None = None
+    """Target-token budget per dataset where the dataset has none of its own. Default: all."""
+    bad_rows: Literal["error", "drop"] = "error"
+    """A row without an assistant turn, with an unknown role or empty text: stop with its file and line, or drop and
+    count it."""
+    unrepresentable: UnrepresentableSettings = UnrepresentableSettings()
+    """Text that the tokenizer cannot represent."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = [key for key in ("folder", "datasets", "path") if getattr(self, key) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) if given else "none"
+            raise ValueError(f"give exactly one of folder, datasets, path (with split_by); found {found}")
+        if (self.path is None) != (self.split_by is None):
+            raise ValueError("path and split_by go together: path is the file, split_by its column of dataset names")
+        if self.test is not None and self.path is None:
+            raise ValueError("test goes with path; with folder or datasets each dataset has its own test file")
+        if self.datasets is not None:
+            if not self.datasets:
+                raise ValueError("datasets is empty; list at least one")
+            seen: set[str] = set()
+            for dataset in self.datasets:
+                if dataset.name in seen:
+                    raise ValueError(f"two datasets are named {dataset.name!r}; names must differ")
+                seen.add(dataset.name)
+        return self
+
+
+class ConflictSettings(Settings):
+    """How the datasets' gradients at the base are measured (paper §4 step 1-2)."""
+
+    examples: Annotated[int, Field(ge=2)] | Literal["auto"] = 200
+    """Calibration sample per dataset (examples), drawn by seed; auto draws until ``target_reliability`` is passed."""
+    target_reliability: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    """For examples: auto. Expected cosine between the sample's gradient and the whole dataset's that ends the draw."""
+    max_examples: Annotated[int, Field(ge=2)] = 1000
+    """For examples: auto. Upper limit per dataset (examples)."""
+    representation: Literal["sketch", "stride", "exact"] = "sketch"
+    """sketch: count sketch of fixed size; stride: every s-th entry as in the paper; exact: the whole gradient."""
+    sketch_size: Annotated[int, Field(ge=64, le=2**26)] = 262144
+    """Buckets of the count sketch (float32 entries, a power of two): 262144 is 1 MiB per dataset at any model size."""
+    stride: Annotated[int, Field(ge=1)] = 5
+    """For representation: stride. Keep one entry in every s (paper: 5)."""
+    weighting: Literal["examples", "tokens"] = "examples"
+    """examples: mean over examples of the example's mean target-token loss; tokens: mean over target tokens."""
+    batch_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Padded tokens per micro-batch; the result does not depend on it. Default: fitted to the device."""
+    skip_bad: bool = False
+    """Leave out datasets whose gradient is zero or non-finite, and say so, in place of stopping."""
+    cache: str | None = None
+    """Folder of sketches shared between runs, keyed by content. Default: inside the run folder only."""
+
+    @model_validator(mode="after")
+    def _power_of_two(self) -> Self:
+        if self.sketch_size & (self.sketch_size - 1):
+            raise ValueError(f"sketch_size must be a power of two, found {self.sketch_size}")
+        return self
+
+
+class SplitSettings(Settings):
+    """How the mixture is cut into K groups (paper §4 steps 3-4)."""
+
+    method: SplitMethod = "pca"
+    """pca: the paper's; raw_pca: on raw gradients; random, kmeans, conflict_induced: the paper's comparisons; joint: one
+    group, which makes the joint baseline a setting."""
+    axes: Annotated[int, Field(ge=1, le=6)] = 2
+    """Conflict axes r; K = 2^r groups."""
+    balance: Literal["samples", "tokens"] = "samples"
+    """What the weighted medians balance: sample counts s_t (the paper's text) or target tokens n_t (its poster)."""
+
+
+class TrainSettings(Settings):
+    """One branch's fine-tuning; the same for every branch, and for joint training."""
+
+    epochs: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """Passes over a group's rows."""
+    learning_rate: Annotated[float, Field(gt=0, lt=10)] = 1e-5
+    """Peak learning rate."""
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    """Examples per optimizer step, over all devices of the branch."""
+    micro_batch_size: Annotated[int, Field(ge=1)] | None = None
+    """Examples per forward pass and device; gradients are accumulated up to ``batch_size``. Default: ``batch_size``."""
+    max_length: Annotated[int, Field(ge=8)] = 2048
+    """Longest example in tokens; longer ones are cut at the end, and rows that lose all targets by it are dropped and
+    counted."""
+    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    """Learning-rate schedule over the branch's own steps."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    """Share of the steps with a linearly rising learning rate."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW weight decay."""
+    optimizer: Literal["adamw_torch", "adamw_torch_fused", "sgd", "adafactor"] = "adamw_torch"
+    """Optimizer, by its transformers name."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradient-norm clip."""
+    gradient_checkpointing: bool = False
+    """Trade a second forward pass for activation memory."""
+    checkpoint_minutes: Annotated[float, Field(gt=0)] = 15.0
+    """Minutes between resumable checkpoints; a checkpoint is also written when the process is told to stop."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute. Recorded, but no part of a stage's fingerprint."""
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """CPU threads per branch. Default: the machine's cores over the branches trained side by side."""
+    save_dtype: Literal["base", "float32"] = "base"
+    """Dtype of the branch's checkpoint: the base's own, or float32."""
+    trainer: dict[str, Any] = {}
+    """Further settings passed on to TRL's SFTConfig as they are (report_to, fsdp, deepspeed ...)."""
+
+    @model_validator(mode="after")
+    def _micro_divides(self) -> Self:
+        micro = self.micro_batch_size
+        if micro is not None and self.batch_size % micro:
+            raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size ({micro})")
+        return self
+
+
+class MergeSettings(Settings):
+    """How the branches become one model (paper §4 step 6)."""
+
+    operator: Literal["average", "task_arithmetic", "ties", "star", "tsv", "iso_cts"] = "average"
+    """average: the paper's weighted average; the others as in docs/merge.md."""
+    weights: Literal["tokens", "samples", "uniform"] = "tokens"
+    """Branch weights w_k: trained target tokens N_k (the paper's), trained samples, or 1/K."""
+    scale: Annotated[float, Field(ge=0, le=10)] | Literal["auto"] = 1.0
+    """λ of θ0 + λ τ; 1 is the plain result; auto searches ``scales`` on held-out data."""
+    scales: list[Annotated[float, Field(ge=0, le=10)]] = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5]
+    """For scale: auto. The grid of λ."""
+    rule: Literal["learned", "balanced", "kept"] = "balanced"
+    """For scale: auto. learned: lowest held-out loss on the mixture; kept: lowest on what the base knew; balanced: lowest
+    mean of both, each relative to the base."""
+    options: dict[str, float | int | str | bool] = {}
+    """Operator options (density, trim, eta, ...; docs/merge.md lists them)."""
+
+
+class DriftSettings(Settings):
+    """How far a model has moved from the base on the base's own answers."""
+
+    prompts: Annotated[int, Field(ge=0)] = 64
+    """Held-out prompts, spread over the datasets; 0 turns the measure off."""
+    tokens: Annotated[int, Field(ge=1)] = 48
+    """Longest sampled answer in tokens."""
+
+
+class EvaluateSettings(Settings):
+    """What the models are measured on."""
+
+    heldout: bool = True
+    """Held-out loss and exact match on the mixture's test rows."""
+    max_examples: Annotated[int, Field(ge=1)] | None = 200
+    """Test rows per dataset, drawn by seed; null for all."""
+    exact_match: Literal["auto", "always", "never"] = "auto"
+    """Exact match of greedy answers; auto: for datasets whose test answers are short (``short_answer``)."""
+    short_answer: Annotated[int, Field(ge=1)] = 32
+    """A dataset counts as short-answer when nine in ten of its test answers have at most this many tokens."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 64
+    """Longest greedy answer in tokens."""
+    batch_tokens: Annotated[int, Field(ge=1)] = 8192
+    """Padded tokens per evaluation batch; figures do not depend on it beyond float rounding."""
+    branches: bool = True
+    """Also measure every branch on its own."""
+    kept: list[DatasetSettings] = []
+    """Datasets that the base is already good at and nobody trains on: what of the base was kept."""
+    kept_folder: str | None = None
+    """The same as a folder with one sub-folder per dataset (test.jsonl)."""
+    drift: DriftSettings = DriftSettings()
+    """Divergence from the base on the base's own answers; needs no data."""
+    suites: list[str] = []
+    """Benchmark suites by name (lm-eval tasks). Reserved: a non-empty list is refused until adapters are there."""
+
+    @model_validator(mode="after")
+    def _no_suites_yet(self) -> Self:
+        if self.suites:
+            raise ValueError(
+                "evaluate.suites is reserved: benchmark adapters are not built yet; use heldout, kept and drift, or run "
+                "lm-eval on the merged/model folder"
+            )
+        return self
+
+
+class Recipe(Settings):
+    """Every setting of a run. Unknown keys are errors; the resolved recipe is written into the run folder."""
+
+    name: Name
+    """Name of the run; the default run folder is runs/<name>."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seed of every random choice: calibration draw, sketch, random split, data order, sampling."""
+    model: ModelSettings
+    mixture: MixtureSettings
+    conflict: ConflictSettings = ConflictSettings()
+    split: SplitSettings = SplitSettings()
+    train: TrainSettings = TrainSettings()
+    merge: MergeSettings = MergeSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    baselines: list[SplitMethod] = []
+    """Other split methods to train and merge at the same budget, for comparison: joint and random are the usual two."""
+
+    @model_validator(mode="after")
+    def _baselines_differ(self) -> Self:
+        if len(set(self.baselines)) != len(self.baselines):
+            raise ValueError(f"baselines repeats a method: {self.baselines}")
+        if self.split.method in self.baselines:
+            raise ValueError(f"baselines names {self.split.method!r}, which is the run's own split.method")
+        return self
+
+    @property
+    def group_count(self) -> int:
+        """K: the number of groups that the split must make."""
+        return 1 if self.split.method == "joint" else 2**self.split.axes
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML's safe loader, refusing a key that stands twice in one block and reading 1e-5 as a number."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_UniqueKeyLoader.add_implicit_resolver(  # YAML 1.1 reads 1e-5 (no dot) as a string
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and validate a recipe; relative paths in it become absolute.
+
+    Args:
+        path: A YAML file.
+        overrides: ``a.b=value`` strings; the value is read as YAML.
+
+    Raises:
+        RecipeError: The file is missing or no YAML mapping, a key is unknown, or a value is impossible.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"{path} does not exist.", "`merit init` writes a commented starter recipe.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}.", "A recipe is a UTF-8 YAML file.") from None
+    data = _parse_yaml(text, where=str(path))
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path} holds no settings: expected a YAML mapping, found {type(data).__name__}.")
+    return parse_recipe(data, overrides, where=str(path), folder=path.resolve().parent)
+
+
+def parse_recipe(
+    data: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "recipe", folder: Path | None = None
+) -> Recipe:
+    """Validate a recipe given as a mapping; see :func:`load_recipe`. ``folder`` is where relative paths start."""
+    merged = json.loads(json.dumps(data, default=str))
+    for override in overrides:
+        _override(merged, override)
+    try:
+        recipe = Recipe.model_validate(merged)
+    except ValidationError as error:
+        raise RecipeError(*_explain(error, where)) from None
+    return _resolve_paths(recipe, folder or Path.cwd())
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML: every setting, defaults included."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON schema of a recipe (for editors)."""
+    return Recipe.model_json_schema()
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise RecipeError(f"{where} is not valid YAML{place}: {getattr(error, 'problem', error)}.") from None
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise RecipeError(f"--set {override!r} is not of the form a.b=value.", "Example: --set train.learning_rate=2e-5")
+    node = data
+    for depth, part in enumerate(parts[:-1]):
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise RecipeError(f"--set {override}: {'.'.join(parts[: depth + 1])} is a value, not a block.")
+        node = child
+    node[parts[-1]] = _parse_yaml(value, where=f"--set {override}")
+
+
+def _explain(error: ValidationError, where: str) -> list[str]:
+    """One line per problem: where, what was expected, what was found, and the nearest right name."""
+    problems: dict[str, str] = {}
+    for item in error.errors():
+        location = ".".join(str(part) for part in item["loc"] if not _is_union_label(part)) or "recipe"
+        if item["type"] == "extra_forbidden":
+            known = _fields_at(item["loc"][:-1])
+            text = f"unknown key {location}.{nearest(str(item['loc'][-1]), known)}"
+            text += f" Known here: {', '.join(known)}." if known else ""
+        elif item["type"] == "missing":
+            text = f"{location} is missing."
+        else:
+            found = json.dumps(item["input"], default=str)
+            found = found if len(found) <= 80 else found[:77] + "..."
+            message = item["msg"].removeprefix("Value error, ")
+            shown = "" if item["type"] == "value_error" else f"; found {found}"
+            text = f"{location}: {message[0].lower() + message[1:]}{shown}."
+            if item["type"] == "literal_error" and isinstance(item["input"], str):
+                options = re.findall(r"'([^']+)'", str(item.get("ctx", {}).get("expected", "")))
+                text += nearest(item["input"], options)
+        problems[location] = f"{problems[location]} Or: {text}" if location in problems else text
+    lines = list(problems.values())
+    first = f"{where}: {lines[0]}" if len(lines) == 1 else f"{where}: {len(lines)} settings are wrong."
+    return [first, *(lines if len(lines) > 1 else []), "`merit schema` lists every key; `merit init` writes an example."]
+
+
+def _is_union_label(part: Any) -> bool:
+    """Pydantic adds the tried union member (such as ``literal['auto']`` or ``constrained-int``) to a location."""
+    return isinstance(part, str) and bool(re.search(r"[\[\]()]|^constrained-|^(int|float|str|bool)$", part))
+
+
+def _fields_at(location: tuple[Any, ...]) -> list[str]:
+    node: Any = Recipe
+    for part in location:
+        if isinstance(part, int) or _is_union_label(part):
+            continue
+        field = node.model_fields.get(part)
+        if field is None:
+            return []
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        candidates += [inner for candidate in candidates for inner in getattr(candidate, "__args__", ())]
+        blocks = [c for c in candidates if isinstance(c, type) and issubclass(c, Settings)]
+        if not blocks:
+            return []
+        node = blocks[0]
+    return list(node.model_fields)
+
+
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
+
+
+def locate(text: str, folder: Path) -> str:
+    """Absolute path for a path of the recipe: beside the recipe, else in the working directory; a hub id stays as it is.
+
+    A path that exists nowhere and cannot be a hub id comes back as the absolute path beside the recipe, so that the
+    error that follows names it.
+    """
+    path = Path(text).expanduser()
+    if path.is_absolute():
+        return str(path)
+    for root in (folder, Path.cwd()):
+        if (root / path).exists():
+            return str((root / path).resolve())
+    return text if _HUB_ID.match(text) else str((folder / path).resolve())
+
+
+def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
+    def here(text: str | None) -> str | None:
+        return None if text is None else locate(text, folder)
+
+    def dataset(item: DatasetSettings) -> DatasetSettings:
+        return item.model_copy(update={"path": here(item.path), "test": here(item.test)})
+
+    mixture, evaluate = recipe.mixture, recipe.evaluate
+    return recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(
+                update={"base": here(recipe.model.base), "chat_template": here(recipe.model.chat_template)}
+            ),
+            "mixture": mixture.model_copy(
+                update={
+                    "folder": here(mixture.folder),
+                    "path": here(mixture.path),
+                    "test": here(mixture.test),
+                    "datasets": mixture.datasets and [dataset(item) for item in mixture.datasets],
+                }
+            ),
+            "conflict": recipe.conflict.model_copy(update={"cache": here(recipe.conflict.cache)}),
+            "evaluate": evaluate.model_copy(
+                update={"kept_folder": here(evaluate.kept_folder), "kept": [dataset(item) for item in evaluate.kept]}
+            ),
+        }
+    )
