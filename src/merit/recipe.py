@@ -405,7 +405,9 @@ def _override(data: dict[str, Any], override: str) -> None:
     key, separator, value = override.partition("=")
     parts = key.strip().split(".")
     if not separator or not all(parts):
-        raise RecipeError(f"--set {override!r} is not of the form a.b=value.", "Example: --set train.learning_rate=2e-5")
+        raise RecipeError(
+            f"--set {override!r} is not of the form a.b=value.", "Example: --set train.learning_rate=2e-5"
+        )
     node = data
     for depth, part in enumerate(parts[:-1]):
         child = node.setdefault(part, {})
@@ -438,7 +440,11 @@ def _explain(error: ValidationError, where: str) -> list[str]:
         problems[location] = f"{problems[location]} Or: {text}" if location in problems else text
     lines = list(problems.values())
     first = f"{where}: {lines[0]}" if len(lines) == 1 else f"{where}: {len(lines)} settings are wrong."
-    return [first, *(lines if len(lines) > 1 else []), "`merit schema` lists every key; `merit init` writes an example."]
+    return [
+        first,
+        *(lines if len(lines) > 1 else []),
+        "`merit schema` lists every key; `merit init` writes an example.",
+    ]
 
 
 def _is_union_label(part: Any) -> bool:

@@ -1,0 +1,464 @@
+"""The base model and its tokenizer: loading, the trainable subset, batches, and the one loss that every stage uses.
+
+The only module that knows model families. It is handed folders and rows and returns tensors; it chooses no paths, reads
+no datasets and trains nothing. Training, gradients and evaluation all go through :func:`target_losses`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from merit.errors import CheckpointError, RecipeError, ResourceError
+from merit.recipe import ModelSettings
+
+if TYPE_CHECKING:
+    import torch
+
+    from merit.mixture.encode import EncodedRow
+
+IGNORE = -100
+"""Label of a token that is no target."""
+
+
+@dataclass(frozen=True)
+class BaseInfo:
+    """What is known of the base without loading its weights.
+
+    Attributes:
+        folder: Where its files lie on this machine.
+        model_type: transformers' name of the architecture.
+        architecture: Class name from its config.
+        parameters: Number of stored weights (tied ones once).
+        dtypes: File dtype by tensor name, by safetensors' names (BF16, F32 ...).
+        context: Longest sequence it was made for (tokens), or None when its config names none.
+    """
+
+    folder: Path
+    model_type: str
+    architecture: str
+    parameters: int
+    dtypes: Mapping[str, str]
+    context: int | None
+
+
+def resolve_base(settings: ModelSettings) -> Path:
+    """Folder of the base's files: the given folder, or a hub snapshot (safetensors and side files only).
+
+    Raises:
+        CheckpointError: It is neither a folder nor a hub id that can be had.
+    """
+    folder = Path(settings.base)
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or settings.base.count("/") > 1 or settings.base.startswith("."):
+        raise CheckpointError(
+            f"model.base: {settings.base} is no folder on this machine.",
+            "Give the folder of a Hugging Face checkpoint (config.json, *.safetensors, tokenizer), or a hub id.",
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                settings.base,
+                revision=settings.revision,
+                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*"],
+                tqdm_class=None,
+            )
+        )
+    except Exception as error:
+        raise CheckpointError(
+            f"model.base: {settings.base} is no folder here, and as a hub id it could not be had: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            "Check the spelling; a relative folder is looked up beside the recipe, then in the working directory.",
+            "Offline: download it elsewhere and give the folder.",
+        ) from None
+
+
+def inspect_base(settings: ModelSettings) -> BaseInfo:
+    """Check that the base can be trained as a causal language model, from its small files and headers alone.
+
+    Raises:
+        CheckpointError: No config, no safetensors weights, not a causal LM, or already quantized.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from merit import checkpoint
+
+    folder = resolve_base(settings)
+    config_file = folder / "config.json"
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"model.base: {config_file} cannot be read ({error}).",
+            "Expected the folder of a Hugging Face checkpoint with config.json.",
+        ) from None
+    model_type = str(config.get("model_type", ""))
+    architecture = str((config.get("architectures") or [""])[0])
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    remote = settings.trust_remote_code and "AutoModelForCausalLM" in config.get("auto_map", {})
+    known = causal.get(model_type)
+    names = set(known) if isinstance(known, tuple | list) else {known}
+    if not remote and (known is None or (architecture and architecture not in names)):
+        raise CheckpointError(
+            f"model.base: {settings.base} is not a causal language model: expected an architecture such as "
+            f"LlamaForCausalLM or Qwen2ForCausalLM, found {architecture or 'none'} (model_type {model_type or 'none'}).",
+            "Choose a decoder-only language model as base."
+            + (" It brings its own code: read it, then set model.trust_remote_code." if "auto_map" in config else ""),
+        )
+    if config.get("quantization_config"):
+        raise CheckpointError(
+            f"model.base: {settings.base} is quantized, so its weights can be neither trained nor averaged.",
+            "Give the unquantized checkpoint.",
+        )
+    headers = checkpoint.read_headers(folder)
+    context = config.get("max_position_embeddings")
+    return BaseInfo(
+        folder=folder,
+        model_type=model_type,
+        architecture=architecture,
+        parameters=sum(header.elements for header in headers.tensors.values()),
+        dtypes={name: header.dtype for name, header in headers.tensors.items()},
+        context=int(context) if context else None,
+    )
+
+
+def load_tokenizer(settings: ModelSettings) -> Any:
+    """The base's tokenizer, with a pad token and a chat template set.
+
+    The template is the recipe's file, else the base's own, else the documented default of :mod:`merit.mixture`.
+    Its origin is kept in ``tokenizer.merit_template`` ("recipe", "base" or "default").
+
+    Raises:
+        CheckpointError: The folder holds no usable tokenizer.
+    """
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    folder = resolve_base(settings)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=settings.trust_remote_code, local_files_only=True
+        )
+    except Exception as error:
+        raise CheckpointError(
+            f"model.base: no tokenizer could be loaded from {folder}: {str(error).splitlines()[0]}",
+            "The folder must hold tokenizer.json (or its older forms) beside config.json.",
+        ) from None
+    if settings.chat_template:
+        try:
+            tokenizer.chat_template = Path(settings.chat_template).read_text(encoding="utf-8")
+        except OSError as error:
+            raise RecipeError(f"model.chat_template: {settings.chat_template} cannot be read ({error}).") from None
+        tokenizer.merit_template = "recipe"
+    elif tokenizer.chat_template:
+        tokenizer.merit_template = "base"
+    else:
+        template = resources.files("merit.mixture").joinpath("default_chat_template.jinja")
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+        tokenizer.merit_template = "default"
+    if tokenizer.eos_token_id is None:
+        raise CheckpointError(f"model.base: the tokenizer in {folder} has no end-of-sequence token.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device to compute on: ``auto`` takes CUDA where there is one.
+
+    Raises:
+        ResourceError: ``cuda`` was asked for and there is none.
+    """
+    import torch
+
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ResourceError(
+            "train.device: cuda was asked for, but PyTorch sees no CUDA device here.",
+            "Use device: auto or cpu, or a PyTorch build with CUDA on a machine that has one.",
+        )
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def autocast(settings: ModelSettings, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Arithmetic in ``model.dtype`` on a GPU; float32 on a CPU. Weights stay float32 in both."""
+    import torch
+
+    dtype = getattr(torch, settings.dtype)
+    if device.type == "cpu" or dtype is torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def load_model(
+    settings: ModelSettings,
+    device: torch.device,
+    weights: Path | None = None,
+    *,
+    trainable: bool = False,
+    seed: int = 0,
+) -> Any:
+    """A causal LM in float32 on ``device``, in eval mode.
+
+    Args:
+        settings: The base and its trainable subset.
+        device: Where to put it.
+        weights: Checkpoint folder to load in place of the base (a branch, a merged model): full, or a LoRA adapter of the
+            base.
+        trainable: Mark the trainable subset (adding adapters for ``lora``); otherwise every parameter is frozen.
+        seed: Seed of new adapters' initial values, so that every branch starts from the same point.
+
+    Raises:
+        CheckpointError: Weights are missing, left over, or of another shape.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    folder = Path(weights) if weights is not None else resolve_base(settings)
+    adapter = folder if (folder / "adapter_config.json").is_file() else None
+    source = resolve_base(settings) if adapter else folder
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=settings.trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{source} cannot be loaded as a model: {str(error).splitlines()[0]}") from None
+    for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(what) or ())
+        if names:
+            raise CheckpointError(
+                f"{source}: {len(names)} {what.replace('_', ' ')} between its files and its architecture, first {names[0]}.",
+                "Such weights would be random or ignored; the checkpoint or its config.json is not what it says.",
+            )
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
+    elif trainable:
+        model = mark_trainable(model, settings, seed)
+    model.config.use_cache = True
+    return model.to(device).eval()
+
+
+def mark_trainable(model: Any, settings: ModelSettings, seed: int) -> Any:
+    """Switch on gradients for the trainable subset; ``lora`` wraps the model in adapters.
+
+    Raises:
+        RecipeError: A pattern matches no parameter, or a role that a language model does not have was asked for.
+    """
+    import torch
+
+    wanted = settings.trainable
+    if wanted == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        lora = settings.lora
+        torch.manual_seed(seed)
+        config = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=lora.target_modules,
+            use_rslora=lora.rslora,
+            task_type="CAUSAL_LM",
+        )
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:
+            raise RecipeError(f"model.lora: {str(error).splitlines()[0]}") from None
+    if wanted in ("projector", "vision"):
+        raise RecipeError(f"model.trainable: {wanted} is a role of vision-language models; this base is text-only.")
+    if isinstance(wanted, str):
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+        return model
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in wanted:
+        if not fnmatch.filter(names, pattern):
+            raise RecipeError(
+                f"model.trainable: pattern {pattern!r} matches none of the {len(names)} parameters.",
+                f"Names look like {names[0]} and {names[-1]}.",
+            )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted))
+    return model
+
+
+def trainable_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
+    """Trainable parameters by name, each tied one once, in the model's order."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save_branch(model: Any, folder: Path, base: BaseInfo, *, save_dtype: str, tokenizer: Any) -> None:
+    """Write a trained model as a Hugging Face checkpoint folder (an adapter folder for LoRA).
+
+    Args:
+        model: A model from :func:`load_model`, trained or not.
+        folder: New folder.
+        base: Gives each tensor's file dtype and the config that is carried along unchanged.
+        save_dtype: ``base``: every tensor in the base's file dtype, so that frozen tensors stay bit-identical;
+            ``float32``: everything in float32.
+        tokenizer: Saved beside the weights, chat template included.
+    """
+    import torch
+
+    from merit import checkpoint
+
+    folder.mkdir(parents=True)
+    if hasattr(model, "peft_config"):
+        model.save_pretrained(folder, safe_serialization=True)
+    else:
+        fallback = next(iter(base.dtypes.values()))
+        state = {
+            name: tensor.to(
+                torch.float32 if save_dtype == "float32" else _torch_dtypes()[base.dtypes.get(name, fallback)]
+            )
+            if tensor.is_floating_point()
+            else tensor
+            for name, tensor in model.state_dict().items()
+        }
+        model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+        checkpoint.copy_side_files(base.folder, folder)
+        if save_dtype == "float32":
+            _set_config_dtype(folder / "config.json", "float32")
+    tokenizer.save_pretrained(folder)
+
+
+@lru_cache(maxsize=1)
+def _torch_dtypes() -> dict[str, Any]:
+    import torch
+
+    return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _set_config_dtype(config_file: Path, dtype: str) -> None:
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    config["dtype"] = dtype
+    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def collate(rows: Sequence[EncodedRow], pad_id: int) -> dict[str, torch.Tensor]:
+    """Right-padded batch: ``input_ids``, ``attention_mask`` and ``labels`` (−100 where no target), each (B, L) int64."""
+    import torch
+
+    longest = max(len(row.input_ids) for row in rows)
+    input_ids = np.full((len(rows), longest), pad_id, dtype=np.int64)
+    mask = np.zeros((len(rows), longest), dtype=np.int64)
+    labels = np.full((len(rows), longest), IGNORE, dtype=np.int64)
+    for i, row in enumerate(rows):
+        n = len(row.input_ids)
+        input_ids[i, :n] = row.input_ids
+        mask[i, :n] = 1
+        labels[i, :n] = np.where(row.targets, row.input_ids, IGNORE)
+    arrays = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def target_losses(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of every example's target tokens: the loss of training, gradients and evaluation alike.
+
+    Logits are computed only at positions where some example of the batch has a target (the vocabulary projection is most
+    of a small model's cost), and the log-softmax runs in float32.
+
+    Args:
+        model: A causal LM, possibly wrapped (PEFT, DDP).
+        batch: From :func:`collate`, on the model's device.
+
+    Returns:
+        Summed loss per example (B,) float32 in nats, and target tokens per example (B,) int64.
+    """
+    import torch
+
+    labels = batch["labels"][:, 1:]
+    positions = (labels != IGNORE).any(dim=0).nonzero().squeeze(1)
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    if _takes_positions(model):
+        logits = model(**inputs, use_cache=False, logits_to_keep=positions).logits
+    else:
+        logits = model(**inputs, use_cache=False).logits[:, positions]
+    kept = labels[:, positions]
+    losses = torch.nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), kept.flatten(), ignore_index=IGNORE, reduction="none"
+    ).view_as(kept)
+    return losses.sum(dim=1), (kept != IGNORE).sum(dim=1)
+
+
+def _takes_positions(model: Any) -> bool:
+    while hasattr(model, "module"):
+        model = model.module
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    return _forward_takes_positions(type(model))
+
+
+@lru_cache(maxsize=64)
+def _forward_takes_positions(kind: type) -> bool:
+    import inspect
+
+    # Trainers wrap `forward` on the instance; the class's own signature is the one that counts.
+    return "logits_to_keep" in inspect.signature(kind.forward).parameters  # type: ignore[attr-defined]
+
+
+def length_sorted_batches(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[np.ndarray]:
+    """Indices grouped so that rows of like length share a batch of at most ``max_tokens`` padded tokens.
+
+    Longest first, so that a batch that does not fit in memory fails at once. A row longer than ``max_tokens`` gets a
+    batch of its own. Ties keep their order, so the result is deterministic.
+    """
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    batches: list[np.ndarray] = []
+    start = 0
+    while start < len(order):
+        longest = max(1, int(lengths[order[start]]))
+        stop = start + max(1, max_tokens // longest)
+        batches.append(order[start:stop])
+        start = stop
+    return batches
+
+
+def to_device(batch: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """The batch on ``device``."""
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+
+
+def iterate_batches(
+    rows: Sequence[EncodedRow] | Any, indices: Iterable[np.ndarray], pad_id: int, device: torch.device
+) -> Iterator[tuple[np.ndarray, dict[str, torch.Tensor]]]:
+    """Yield (indices, batch on device) for index groups such as :func:`length_sorted_batches` makes."""
+    for group in indices:
+        yield group, to_device(collate([rows[int(i)] for i in group], pad_id), device)
+
+
+def limit_threads(threads: int | None) -> int:
+    """Set PyTorch's CPU threads (None leaves them) and return the number in force; results depend on it bit for bit."""
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+    return torch.get_num_threads()
