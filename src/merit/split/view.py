@@ -1,0 +1,43 @@
+"""What a split method may look at: names, weights and geometry of the mixture, sorted by dataset name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from merit.errors import ConflictError, RecipeError
+
+Groups = list[list[int]]
+"""Indices into a :class:`MixtureView`, one list per group."""
+
+
+@dataclass(frozen=True)
+class MixtureView:
+    """Arrays of one mixture; row i everywhere is the i-th dataset in name order.
+
+    Attributes:
+        names: Dataset names (T,), sorted.
+        weights: Positive weights (T,) float64: sample counts or target tokens.
+        cosine: Cosine matrix (T, T) float64, or None where the method needs none.
+        gram: Inner products (T, T) float64, or None.
+    """
+
+    names: tuple[str, ...]
+    weights: np.ndarray
+    cosine: np.ndarray | None = None
+    gram: np.ndarray | None = None
+
+    def check(self, method: str, needs_cosine: bool) -> None:
+        """Refuse what no method could use: repeated names, weights that are not positive, missing or non-finite geometry."""
+        if len(set(self.names)) != len(self.names):
+            raise RecipeError("split: dataset names must differ.")
+        if not np.all(np.isfinite(self.weights)) or np.any(self.weights <= 0):
+            bad = self.names[int(np.argmin(np.where(np.isfinite(self.weights), self.weights, -1)))]
+            raise RecipeError(f"split: every dataset needs a positive weight; {bad} has none.")
+        if needs_cosine and self.cosine is None:
+            raise RecipeError(f"split.method {method} needs the gradients' geometry; run `merit gradients` first.")
+        for matrix in (self.cosine, self.gram):
+            if needs_cosine and matrix is not None and not np.all(np.isfinite(matrix)):
+                bad = self.names[int(np.argmin(np.isfinite(matrix).all(axis=1)))]
+                raise ConflictError(f"split: the gradient geometry of {bad} is not finite.")
