@@ -129,8 +129,8 @@ def inspect_base(settings: ModelSettings) -> BaseInfo:
         folder=folder,
         model_type=model_type,
         architecture=architecture,
-        parameters=sum(header.elements for header in headers.tensors.values()),
-        dtypes={name: header.dtype for name, header in headers.tensors.items()},
+        parameters=sum(header.size for header in headers.tensors.values()),
+        dtypes={name: header.dtype.tag for name, header in headers.tensors.items()},
         context=int(context) if context else None,
     )
 

@@ -127,7 +127,7 @@ def _warnings(view: MixtureView, groups: Groups, totals: Sequence[float], balanc
     if view.weights[largest] > total / 2:
         found.append(
             f"{view.names[largest]} alone holds {view.weights[largest] / total:.0%} of the mixture's {balance}; "
-            "datasets are never cut, so the groups cannot be balanced. A budget (mixture.samples or tokens) would even it out."
+            "datasets are never cut, so the groups cannot be balanced. A budget (mixture.samples or tokens) evens it out."
         )
     elif max(totals) > 1.5 * min(totals):
         found.append(
