@@ -1,0 +1,447 @@
+"""From chats to token ids with a mask of the tokens that the loss predicts, and the file that keeps them.
+
+It renders the chat template, finds the assistant's characters, tokenises once and maps characters to tokens. It does
+not read source files, count lost characters or draw samples; those are the modules beside it.
+
+Which characters are the assistant's:
+
+1. A template with ``{% generation %}`` markers says so itself.
+2. For a known family without markers TRL's training variant of the same template is used.
+3. Otherwise the conversation is rendered turn by turn: what turn i adds to ``messages[:i]`` with the generation prompt is
+   its text, end of turn included. A template whose output is not a growing prefix is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from merit.errors import MixtureError
+from merit.mixture.formats import Chat, Message
+
+DropReason = Literal["no_target_after_truncation", "answer_lost", "refused_by_template"]
+TemplateSource = Literal["generation markers", "training variant", "turn by turn"]
+
+_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_BATCH_ROWS = 512
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """One row as the model sees it.
+
+    Attributes:
+        input_ids: (n,) int32 token ids.
+        targets: (n,) bool; ``targets[i]`` means that token i is predicted in the loss. ``targets[0]`` is always False.
+        prompt_length: Tokens before the first target of the last assistant turn: what a generated answer starts from.
+        truncated: The row was cut at ``max_length``.
+        answer: Text of that assistant turn, as its source has it.
+    """
+
+    input_ids: np.ndarray
+    targets: np.ndarray
+    prompt_length: int = 0
+    truncated: bool = False
+    answer: str = ""
+
+
+def encode_chat(messages: Sequence[Message], tokenizer: Any, max_length: int) -> EncodedRow | DropReason:
+    """Encode one conversation; :class:`ChatEncoder` encodes many faster.
+
+    Args:
+        messages: Turns with ``role`` and ``content``; at least one is the assistant's.
+        tokenizer: A fast tokenizer with a chat template.
+        max_length: Longest row in tokens; the rest is cut at the end.
+
+    Raises:
+        MixtureError: The tokenizer or its template cannot be used for assistant-only targets.
+    """
+    return ChatEncoder(tokenizer, max_length).encode([Chat(list(messages))])[0]
+
+
+class ChatEncoder:
+    """Encodes chats in batches with one tokenizer and template.
+
+    Attributes:
+        template_source: How the assistant's characters are found (module docstring).
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        from merit.mixture.representable import CharacterInventory
+
+        if not getattr(tokenizer, "is_fast", False):
+            raise MixtureError(
+                f"{type(tokenizer).__name__} is a slow tokenizer: it cannot say which token holds which character, so "
+                "targets cannot be found.",
+                "Save the base with its fast tokenizer (tokenizer.json).",
+            )
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.inventory = CharacterInventory(tokenizer)
+        self.template, self.template_source = _training_template(tokenizer)
+        added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+        self._added = "|".join(re.escape(token) for token in added) or r"(?!)"
+
+    def encode(self, chats: Sequence[Chat]) -> list[EncodedRow | DropReason]:
+        """Encode chats, in order; a row that cannot be used comes back as the reason why.
+
+        Raises:
+            MixtureError: The template's output cannot be split into turns.
+        """
+        rows: list[EncodedRow | DropReason] = []
+        for start in range(0, len(chats), _BATCH_ROWS):
+            rows += self._encode_batch(chats[start : start + _BATCH_ROWS])
+        return rows
+
+    def _encode_batch(self, chats: Sequence[Chat]) -> list[EncodedRow | DropReason]:
+        rendered = [self._render(chat) for chat in chats]
+        good = [index for index, item in enumerate(rendered) if item is not None]
+        rows: list[EncodedRow | DropReason] = ["refused_by_template"] * len(chats)
+        if not good:
+            return rows
+        cleaned = [self._without_dropped(*rendered[index]) for index in good]  # type: ignore[misc]
+        encodings = self._tokenize([text for text, _ in cleaned])
+        for index, (text, spans), encoding in zip(good, cleaned, encodings, strict=True):
+            chat = chats[index]
+            rows[index] = "answer_lost" if self._answers_lost(chat) else self._row(chat, text, spans, encoding)
+        return rows
+
+    def _answers_lost(self, chat: Chat) -> bool:
+        """Whether nothing but white space is left of every target turn."""
+        answers = [turn["content"] for turn in chat.messages[chat.first_target :] if turn["role"] == "assistant"]
+        lost = self.inventory.lost(answers)
+        return bool(lost) and all(set(answer) <= lost or not _keep(answer, lost).strip() for answer in answers)
+
+    def _tokenize(self, texts: list[str]) -> list[Any]:
+        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).encodings
+
+    # -- rendering ------------------------------------------------------------------------------------------------
+
+    def _render(self, chat: Chat) -> tuple[str, list[tuple[int, int]]] | None:
+        """The rendered text and the character spans of its target turns; None where the template refuses the row."""
+        import jinja2
+
+        try:
+            if self.template_source == "turn by turn":
+                text, spans = self._turn_by_turn(chat.messages)
+            else:
+                text, spans = self._marked(chat.messages)
+        except jinja2.TemplateError:
+            return None
+        wanted = sum(turn["role"] == "assistant" for turn in chat.messages[chat.first_target :])
+        return text, spans[-wanted:]
+
+    def refusal(self, chat: Chat) -> str:
+        """What the template says about a chat that it refuses (for an error message)."""
+        import jinja2
+
+        try:
+            self._apply(chat.messages, markers=self.template_source != "turn by turn")
+        except jinja2.TemplateError as error:
+            return str(error)
+        return "it renders the conversation, but not its beginning"
+
+    def _apply(self, messages: list[Message], *, prompt: bool = False, markers: bool = False) -> tuple[str, list]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        texts, spans = render_jinja_template(
+            conversations=[messages],
+            chat_template=self.template,
+            add_generation_prompt=prompt,
+            return_assistant_tokens_mask=markers,
+            **self.tokenizer.special_tokens_map,
+        )
+        return texts[0], spans[0] if markers else []
+
+    def _marked(self, messages: list[Message]) -> tuple[str, list[tuple[int, int]]]:
+        text, spans = self._apply(messages, markers=True)
+        return text, [(start, end) for start, end in spans if end > start]
+
+    def _turn_by_turn(self, messages: list[Message]) -> tuple[str, list[tuple[int, int]]]:
+        whole, _ = self._apply(messages)
+        spans = []
+        for index, turn in enumerate(messages):
+            if turn["role"] != "assistant":
+                continue
+            before, _ = self._apply(messages[:index], prompt=True) if index else ("", [])
+            upto, _ = self._apply(messages[: index + 1])
+            if not (whole.startswith(upto) and upto.startswith(before)) or len(upto) == len(before):
+                raise MixtureError(
+                    "The base's chat template has no {% generation %} markers, and its text for the first turns changes "
+                    f"when later turns follow (turn {index} of {len(messages)}), so the assistant's tokens cannot be "
+                    "told apart.",
+                    "Set model.chat_template to a file with a template that has {% generation %} markers around the "
+                    "assistant's text and end-of-turn token.",
+                )
+            spans.append((len(before), len(upto)))
+        return whole, spans
+
+    def _without_dropped(self, text: str, spans: list[tuple[int, int]]) -> tuple[str, list[tuple[int, int]]]:
+        """Take out characters for which the tokenizer yields no token at all.
+
+        The ids stay the same, but such a tokenizer's character offsets count only what it kept: with the characters
+        left in, every later offset, and so every target, would be shifted.
+        """
+        dropped = self.inventory.dropped(text)
+        if not dropped:
+            return text, spans
+        pattern = re.compile(f"({self._added})|[{re.escape(''.join(sorted(dropped)))}]")
+        pieces, new_spans, position, length = [], [], 0, 0
+        for start, end in spans:
+            for is_span, piece in ((False, text[position:start]), (True, text[start:end])):
+                pieces.append(pattern.sub(lambda match: match.group(1) or "", piece))
+                if is_span:
+                    new_spans.append((length, length + len(pieces[-1])))
+                length += len(pieces[-1])
+            position = end
+        pieces.append(pattern.sub(lambda match: match.group(1) or "", text[position:]))
+        return "".join(pieces), new_spans
+
+    # -- tokens ---------------------------------------------------------------------------------------------------
+
+    def _row(self, chat: Chat, text: str, spans: list[tuple[int, int]], encoding: Any) -> EncodedRow | DropReason:
+        ids = encoding.ids
+        ranges = [_token_range(encoding, start, end) for start, end in spans]
+        crossing = any(
+            r is not None and _starts_before(encoding, r[0], span[0]) for r, span in zip(ranges, spans, strict=True)
+        )
+        if crossing and (pieces := self._piecewise(text, spans)) is not None:
+            ids, ranges = pieces
+        input_ids = np.asarray(ids, dtype=np.int32)
+        targets = np.zeros(len(ids), dtype=bool)
+        for token_range in ranges:
+            if token_range is not None:
+                targets[slice(*token_range)] = True
+        targets[:1] = False
+        truncated = len(input_ids) > self.max_length
+        input_ids, targets = input_ids[: self.max_length], targets[: self.max_length]
+        if not targets.any():
+            return "no_target_after_truncation"
+        answers = [turn["content"] for turn in chat.messages if turn["role"] == "assistant"][-len(spans) :]
+        prompt_length, answer = 0, ""
+        for token_range, content in zip(ranges, answers, strict=False):
+            if token_range is not None and max(token_range[0], 1) < min(token_range[1], self.max_length):
+                prompt_length, answer = max(token_range[0], 1), content
+        return EncodedRow(input_ids, targets, prompt_length, truncated, answer)
+
+    def _piecewise(
+        self, text: str, spans: list[tuple[int, int]]
+    ) -> tuple[list[int], list[tuple[int, int] | None]] | None:
+        """Tokenise prompt and answer apart where one token would span both.
+
+        Generation starts from the tokens of the prompt alone; a token that joins the prompt's last character with the
+        answer's first would make training differ from it. The end-of-sequence token in front of a later piece keeps the
+        tokenizer from treating it as the beginning of a text; it is taken off again. None if that cannot be done.
+        """
+        end_token = self.tokenizer.eos_token
+        if end_token is None:
+            return None
+        cuts = [0, *(edge for span in spans for edge in span), len(text)]
+        pieces = [text[a:b] for a, b in itertools.pairwise(cuts)]
+        encoded = self._tokenize([pieces[0], *(end_token + piece for piece in pieces[1:])])
+        if any(not item.ids or item.ids[0] != self.tokenizer.eos_token_id for item in encoded[1:]):
+            return None
+        parts = [encoded[0].ids, *(item.ids[1:] for item in encoded[1:])]
+        ids: list[int] = []
+        ranges: list[tuple[int, int] | None] = []
+        for index, part in enumerate(parts):
+            if index % 2:
+                ranges.append((len(ids), len(ids) + len(part)) if part else None)
+            ids += part
+        return ids, ranges
+
+
+def _training_template(tokenizer: Any) -> tuple[str, TemplateSource]:
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not template:
+        raise MixtureError(
+            "The base's tokenizer has no chat template.",
+            "Set model.chat_template to a Jinja file, or use the package's default (merit.mixture.default_chat_template).",
+        )
+    if _MARKER.search(template):
+        return template, "generation markers"
+    from trl.chat_template_utils import get_training_chat_template
+
+    try:
+        variant = get_training_chat_template(tokenizer)
+    except Exception:  # a template that TRL does not know, or that its probes make fail
+        variant = None
+    return (variant, "training variant") if variant else (template, "turn by turn")
+
+
+def default_chat_template() -> str:
+    """Text of the template for a base that has none (docs/mixture.md shows what it renders)."""
+    return (Path(__file__).parent / "default_chat_template.jinja").read_text(encoding="utf-8")
+
+
+def _token_range(encoding: Any, start: int, end: int) -> tuple[int, int] | None:
+    """Half-open token range that holds the characters [start, end); None if no token does."""
+    first = next((t for p in range(start, end) if (t := encoding.char_to_token(p)) is not None), None)
+    last = next((t for p in range(end - 1, start - 1, -1) if (t := encoding.char_to_token(p)) is not None), None)
+    if first is None or last is None:
+        return None
+    while last + 1 < len(encoding) and (o := encoding.token_to_chars(last + 1)) and start <= o[0] < end:
+        last += 1  # several tokens can share one character (bytes)
+    return first, last + 1
+
+
+def _keep(text: str, lost: set[str]) -> str:
+    return "".join(character for character in text if character not in lost)
+
+
+def _starts_before(encoding: Any, token: int, start: int) -> bool:
+    offsets = encoding.token_to_chars(token)
+    return offsets is not None and offsets[0] < start
+
+
+class EncodedDataset:
+    """Encoded rows of one dataset, in memory or in one Parquet file; the token ids are read on first use.
+
+    Columns: ``input_ids`` list<int32>, ``targets`` list<bool>, ``length``, ``target_count``, ``prompt_length`` int64,
+    ``truncated`` bool, ``answer`` and ``reference`` text (empty in training files).
+
+    Args:
+        name: The dataset's name.
+        rows: Rows to hold in memory.
+        references: Per row the text that its last answer's tokens stand for (what exact match compares with).
+
+    Attributes:
+        lengths: (rows,) int64 tokens per row.
+        target_counts: (rows,) int64 target tokens per row.
+        prompt_lengths: (rows,) int64 tokens before the last answer.
+        truncated: (rows,) bool, cut at max_length.
+        fingerprint: sha256 over lengths, ids and targets: a changed row, template, tokenizer or max_length changes it.
+    """
+
+    def __init__(self, name: str, rows: Sequence[EncodedRow], references: Sequence[str] | None = None) -> None:
+        ids = np.concatenate([row.input_ids for row in rows]) if rows else np.zeros(0, np.int32)
+        targets = np.concatenate([row.targets for row in rows]) if rows else np.zeros(0, bool)
+        self.name = name
+        self.lengths = np.array([len(row.input_ids) for row in rows], dtype=np.int64)
+        self.target_counts = np.array([int(row.targets.sum()) for row in rows], dtype=np.int64)
+        self.prompt_lengths = np.array([row.prompt_length for row in rows], dtype=np.int64)
+        self.truncated = np.array([row.truncated for row in rows], dtype=bool)
+        self.answers = [row.answer for row in rows]
+        self.references = list(references) if references is not None else [""] * len(rows)
+        self._starts = _starts(self.lengths)
+        self._flat = (ids.astype(np.int32), targets.astype(bool))
+        self.fingerprint = _fingerprint(self.lengths, *self._flat)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> EncodedRow:
+        index = range(len(self))[index]  # negative indices, and IndexError beyond the end
+        ids, targets = self._flat
+        part = slice(self._starts[index], self._starts[index + 1])
+        return EncodedRow(
+            ids[part],
+            targets[part],
+            int(self.prompt_lengths[index]),
+            bool(self.truncated[index]),
+            self.answers[index],
+        )
+
+    def __repr__(self) -> str:
+        return f"EncodedDataset({self.name!r}, {len(self)} rows, {int(self.lengths.sum())} tokens)"
+
+    def save(self, path: Path) -> None:
+        """Write one Parquet file; it appears under its name only when complete."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        ids, targets = self._flat
+        offsets = pa.array(self._starts.astype(np.int64))
+        table = pa.table(
+            {
+                "input_ids": pa.LargeListArray.from_arrays(offsets, pa.array(ids)),
+                "targets": pa.LargeListArray.from_arrays(offsets, pa.array(targets)),
+                "length": self.lengths,
+                "target_count": self.target_counts,
+                "prompt_length": self.prompt_lengths,
+                "truncated": self.truncated,
+                "answer": pa.array(self.answers, pa.large_string()),
+                "reference": pa.array(self.references, pa.large_string()),
+            }
+        ).replace_schema_metadata({"name": self.name, "fingerprint": self.fingerprint})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(path.name + ".part")
+        pq.write_table(table, unfinished, compression="zstd", row_group_size=65536)
+        unfinished.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Open a file that :meth:`save` wrote; token ids are read when the first row is asked for.
+
+        Raises:
+            MixtureError: The file is missing or damaged.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        columns = ["length", "target_count", "prompt_length", "truncated", "answer", "reference"]
+        try:
+            table = pq.read_table(path, columns=columns, partitioning=None)
+            metadata = table.schema.metadata
+            name, fingerprint = metadata[b"name"].decode(), metadata[b"fingerprint"].decode()
+        except (OSError, pa.ArrowException, KeyError, TypeError) as error:
+            raise MixtureError(
+                f"{path} cannot be read as an encoded dataset: {error}.", "Run the mixture stage again."
+            ) from None
+        dataset = _FileDataset.__new__(_FileDataset)
+        dataset.name, dataset.fingerprint, dataset.path = name, fingerprint, path
+        dataset.lengths, dataset.target_counts, dataset.prompt_lengths = (
+            table[column].to_numpy().astype(np.int64) for column in columns[:3]
+        )
+        dataset.truncated = table["truncated"].to_numpy().astype(bool)
+        dataset.answers, dataset.references = table["answer"].to_pylist(), table["reference"].to_pylist()
+        dataset._starts = _starts(dataset.lengths)
+        return dataset  # type: ignore[return-value]
+
+
+class _FileDataset(EncodedDataset):
+    """The rows of a file; ids and targets are read once, on first use."""
+
+    path: Path
+
+    @cached_property
+    def _flat(self) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[override]
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            table = pq.read_table(self.path, columns=["input_ids", "targets"], partitioning=None)
+        except (OSError, pa.ArrowException) as error:
+            raise MixtureError(
+                f"{self.path} cannot be read as an encoded dataset: {error}.", "Run the mixture stage again."
+            ) from None
+        ids, targets = (
+            table[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            for column in ("input_ids", "targets")
+        )
+        if _fingerprint(self.lengths, ids, targets) != self.fingerprint:
+            raise MixtureError(
+                f"{self.path} is damaged: its rows do not match its fingerprint.", "Run the mixture stage again."
+            )
+        return ids, targets
+
+
+def _starts(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+
+
+def _fingerprint(lengths: np.ndarray, ids: np.ndarray, targets: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for array, dtype in ((lengths, "<i8"), (ids, "<i4"), (targets, "u1")):
+        digest.update(np.ascontiguousarray(array.astype(dtype, copy=False)).data)
+    return digest.hexdigest()
