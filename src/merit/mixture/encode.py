@@ -149,16 +149,23 @@ class ChatEncoder:
             return str(error)
         return "it renders the conversation, but not its beginning"
 
+    def template_characters_lost(self) -> str:
+        """Characters of the template's own text (role markers) that the tokenizer cannot represent."""
+        text, _ = self._apply([{"role": "user", "content": ""}, {"role": "assistant", "content": ""}])
+        return "".join(sorted(self.inventory.lost([re.sub(self._added, "", text)])))
+
     def _apply(self, messages: list[Message], *, prompt: bool = False, markers: bool = False) -> tuple[str, list]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        texts, spans = render_jinja_template(
+        # Declared to return a string; it returns the texts and the spans, one per conversation.
+        rendered: Any = render_jinja_template(
             conversations=[messages],
             chat_template=self.template,
             add_generation_prompt=prompt,
             return_assistant_tokens_mask=markers,
             **self.tokenizer.special_tokens_map,
         )
+        texts, spans = rendered
         return texts[0], spans[0] if markers else []
 
     def _marked(self, messages: list[Message]) -> tuple[str, list[tuple[int, int]]]:

@@ -1,0 +1,447 @@
+"""The stage itself: read every dataset, encode it within its budget, count, and write the folder.
+
+It joins sources, formats, encoding and draws. What it writes: ``train/<name>.parquet``, ``test/<name>.parquet``,
+``kept/<name>.parquet``, ``datasets.json`` (the mixture's counts, in recipe order), ``kept.json`` (the same for kept sets)
+and ``encoding.json`` (template, length, datasets left out). Nothing appears before everything is done.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from merit.errors import MixtureError
+from merit.mixture.calibration import draw
+from merit.mixture.encode import ChatEncoder, EncodedDataset, EncodedRow
+from merit.mixture.formats import BadRow, Chat, RowFormat, to_chat
+from merit.mixture.sources import Part, Source, as_row, bad_row_error, discover, discover_kept, refuse_shared_names
+from merit.recipe import Recipe
+
+Split = Literal["train", "test", "kept"]
+
+_CHUNK = 512
+_READ_BACK_ROWS = 32
+
+
+@dataclass
+class DatasetCounts:
+    """One entry of ``datasets.json``. Rows, tokens and target tokens count what is kept and used.
+
+    Attributes:
+        name: Dataset name.
+        rows: Training rows used (0 for kept sets).
+        rows_dropped: Rows looked at and left out, by reason.
+        tokens: Tokens of the training rows.
+        target_tokens: Of these, predicted in the loss: n_t.
+        format: Row format recognised.
+        path: Source of the training rows.
+        source_rows: Rows in the source.
+        rows_over_budget: Usable rows that the budget left out (not looked at further).
+        rows_truncated: Used rows that were cut at max_length.
+        rows_answer_lost: Rows whose whole answer the tokenizer cannot represent (also in rows_dropped).
+        characters_lost: Share of prompt, answer and all characters that the tokenizer cannot represent.
+        characters_lost_most: The lost characters that occur most often.
+        budget: Sample and token budget.
+        answer_tokens: Quantiles of target tokens per row.
+        test_path: Source of the test rows, if any; the ``test_`` fields say the same about them.
+        test_rows_in_train: Test rows whose whole conversation is also a training row.
+        test_answer_tokens: Quantiles of the last answer's tokens over test rows, end of turn included.
+        fingerprint: Of the encoded training rows.
+        test_fingerprint: Of the encoded test rows.
+        warnings: What a person should know.
+    """
+
+    name: str
+    rows: int = 0
+    rows_dropped: dict[str, int] = field(default_factory=dict)
+    tokens: int = 0
+    target_tokens: int = 0
+    format: str = ""
+    path: str = ""
+    source_rows: int = 0
+    rows_over_budget: int = 0
+    rows_truncated: int = 0
+    rows_answer_lost: int = 0
+    characters_lost: dict[str, float] = field(default_factory=dict)
+    characters_lost_most: str = ""
+    budget: dict[str, int | None] = field(default_factory=dict)
+    answer_tokens: dict[str, int] = field(default_factory=dict)
+    test_path: str | None = None
+    test_rows: int = 0
+    test_rows_dropped: dict[str, int] = field(default_factory=dict)
+    test_rows_truncated: int = 0
+    test_tokens: int = 0
+    test_target_tokens: int = 0
+    test_rows_in_train: int = 0
+    test_answer_tokens: dict[str, int] = field(default_factory=dict)
+    fingerprint: str = ""
+    test_fingerprint: str = ""
+    warnings: list[str] = field(default_factory=list)
+
+
+def prepare_mixture(
+    recipe: Recipe, tokenizer: Any, folder: Path, progress: Callable[..., None] | None = None
+) -> list[DatasetCounts]:
+    """Read, encode and count all datasets of a recipe, and write them into ``folder``.
+
+    Args:
+        recipe: The recipe; its paths are absolute or hub ids.
+        tokenizer: The base's fast tokenizer, chat template set.
+        folder: Where the stage's files go; made if absent.
+        progress: Called as ``progress(done, total, name)`` before every dataset.
+
+    Returns:
+        The mixture's counts, in recipe order (also in ``datasets.json``).
+
+    Raises:
+        MixtureError: A dataset cannot be used; nothing was written then.
+    """
+    sources, kept = discover(recipe.mixture), discover_kept(recipe.evaluate)
+    refuse_shared_names(sources, kept)
+    stage = _Stage(recipe, tokenizer)
+    counts: list[DatasetCounts] = []
+    kept_counts: list[DatasetCounts] = []
+    left_out: list[dict[str, Any]] = []
+    unfinished = folder / ".unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        for number, source in enumerate([*sources, *kept]):
+            if progress:
+                progress(number, len(sources) + len(kept), source.name)
+            if source.train is None:
+                kept_counts.append(stage.kept_set(source, unfinished))
+            elif isinstance(entry := stage.dataset(source, unfinished), DatasetCounts):
+                counts.append(entry)
+            else:
+                left_out.append(entry)
+        if not counts:
+            raise MixtureError(
+                f"No dataset is left: the tokenizer cannot represent the text of any of the {len(left_out)} datasets "
+                f"(mixture.unrepresentable.max_share {recipe.mixture.unrepresentable.max_share:g}).",
+                "Use a base with another tokenizer, or raise max_share.",
+            )
+        _write_json(unfinished / "kept.json", [asdict(entry) for entry in kept_counts])
+        _write_json(unfinished / "encoding.json", {**stage.description(), "left_out": left_out})
+        _write_json(unfinished / "datasets.json", [asdict(entry) for entry in counts])
+        for name in ("datasets.json", "train", "test", "kept", "kept.json", "encoding.json"):
+            _remove(folder / name)
+        for name in ("train", "test", "kept", "kept.json", "encoding.json", "datasets.json"):
+            if (unfinished / name).exists():
+                (unfinished / name).replace(folder / name)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    if progress:
+        progress(len(sources) + len(kept), len(sources) + len(kept), "")
+    return counts
+
+
+def load_split(folder: Path, split: Split) -> dict[str, EncodedDataset]:
+    """Open the encoded datasets of one split, in the order of ``datasets.json`` (``kept.json``); none is read yet.
+
+    Raises:
+        MixtureError: The folder is not what :func:`prepare_mixture` writes.
+    """
+    key = "rows" if split == "train" else "test_rows"
+    entries = read_counts(folder, "kept" if split == "kept" else "mixture")
+    return {
+        entry["name"]: EncodedDataset.load(folder / split / f"{entry['name']}.parquet")
+        for entry in entries
+        if entry[key]
+    }
+
+
+def read_counts(folder: Path, which: Literal["mixture", "kept"] = "mixture") -> list[dict[str, Any]]:
+    """The entries of ``datasets.json`` or ``kept.json``.
+
+    Raises:
+        MixtureError: The file is missing or damaged.
+    """
+    path = folder / ("kept.json" if which == "kept" else "datasets.json")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MixtureError(f"{path} cannot be read: {error}.", "Run the mixture stage again.") from None
+
+
+class _Stage:
+    """What all datasets share: settings and the encoder."""
+
+    def __init__(self, recipe: Recipe, tokenizer: Any) -> None:
+        self.settings = recipe.mixture
+        self.seed = recipe.seed
+        self.tokenizer = tokenizer
+        self.max_length = min(recipe.train.max_length, tokenizer.model_max_length or recipe.train.max_length)
+        self.encoder = ChatEncoder(tokenizer, self.max_length)
+
+    def description(self) -> dict[str, Any]:
+        return {
+            "template_source": self.encoder.template_source,
+            "chat_template": self.encoder.template,
+            "template_characters_lost": self.encoder.template_characters_lost(),
+            "max_length": self.max_length,
+            "tokenizer": type(self.tokenizer).__name__,
+            "vocabulary": len(self.tokenizer),
+        }
+
+    def dataset(self, source: Source, folder: Path) -> DatasetCounts | dict[str, Any]:
+        """Encode and write one dataset; what was left out and why, if the tokenizer cannot represent it."""
+        assert source.train is not None
+        counts = DatasetCounts(
+            source.name, path=source.train.where, budget={"samples": source.samples, "tokens": source.tokens}
+        )
+        chats, counts.format = self._chats(source, source.train)
+        counts.source_rows = chats.source_rows
+        part = self._encode(source, chats)
+        self._count_losses(counts, part)
+        over = counts.characters_lost["all"] > self.settings.unrepresentable.max_share
+        if over and self.settings.unrepresentable.action != "warn":
+            return self._leave_out(counts)
+        if not part.rows:
+            raise MixtureError(
+                f"Dataset {source.name}: no row of {source.train.where} has a target left ({_listing(part.dropped)}).",
+                "answer_lost: the base's tokenizer cannot represent the answers; use mixture.exclude, or "
+                "mixture.unrepresentable.action: leave_out.",
+                "no_target_after_truncation: the prompts alone fill train.max_length "
+                f"({self.max_length} tokens); raise it, or exclude the dataset.",
+            )
+        counts.rows, counts.rows_dropped = len(part.rows), dict(sorted(part.dropped.items()))
+        counts.rows_over_budget = part.over_budget
+        encoded = EncodedDataset(source.name, [_without_answer(row) for row in part.rows])
+        counts.tokens, counts.target_tokens = int(encoded.lengths.sum()), int(encoded.target_counts.sum())
+        counts.rows_truncated = int(encoded.truncated.sum())
+        counts.answer_tokens = _quantiles(encoded.target_counts)
+        counts.fingerprint = encoded.fingerprint
+        encoded.save(folder / "train" / f"{source.name}.parquet")
+        if source.test is not None:
+            self._test(source, source.test, counts, folder / "test", {_key(chat) for chat in chats.chats})
+        self._warn(counts, over, part)
+        return counts
+
+    def kept_set(self, source: Source, folder: Path) -> DatasetCounts:
+        """Encode and write one kept set."""
+        assert source.test is not None
+        counts = DatasetCounts(
+            source.name, path=source.test.where, budget={"samples": source.samples, "tokens": source.tokens}
+        )
+        self._test(source, source.test, counts, folder / "kept", set())
+        if not counts.test_rows:
+            raise MixtureError(
+                f"Kept set {source.name}: no row of {source.test.where} has a target left "
+                f"({_listing(counts.test_rows_dropped)})."
+            )
+        return counts
+
+    def _leave_out(self, counts: DatasetCounts) -> dict[str, Any]:
+        share, limit = counts.characters_lost["all"], self.settings.unrepresentable.max_share
+        text = (
+            f"Dataset {counts.name}: the base's tokenizer cannot represent {share:.1%} of its characters "
+            f"(limit {limit:.1%}; prompts {counts.characters_lost['prompt']:.1%}, answers "
+            f"{counts.characters_lost['answer']:.1%}; such as {counts.characters_lost_most!r})"
+        )
+        if self.settings.unrepresentable.action == "error":
+            raise MixtureError(
+                f"{text}.",
+                "Use another base, mixture.exclude, or mixture.unrepresentable.action: leave_out (or warn).",
+                "Nothing was written.",
+            )
+        return {
+            "name": counts.name,
+            "reason": text,
+            "path": counts.path,
+            "source_rows": counts.source_rows,
+            "rows_answer_lost": counts.rows_answer_lost,
+            "characters_lost": counts.characters_lost,
+            "characters_lost_most": counts.characters_lost_most,
+        }
+
+    def _chats(self, source: Source, part: Part) -> tuple[_Chats, RowFormat]:
+        row_format = source.recognise(part)
+        found = _Chats([], [], Counter())
+        for place, row in part.read():
+            try:
+                found.chats.append(to_chat(as_row(row), row_format))
+                found.places.append(place)
+            except BadRow as bad:
+                if self.settings.bad_rows == "error":
+                    raise bad_row_error(source.name, place, bad) from None
+                found.dropped[bad.reason] += 1
+        return found, row_format
+
+    def _encode(self, source: Source, found: _Chats) -> _Part:
+        """Encode chats in a seeded order until a budget is reached; without budgets all, in source order."""
+        chats, dropped = found.chats, Counter(found.dropped)
+        samples, tokens = source.samples, source.tokens
+        drawn = samples is not None or tokens is not None
+        order = draw(len(chats), len(chats), self.seed, source.name, "budget") if drawn else np.arange(len(chats))
+        used: list[tuple[int, EncodedRow]] = []
+        looked, targets = 0, 0
+        while looked < len(order) and not _reached(len(used), targets, samples, tokens):
+            chunk = order[looked : looked + _CHUNK]
+            for index, row in zip(chunk, self.encoder.encode([chats[i] for i in chunk]), strict=True):
+                looked += 1
+                if isinstance(row, EncodedRow):
+                    used.append((int(index), row))
+                    targets += int(row.targets.sum())
+                    if _reached(len(used), targets, samples, tokens):
+                        break
+                elif row == "refused_by_template" and self.settings.bad_rows == "error":
+                    text = f"the base's chat template refuses the row: {self.encoder.refusal(chats[index])}"
+                    raise bad_row_error(source.name, found.places[index], BadRow(row, text))
+                else:
+                    dropped[row] += 1
+        used.sort(key=lambda item: item[0])
+        seen = [chats[i] for i in sorted(order[:looked])]
+        return _Part([row for _, row in used], [chats[i] for i, _ in used], seen, dropped, len(order) - looked)
+
+    def _test(self, source: Source, part: Part, counts: DatasetCounts, folder: Path, train: set[int]) -> None:
+        found, row_format = self._chats(source, part)
+        counts.format, counts.test_path = counts.format or row_format, part.where
+        budgeted = source if source.train is None else Source(source.name, None, part)
+        encoded = self._encode(budgeted, found)
+        if source.train is None:
+            counts.source_rows = found.source_rows
+            self._count_losses(counts, encoded)
+        rows = encoded.rows
+        counts.test_rows, counts.test_rows_dropped = len(rows), dict(sorted(encoded.dropped.items()))
+        counts.test_rows_in_train = sum(_key(chat) in train for chat in encoded.chats)
+        if not rows:
+            return
+        dataset = EncodedDataset(source.name, rows, self._read_back(rows))
+        counts.test_tokens, counts.test_target_tokens = int(dataset.lengths.sum()), int(dataset.target_counts.sum())
+        counts.test_rows_truncated = int(dataset.truncated.sum())
+        counts.test_answer_tokens = _quantiles(np.array([int(row.targets[row.prompt_length :].sum()) for row in rows]))
+        counts.test_fingerprint = dataset.fingerprint
+        dataset.save(folder / f"{source.name}.parquet")
+
+    def _read_back(self, rows: Sequence[EncodedRow]) -> list[str]:
+        """What the target tokens of every row's last answer stand for, without special tokens."""
+        ids = [row.input_ids[row.prompt_length :][row.targets[row.prompt_length :]].tolist() for row in rows]
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def _count_losses(self, counts: DatasetCounts, part: _Part) -> None:
+        texts: dict[str, list[str]] = {"prompt": [], "answer": []}
+        for chat in part.seen:
+            for turn in chat.messages:
+                texts["answer" if turn["role"] == "assistant" else "prompt"].append(turn["content"])
+        most: Counter[str] = Counter()
+        totals: dict[str, tuple[int, int]] = {}
+        for key, parts in texts.items():
+            lost = self.encoder.inventory.lost(parts)
+            tally: Counter[str] = Counter()
+            if lost:
+                for text in parts:
+                    tally.update(c for c in text if c in lost)
+            most.update(tally)
+            totals[key] = (sum(tally.values()), sum(map(len, parts)))
+        totals["all"] = (sum(n for n, _ in totals.values()), sum(n for _, n in totals.values()))
+        counts.characters_lost = {key: lost / total if total else 0.0 for key, (lost, total) in totals.items()}
+        counts.characters_lost_most = "".join(
+            c for c, _ in sorted(most.items(), key=lambda item: (-item[1], item[0]))[:12]
+        )
+        counts.rows_answer_lost = part.dropped["answer_lost"]
+
+    def _warn(self, counts: DatasetCounts, over: bool, part: _Part) -> None:
+        if over:
+            counts.warnings.append(
+                f"the tokenizer cannot represent {counts.characters_lost['all']:.1%} of the characters (prompts "
+                f"{counts.characters_lost['prompt']:.1%}, answers {counts.characters_lost['answer']:.1%}; such as "
+                f"{counts.characters_lost_most!r})"
+            )
+        if counts.rows_answer_lost:
+            counts.warnings.append(
+                f"{counts.rows_answer_lost} rows lost their whole answer to the tokenizer and are left out"
+            )
+        if counts.rows_truncated:
+            counts.warnings.append(f"{counts.rows_truncated} rows were cut at {self.max_length} tokens")
+        if counts.test_path and not counts.test_rows:
+            counts.warnings.append(
+                f"no test row has a target left ({_listing(counts.test_rows_dropped)}): it is not scored"
+            )
+        if counts.test_rows_in_train:
+            counts.warnings.append(f"{counts.test_rows_in_train} test rows are also training rows")
+        sample = [(row, chat) for row, chat in zip(part.rows, part.chats, strict=True) if not row.truncated][
+            :_READ_BACK_ROWS
+        ]
+        texts = self._read_back([row for row, _ in sample])
+        wrong = 0
+        for (row, _), text in zip(sample, texts, strict=True):
+            lost = self.encoder.inventory.lost([row.answer])
+            wrong += _plain("".join(c for c in row.answer if c not in lost)) not in _plain(text)
+        if wrong:
+            counts.warnings.append(
+                f"the targets of {wrong} of {len(sample)} rows looked at do not read back as their answers"
+            )
+
+
+@dataclass
+class _Chats:
+    """A part's usable chats, where each stands, and the bad rows by reason."""
+
+    chats: list[Chat]
+    places: list[str]
+    dropped: Counter[str]
+
+    @property
+    def source_rows(self) -> int:
+        return len(self.chats) + sum(self.dropped.values())
+
+
+@dataclass
+class _Part:
+    """Rows used, their chats, every chat looked at, rows dropped by reason, and usable chats not looked at."""
+
+    rows: list[EncodedRow]
+    chats: list[Chat]
+    seen: list[Chat]
+    dropped: Counter[str]
+    over_budget: int
+
+
+def _reached(rows: int, targets: int, samples: int | None, tokens: int | None) -> bool:
+    return (samples is not None and rows >= samples) or (tokens is not None and targets >= tokens)
+
+
+def _without_answer(row: EncodedRow) -> EncodedRow:
+    return EncodedRow(row.input_ids, row.targets, row.prompt_length, row.truncated)
+
+
+def _key(chat: Chat) -> int:
+    return hash(tuple((turn["role"], turn["content"]) for turn in chat.messages))
+
+
+def _plain(text: str) -> str:
+    """Letters without case, accents, white space and width: what survives any tokenizer's normalisation."""
+    return "".join(
+        c
+        for c in unicodedata.normalize("NFKD", text).casefold()
+        if unicodedata.category(c) not in ("Mn", "Cc", "Cf", "Zs")
+    )
+
+
+def _quantiles(values: np.ndarray) -> dict[str, int]:
+    levels = {"p50": 0.5, "p90": 0.9, "max": 1.0}
+    return {key: int(np.quantile(values, level, method="higher")) for key, level in levels.items()}
+
+
+def _listing(dropped: dict[str, int]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in sorted(dropped.items())) or "no rows"
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,533 @@
+"""Where a mixture's rows come from: folders, files, one file cut by a column, hub datasets.
+
+It finds the datasets that a recipe means, in an order that no file system decides, and reads their rows through the
+``datasets`` library without writing into anybody's cache. Text stays as it stands in the file: JSON Lines are read as
+lines and CSV cells as text, because type inference turns answers such as ``2020-01-01``, ``007`` or ``None`` into other
+things. It does not know what a row means (:mod:`merit.mixture.formats`) and tokenises nothing.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from merit.errors import MixtureError, nearest
+from merit.mixture.formats import BadRow, RowFormat, describe_formats, recognise, to_chat
+from merit.recipe import DataFormat, DatasetSettings, EvaluateSettings, MixtureSettings, Recipe
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,119}")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Part:
+    """The training rows, or the test rows, of one dataset.
+
+    Attributes:
+        where: File, folder or hub id, for messages and records.
+        files: Local files, in the order read.
+        hub: (id, configuration, split) of a hub dataset.
+        rows: Rows read already, each with its place; for datasets cut out of one file.
+    """
+
+    where: str
+    files: tuple[Path, ...] = ()
+    hub: tuple[str, str | None, str] | None = None
+    rows: tuple[tuple[str, Any], ...] | None = None
+
+    def read(self) -> Iterator[tuple[str, Any]]:
+        """Yield (place, row): the place is file and line (or row number, from 1) as an error message needs it.
+
+        Raises:
+            MixtureError: A file cannot be read or parsed; JSON errors say the line.
+        """
+        if self.rows is not None:
+            yield from self.rows
+        elif self.hub is not None:
+            yield from _read_hub(*self.hub)
+        for file in self.files:
+            yield from _read_file(file)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One dataset of the mixture before it is read.
+
+    Attributes:
+        name: Dataset name.
+        train: Training rows; None for a kept set.
+        test: Held-out rows, if any.
+        row_format: The recipe's format, possibly ``auto``.
+        samples: Sample budget (rows).
+        tokens: Token budget (target tokens).
+    """
+
+    name: str
+    train: Part | None
+    test: Part | None
+    row_format: DataFormat = "auto"
+    samples: int | None = None
+    tokens: int | None = None
+
+    def recognise(self, part: Part) -> RowFormat:
+        """The format of a part's rows, from the recipe or from the first row's columns.
+
+        Raises:
+            MixtureError: The part is empty or its columns fit no format.
+        """
+        place, row = next(part.read(), ("", None))
+        if not place:
+            raise MixtureError(
+                f"Dataset {self.name} is empty: {part.where} has no rows.",
+                "Add rows, or leave the dataset out with mixture.exclude.",
+            )
+        if self.row_format != "auto":
+            return self.row_format
+        if not isinstance(row, dict):
+            raise MixtureError(
+                f"Dataset {self.name}: {place}: a row must be an object with named columns; found {row!r:.60}."
+            )
+        found = recognise(row)
+        if found is None:
+            raise MixtureError(f"Dataset {self.name}: {place}: {describe_formats(row)}")
+        return found
+
+
+@dataclass(frozen=True)
+class SourceSummary:
+    """What :func:`check_sources` found out about one dataset."""
+
+    name: str
+    path: str
+    test: str | None
+    format: str
+    kept: bool = False
+
+
+def discover(mixture: MixtureSettings) -> list[Source]:
+    """The datasets that the recipe means: in its order when listed one by one, else by name.
+
+    Raises:
+        MixtureError: A file or folder is missing or of no known kind, a name is impossible or stands twice, a pattern
+            matches nothing.
+    """
+    if mixture.datasets is not None:
+        sources = [_listed(item) for item in mixture.datasets]
+    elif mixture.folder is not None:
+        sources = _from_folder(Path(mixture.folder), mixture.format, "mixture.folder", mixture.include, mixture.exclude)
+    else:
+        sources = _from_column(mixture)
+    sources = _select(sources, mixture)
+    _refuse_twins([source.name for source in sources])
+    return [
+        source if source.samples or source.tokens else replace(source, samples=mixture.samples, tokens=mixture.tokens)
+        for source in sources
+    ]
+
+
+def discover_kept(evaluate: EvaluateSettings) -> list[Source]:
+    """The datasets that only evaluation reads: what the base is already good at. Their rows are the ``test`` part."""
+    sources = [
+        replace(source, train=None, test=source.test or source.train)
+        for source in (_listed(item, key="evaluate.kept") for item in evaluate.kept)
+    ]
+    if evaluate.kept_folder is not None:
+        sources += _from_folder(Path(evaluate.kept_folder), "auto", "evaluate.kept_folder", kept=True)
+    _refuse_twins([source.name for source in sources])
+    return sources
+
+
+def check_sources(recipe: Recipe, rows: int | None = 8) -> list[SourceSummary]:
+    """Check, without a model, that every dataset is there, has a known format, and that its first rows can be used.
+
+    Args:
+        recipe: The recipe.
+        rows: Rows to look at per file; None for all.
+
+    Raises:
+        MixtureError: What is wrong with the first dataset that cannot be used.
+    """
+    sources, kept = discover(recipe.mixture), discover_kept(recipe.evaluate)
+    refuse_shared_names(sources, kept)
+    summaries = []
+    for source in [*sources, *kept]:
+        formats = []
+        for part in (source.train, source.test):
+            if part is None:
+                continue
+            formats.append(source.recognise(part))
+            for place, row in islice(part.read(), rows):
+                try:
+                    to_chat(as_row(row), formats[-1])
+                except BadRow as bad:
+                    if recipe.mixture.bad_rows == "error":
+                        raise bad_row_error(source.name, place, bad) from None
+        where = [part.where if part else None for part in (source.train, source.test)]
+        summaries.append(
+            SourceSummary(source.name, where[0] or where[1] or "", where[1], formats[0], kept=source.train is None)
+        )
+    return summaries
+
+
+def refuse_shared_names(sources: list[Source], kept: list[Source]) -> None:
+    """Kept sets must not be named like datasets of the mixture: results are listed by name."""
+    shared = sorted({source.name for source in sources} & {source.name for source in kept})
+    if shared:
+        raise MixtureError(
+            f"evaluate.kept and the mixture both have a dataset named {', '.join(shared)}.",
+            "Rename one: results are listed by name.",
+        )
+
+
+def as_row(row: Any) -> dict[str, Any]:
+    """The row as a mapping.
+
+    Raises:
+        BadRow: It is none.
+    """
+    if not isinstance(row, dict):
+        raise BadRow("not_text", f"a row must be an object with named columns; found {row!r:.60}")
+    return row
+
+
+def bad_row_error(name: str, place: str, bad: BadRow) -> MixtureError:
+    """The error for a row that cannot be used."""
+    return MixtureError(
+        f"Dataset {name}: {place}: {bad.detail}.",
+        "Correct the row, or set mixture.bad_rows: drop to leave such rows out and count them. Nothing was written.",
+    )
+
+
+# -- finding ----------------------------------------------------------------------------------------------------------
+
+
+def _listed(item: DatasetSettings, key: str = "mixture.datasets") -> Source:
+    where = f"{key}: {item.name}"
+    train = _part(item.path, where, item.subset, item.split, stem="train")
+    test = None
+    if item.test is not None:
+        test = _part(item.test, f"{where} (test)", item.subset, "test", stem="test")
+    elif (folder := Path(item.path)).is_dir() and _stem_files(folder, "train"):
+        files = _stem_files(folder, "test")
+        test = Part(str(folder), tuple(files)) if files else None
+    return Source(item.name, train, test, item.format, item.samples, item.tokens)
+
+
+def _part(text: str, where: str, subset: str | None, split: str, stem: str) -> Part:
+    path = Path(text)
+    if path.is_dir():
+        # A folder that keeps train.* and test.* apart is not read as one heap: that would train on the test rows.
+        files = _stem_files(path, stem) or ([] if _stem_files(path, "train") else _data_files(path))
+        if not files:
+            raise MixtureError(f"{where}: {path} holds no data files ({', '.join(SUFFIXES)}).{_inside(path)}")
+        return Part(text, tuple(_confined(file, path) for file in files))
+    if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise MixtureError(
+                f"{where}: {path} is no {', '.join(SUFFIXES)} file.", "Convert it, or name another file."
+            )
+        return Part(text, (path,))
+    if path.is_absolute() or path.suffix in SUFFIXES or not _HUB_ID.fullmatch(text):
+        raise MixtureError(f"{where}: {path} does not exist.{_nearby(path)}")
+    return Part(text, hub=(text, subset, split))
+
+
+def _from_folder(
+    folder: Path,
+    row_format: DataFormat,
+    key: str,
+    include: list[str] | None = None,
+    exclude: list[str] | None = None,
+    kept: bool = False,
+) -> list[Source]:
+    if not folder.is_dir():
+        raise MixtureError(f"{key}: {folder} is not a folder.{_nearby(folder)}")
+    sources = []
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    for name in names:
+        if include is not None and not _wanted(name, include, exclude or []):
+            sources.append(Source(name, None, None))  # known by name, for patterns; never read
+            continue
+        if not _NAME.fullmatch(name):
+            raise MixtureError(
+                f"{key}: the sub-folder {name!r} cannot be a dataset name: letters, digits and . _ + - only, at most 120, "
+                "beginning with a letter or digit.",
+                "Rename it, or leave it out with mixture.exclude.",
+            )
+        sub = _confined(folder / name, folder)
+        parts = {}
+        for stem in ("train", "test"):
+            files = tuple(_confined(file, folder) for file in _stem_files(sub, stem))
+            parts[stem] = Part(str(files[0] if len(files) == 1 else sub), files) if files else None
+        needed = "test" if kept else "train"
+        if kept and parts["test"] is None:
+            parts["test"] = parts["train"]
+        if parts[needed] is None:
+            raise MixtureError(
+                f"{key}: {sub} has no {needed}.jsonl (nor .json, .parquet, .csv).{_inside(sub)}",
+                "Add the file, or leave the sub-folder out" + ("." if kept else " with mixture.exclude."),
+            )
+        sources.append(Source(name, None if kept else parts["train"], parts["test"], row_format))
+    if not sources:
+        raise MixtureError(
+            f"{key}: {folder} has no sub-folder; expected one per dataset, each with train.jsonl.{_inside(folder)}"
+        )
+    return sources
+
+
+def _from_column(mixture: MixtureSettings) -> list[Source]:
+    assert mixture.path is not None
+    assert mixture.split_by is not None
+    column = mixture.split_by
+    train = _groups(_part(mixture.path, "mixture.path", None, "train", stem="train"), column)
+    test = _groups(_part(mixture.test, "mixture.test", None, "test", stem="test"), column) if mixture.test else {}
+    strangers = sorted(set(test) - set(train))
+    if strangers:
+        raise MixtureError(
+            f"mixture.test has {column} {strangers[0]!r}, which mixture.path does not have."
+            f"{nearest(strangers[0], list(train))}"
+        )
+    names: dict[str, str] = {}
+    for value in sorted(train):
+        name = re.sub(r"[^A-Za-z0-9._+-]", "_", value)
+        if not _NAME.fullmatch(name):
+            raise MixtureError(
+                f"{mixture.path}: {column} {value!r} cannot be a dataset name (as {name!r}): it must begin with a letter or "
+                "digit and have at most 120 characters."
+            )
+        if name in names:
+            raise MixtureError(
+                f"{mixture.path}: {column} {names[name]!r} and {value!r} would both be named {name!r}.",
+                "Names hold letters, digits and . _ + - only, other characters become _; rename one of the two.",
+            )
+        names[name] = value
+    return [Source(name, train[value], test.get(value), mixture.format) for name, value in names.items()]
+
+
+def _groups(part: Part, column: str) -> dict[str, Part]:
+    groups: dict[str, list[tuple[str, Any]]] = {}
+    for place, row in part.read():
+        if not isinstance(row, dict) or column not in row:
+            columns = list(row) if isinstance(row, dict) else []
+            raise MixtureError(
+                f"{place}: no column {column!r} (mixture.split_by); columns: {columns}.{nearest(column, columns)}"
+            )
+        value = row[column]
+        if value is None or value == "":
+            raise MixtureError(
+                f"{place}: {column} (mixture.split_by) is null, so the row belongs to no dataset.",
+                "Name it, or remove the row.",
+            )
+        groups.setdefault(str(value), []).append((place, row))
+    if not groups:
+        raise MixtureError(f"{part.where} has no rows.")
+    return {value: Part(f"{part.where} [{column}={value}]", rows=tuple(rows)) for value, rows in groups.items()}
+
+
+def _wanted(name: str, include: list[str], exclude: list[str]) -> bool:
+    return any(fnmatchcase(name, p) for p in include) and not any(fnmatchcase(name, p) for p in exclude)
+
+
+def _select(sources: list[Source], mixture: MixtureSettings) -> list[Source]:
+    names = [source.name for source in sources]
+    for key, patterns in (("include", mixture.include), ("exclude", mixture.exclude)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise MixtureError(
+                    f"mixture.{key}: {pattern!r} matches no dataset.{nearest(pattern, names)}",
+                    f"Datasets: {', '.join(names[:12])}{f' and {len(names) - 12} more' if len(names) > 12 else ''}.",
+                )
+    chosen = [source for source in sources if _wanted(source.name, mixture.include, mixture.exclude)]
+    if not chosen:
+        raise MixtureError("mixture.include and mixture.exclude together leave no dataset.")
+    return chosen
+
+
+def _refuse_twins(names: list[str]) -> None:
+    seen: dict[str, str] = {}
+    for name in names:
+        twin = seen.setdefault(name.casefold(), name)
+        if twin is not name:
+            text = f"stands twice: {name!r}" if twin == name else f"differs in case only: {twin!r} and {name!r}"
+            raise MixtureError(f"A dataset name {text}.", "Rename one: every dataset gets files of its own name.")
+
+
+def _data_files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and not p.name.startswith(".") and p.is_file())
+
+
+def _stem_files(folder: Path, stem: str) -> list[Path]:
+    """``stem.jsonl`` or its shards ``stem-*.jsonl`` (any one suffix)."""
+    files = [p for p in _data_files(folder) if p.stem == stem or p.stem.startswith(f"{stem}-")]
+    kinds = sorted({p.suffix for p in files})
+    if len(kinds) > 1:
+        raise MixtureError(
+            f"{folder} has {stem} as {' and as '.join(kinds)}: it is not clear which one is meant.", "Remove one."
+        )
+    return files
+
+
+def _confined(path: Path, folder: Path) -> Path:
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise MixtureError(
+            f"{path} is a link that leads out of {folder}.", "Name its target in mixture.datasets if that is meant."
+        )
+    return path
+
+
+def _inside(folder: Path) -> str:
+    names = sorted(p.name for p in folder.iterdir())
+    return f" It holds: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}." if names else " It is empty."
+
+
+def _nearby(path: Path) -> str:
+    """What there is instead of a missing path."""
+    parent = next((p for p in path.absolute().parents if p.is_dir()), None)
+    if parent is None:
+        return ""
+    missing = path.absolute().relative_to(parent).parts[0]
+    names = sorted(p.name for p in parent.iterdir())
+    hint = nearest(missing, names)
+    return (
+        f"{hint} {parent} holds: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}."
+        if names
+        else f" {parent} is empty."
+    )
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _datasets() -> Any:
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    import datasets
+
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    return datasets
+
+
+def _read_file(file: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        if file.suffix == ".jsonl":
+            yield from _json_lines(file, _lines(file))
+        elif file.suffix == ".json":
+            yield from _json_document(file)
+        else:
+            yield from _table(file)
+    except (MixtureError, GeneratorExit):
+        raise
+    except UnicodeDecodeError as error:
+        raise MixtureError(
+            f"{file} is not UTF-8 text: {error.reason} at byte {error.start}.", "Save it as UTF-8."
+        ) from None
+    except Exception as error:  # each reader has its own errors; the file is what the user can mend
+        first = str(error).strip().split("\n", 1)[0]
+        raise MixtureError(f"{file} cannot be read as {file.suffix[1:]}: {type(error).__name__}: {first}") from error
+
+
+def _stream(kind: str, file: Path, **options: Any) -> Iterator[dict[str, Any]]:
+    """Rows of one local file through the ``datasets`` library, streamed: nothing is copied into a cache."""
+    stream = _datasets().load_dataset(kind, data_files=glob.escape(str(file)), split="train", streaming=True, **options)
+    for batch in stream.with_format("arrow").iter(batch_size=1000):
+        yield from batch.to_pylist()
+
+
+def _lines(file: Path) -> Iterator[str]:
+    if file.stat().st_size:
+        for row in _stream("text", file, encoding="utf-8-sig"):
+            yield row["text"]
+
+
+def _json_lines(file: Path, lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise MixtureError(
+                f"{file}: malformed JSON at line {number}: {error.msg} (column {error.colno}): {_excerpt(line, error.pos)}",
+                "Expected one JSON object per line.",
+            ) from None
+        yield f"{file}, line {number}", row
+
+
+def _json_document(file: Path) -> Iterator[tuple[str, Any]]:
+    text = "\n".join(_lines(file))
+    if not text.strip():
+        return
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # JSON Lines under another name
+            yield from _json_lines(file, iter(text.split("\n")))
+            return
+        line = text.split("\n")[error.lineno - 1]
+        raise MixtureError(
+            f"{file}: malformed JSON at line {error.lineno}: {error.msg} (column {error.colno}): "
+            f"{_excerpt(line, error.colno - 1)}",
+            "Expected a list of objects, or one object per line.",
+        ) from None
+    if isinstance(document, dict) and recognise(document):
+        document = [document]
+    if not isinstance(document, list):
+        raise MixtureError(f"{file}: expected a list of objects; found {type(document).__name__}.")
+    for number, row in enumerate(document, start=1):
+        yield f"{file}, row {number}", row
+
+
+def _table(file: Path) -> Iterator[tuple[str, Any]]:
+    if not file.stat().st_size:
+        return
+    options: dict[str, Any] = {}
+    if file.suffix == ".csv":
+        datasets = _datasets()
+        with file.open(encoding="utf-8-sig", newline="") as handle:
+            header = next(csv.reader(handle), [])
+        twice = sorted({column for column in header if header.count(column) > 1})
+        if twice:
+            raise MixtureError(f"{file}: the column {twice[0]!r} stands twice in the header.")
+        options = {
+            "features": datasets.Features({column: datasets.Value("string") for column in header}),
+            "keep_default_na": False,
+            "na_filter": False,
+            "encoding": "utf-8-sig",
+        }
+    for number, row in enumerate(_stream(file.suffix[1:], file, **options), start=1):
+        yield f"{file}, row {number}", row
+
+
+def _read_hub(name: str, subset: str | None, split: str) -> Iterator[tuple[str, Any]]:
+    datasets = _datasets()
+    if datasets.config.HF_HUB_OFFLINE:
+        raise MixtureError(
+            f"{name} is no file or folder here, and the hub is switched off (HF_HUB_OFFLINE).",
+            "Give a path that exists, or go online.",
+        )
+    try:
+        table = datasets.load_dataset(name, subset, split=split)
+    except Exception as error:
+        first = str(error).strip().split("\n", 1)[0]
+        raise MixtureError(
+            f"The hub dataset {name} (configuration {subset}, split {split}) cannot be read: "
+            f"{type(error).__name__}: {first}",
+            "If a local file was meant: it does not exist.",
+        ) from error
+    for number, row in enumerate(table, start=1):
+        yield f"{name} [{split}], row {number}", row
+
+
+def _excerpt(line: str, position: int) -> str:
+    start = max(0, position - 30)
+    text = line[start : position + 30]
+    return repr(("..." if start else "") + text + ("..." if position + 30 < len(line) else ""))
