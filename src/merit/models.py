@@ -280,7 +280,7 @@ def mark_trainable(model: Any, settings: ModelSettings, seed: int) -> Any:
         torch.manual_seed(seed)
         config = LoraConfig(
             r=lora.rank,
-            lora_alpha=lora.alpha,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a fraction is fine at run time
             lora_dropout=lora.dropout,
             target_modules=lora.target_modules,
             use_rslora=lora.rslora,

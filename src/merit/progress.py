@@ -70,7 +70,9 @@ class Reporter:
             task = bar.add_task(unit, total=None)
 
             def tick(done: float, total: float, label: object = "") -> None:
-                bar.update(task, completed=done, total=total, description=f"{unit} {_text(label)}".strip()[:60].ljust(24))
+                bar.update(
+                    task, completed=done, total=total, description=f"{unit} {_text(label)}".strip()[:60].ljust(24)
+                )
 
             yield tick
 
@@ -89,12 +91,15 @@ class _LinePrinter:
         self.last = now
         left = (now - self.started) * (total - done) / done
         share = f"{done / total:.0%}" if total else ""
-        print(f"  {self.unit} {share}, about {duration(left)} left  {_text(label)}".rstrip(), file=sys.stderr, flush=True)
+        print(
+            f"  {self.unit} {share}, about {duration(left)} left  {_text(label)}".rstrip(), file=sys.stderr, flush=True
+        )
 
 
 def _text(label: object) -> str:
     if isinstance(label, dict):
-        return " ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in label.items())
+        shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in label.items()}
+        return " ".join(f"{key} {value}" for key, value in shown.items())
     return str(label)
 
 

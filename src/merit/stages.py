@@ -1,0 +1,115 @@
+"""Which settings and inputs decide each stage's answer: recipe and earlier records in, :class:`Stage` objects out.
+
+What is left out on purpose, because it changes how an answer is made and not what it is: paths, host, device, threads,
+batch sizes of measurement, checkpoint intervals. Those are recorded. Nothing is computed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from merit.recipe import DatasetSettings, Recipe
+from merit.run_folder import Stage, fingerprint, read_json
+
+MIXTURE, CONFLICT, SPLIT, MERGED, EVALUATION = "mixture", "conflict", "split", "merged", "evaluation"
+
+
+def _without(block: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in block.items() if key not in keys}
+
+
+def _dataset(item: DatasetSettings) -> dict[str, Any]:
+    return _without(item.model_dump(mode="json"), "path", "test")
+
+
+def mixture_stage(recipe: Recipe, run: Path, *, tokenizer: str, sources: str) -> Stage:
+    """Rows → tokens. Inputs: the tokenizer with its chat template, and the source files' content."""
+    mixture = _without(recipe.mixture.model_dump(mode="json"), "folder", "path", "test", "datasets")
+    if recipe.mixture.datasets is not None:
+        mixture["datasets"] = [_dataset(item) for item in recipe.mixture.datasets]
+    settings = {
+        "mixture": mixture,
+        "train": {"max_length": recipe.train.max_length},
+        "evaluate": {"kept": [_dataset(item) for item in recipe.evaluate.kept]},
+        "seed": recipe.seed,
+    }
+    return Stage(MIXTURE, run / "mixture", settings, {"tokenizer": tokenizer, "sources": sources})
+
+
+def _model(recipe: Recipe) -> dict[str, Any]:
+    block: dict[str, Any] = {"trainable": recipe.model.trainable, "dtype": recipe.model.dtype}
+    if recipe.model.trainable == "lora":
+        block["lora"] = recipe.model.lora.model_dump(mode="json")
+    return block
+
+
+def train_rows(run: Path) -> dict[str, str]:
+    """Content fingerprint of every dataset's encoded training rows, by name, in recipe order."""
+    return {item["name"]: item["fingerprint"] for item in read_json(run / "mixture" / "datasets.json")}
+
+
+def conflict_stage(recipe: Recipe, run: Path, *, base: str) -> Stage:
+    """Gradients and geometry at the base."""
+    conflict = _without(recipe.conflict.model_dump(mode="json"), "batch_tokens", "cache")
+    if conflict["representation"] != "sketch":
+        del conflict["sketch_size"]
+    if conflict["representation"] != "stride":
+        del conflict["stride"]
+    if conflict["examples"] != "auto":
+        conflict = _without(conflict, "target_reliability", "max_examples")
+    settings = {"conflict": conflict, "model": _model(recipe), "seed": recipe.seed}
+    return Stage(CONFLICT, run / "conflict", settings, {"base": base, "mixture": fingerprint(train_rows(run))})
+
+
+def split_stage(recipe: Recipe, run: Path, root: Path, *, conflict: Stage | None) -> Stage:
+    """Groups of datasets under ``root`` (the run folder, or a baseline's). Without ``conflict`` no gradient is read."""
+    settings: dict[str, Any] = {"split": recipe.split.model_dump(mode="json")}
+    if recipe.split.method == "joint":
+        settings["split"] = {"method": "joint"}
+    if recipe.split.method in ("random", "kmeans"):
+        settings["seed"] = recipe.seed
+    inputs = {"mixture": fingerprint(train_rows(run))}
+    if conflict is not None:
+        inputs["conflict"] = conflict.record()["outputs"]["geometry.npz"]["sha256"]
+    return Stage(SPLIT, root / "split", settings, inputs)
+
+
+def branch_stage(recipe: Recipe, run: Path, root: Path, k: int, group: list[str], *, base: str) -> Stage:
+    """Branch ``k``: fine-tuning on ``group`` alone; it depends on no other group."""
+    train = _without(recipe.train.model_dump(mode="json"), "device", "threads", "checkpoint_minutes", "max_length")
+    rows = train_rows(run)
+    settings = {"train": train, "model": _model(recipe), "seed": recipe.seed, "group": sorted(group)}
+    inputs = {"base": base, "datasets": fingerprint({name: rows[name] for name in sorted(group)})}
+    return Stage(f"branch {k}", root / "branches" / str(k), settings, inputs)
+
+
+def merged_stage(recipe: Recipe, root: Path, branches: Mapping[int, Stage], *, base: str) -> Stage:
+    """The merge of the branches that are there."""
+    merge = recipe.merge.model_dump(mode="json")
+    if merge["scale"] != "auto":
+        merge = _without(merge, "scales", "rule")
+    inputs = {"base": base, **{f"branch {k}": model_content(stage) for k, stage in branches.items()}}
+    return Stage(MERGED, root / "merged", {"merge": merge}, inputs)
+
+
+def model_content(stage: Stage) -> str:
+    """Content fingerprint of the model that a done stage wrote (its card aside)."""
+    outputs = stage.record()["outputs"]
+    return fingerprint(
+        {
+            name: facts["sha256"]
+            for name, facts in outputs.items()
+            if name.startswith("model/") and not name.endswith(("README.md", "training_args.bin"))
+        }
+    )
+
+
+def evaluation_stage(recipe: Recipe, run: Path, models: Mapping[str, str]) -> Stage:
+    """Figures of every model in ``models`` (name → content fingerprint) on held-out rows."""
+    evaluate = _without(recipe.evaluate.model_dump(mode="json"), "kept", "kept_folder", "batch_tokens", "suites")
+    outputs = Stage(MIXTURE, run / "mixture", {}).record()["outputs"]
+    rows = {name: facts["sha256"] for name, facts in outputs.items() if name.startswith(("test/", "kept/"))}
+    settings = {"evaluate": evaluate, "model": {"dtype": recipe.model.dtype}, "seed": recipe.seed}
+    return Stage(EVALUATION, run / "evaluation", settings, {**models, "held-out rows": fingerprint(rows)})
