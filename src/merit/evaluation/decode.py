@@ -1,0 +1,175 @@
+"""Batched decoding with a key-value cache: greedy, or sampling at temperature 1 from given uniform numbers.
+
+One loop serves exact match (greedy) and drift (sampling). It is handed a model and token ids and returns token ids; it
+knows no text, no datasets and no files. It does not cover beam search, top-k/top-p or stop strings.
+
+Rows are sorted by length, left-padded, and dropped from the batch as they end. A row's answer does not depend on the rows
+beside it, beyond float rounding: padding is masked, positions count real tokens only, and every row brings its own
+uniform numbers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from merit.errors import CheckpointError
+from merit.models import length_sorted_batches
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["accepts", "context_length", "decode"]
+
+
+def decode(
+    model: Any,
+    prompts: Sequence[np.ndarray],
+    limits: Sequence[int],
+    *,
+    end_tokens: Collection[int],
+    pad_id: int,
+    device: torch.device,
+    batch_tokens: int,
+    uniforms: Sequence[np.ndarray] | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[np.ndarray]:
+    """Continue every prompt until an end token, its limit, or the end of the model's context.
+
+    Args:
+        model: A causal LM in eval mode on ``device``.
+        prompts: Token ids, one non-empty (n,) int array per row.
+        limits: Most new tokens per row, the end token included.
+        end_tokens: Ids that end an answer.
+        pad_id: Id to pad with; masked, so any id will do.
+        device: The model's device.
+        batch_tokens: Padded tokens per batch, prompt and new tokens together.
+        uniforms: For sampling: per row at least ``limit`` numbers in [0, 1), float64; token t of the row is the inverse of
+            the model's cumulative distribution at the row's t-th number. None: greedy.
+        on_batch: Called with the number of rows just finished.
+
+    Returns:
+        New token ids per row, (m,) int64, the end token included where one came. Empty where the prompt fills the
+        context.
+
+    Raises:
+        CheckpointError: The model returns no key-value cache.
+    """
+    import torch
+
+    context = context_length(model)
+    room = np.asarray(limits, dtype=np.int64)
+    lengths = np.asarray([len(prompt) for prompt in prompts], dtype=np.int64)
+    if context is not None:
+        room = np.minimum(room, context - lengths)
+    answers = [np.empty(0, dtype=np.int64) for _ in prompts]
+    todo = np.flatnonzero(room > 0)
+    ends = torch.tensor(sorted(end_tokens), dtype=torch.int64, device=device)
+    with torch.inference_mode():
+        for group in length_sorted_batches(lengths[todo] + room[todo], batch_tokens):
+            rows = todo[group]
+            numbers = None
+            if uniforms is not None:
+                numbers = torch.stack([torch.from_numpy(_fit(uniforms[i], int(room[rows].max()))) for i in rows]).to(
+                    device
+                )
+            tokens = _decode_batch(model, [prompts[i] for i in rows], room[rows], ends, pad_id, device, numbers)
+            for i, new in zip(rows, tokens, strict=True):
+                answers[i] = _cut(new[: room[i]], end_tokens)
+            if on_batch:
+                on_batch(len(rows))
+    return answers
+
+
+def _decode_batch(
+    model: Any,
+    prompts: Sequence[np.ndarray],
+    limits: np.ndarray,
+    ends: torch.Tensor,
+    pad_id: int,
+    device: torch.device,
+    numbers: torch.Tensor | None,
+) -> np.ndarray:
+    """New tokens (B, max(limits)) int64; what follows a row's end token or limit is meaningless."""
+    import torch
+
+    width, steps = max(map(len, prompts)), int(limits.max())
+    ids = np.full((len(prompts), width), pad_id, dtype=np.int64)
+    mask_BT = np.ones((len(prompts), width + steps), dtype=np.int64)
+    for i, prompt in enumerate(prompts):
+        ids[i, width - len(prompt) :] = prompt
+        mask_BT[i, : width - len(prompt)] = 0
+    tokens = torch.full((len(prompts), steps), -1, dtype=torch.int64, device=device)
+    mask = torch.from_numpy(mask_BT).to(device)
+    inputs = torch.from_numpy(ids).to(device)
+    positions = (mask[:, :width].cumsum(dim=1) - 1).clamp(min=0)
+    left = torch.from_numpy(limits).to(device)
+    rows = torch.arange(len(prompts), device=device)
+    options: dict[str, Any] = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
+    takes_positions = accepts(model, "position_ids")
+    cache = None
+    for step in range(steps):
+        if takes_positions:
+            options["position_ids"] = positions
+        output = model(
+            input_ids=inputs,
+            attention_mask=mask[:, : width + step],
+            past_key_values=cache,
+            use_cache=True,
+            **options,
+        )
+        cache = getattr(output, "past_key_values", None)
+        if cache is None:
+            raise CheckpointError(
+                f"{type(model).__name__} returns no key-value cache, so answers cannot be generated with it.",
+                "Set evaluate.exact_match: never and evaluate.drift.prompts: 0; the held-out loss needs no cache.",
+            )
+        logits = output.logits[:, -1]
+        chosen = logits.argmax(dim=-1) if numbers is None else _inverse_cdf(logits, numbers[rows, step])
+        tokens[rows, step] = chosen
+        going = ~torch.isin(chosen, ends) & (left > step + 1)
+        count = int(going.sum())
+        if not count:
+            break
+        inputs, positions = chosen[:, None], positions[:, -1:] + 1
+        if 2 * count <= len(rows):  # at least half have ended: go on with the others only
+            kept = going.nonzero().squeeze(1)
+            cache.batch_select_indices(kept)
+            inputs, positions, mask, left, rows = (t[kept] for t in (inputs, positions, mask, left, rows))
+    return tokens.cpu().numpy()
+
+
+def _inverse_cdf(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Token (B,) where the cumulative softmax of (B, V) logits, in float64, passes (B,) numbers in [0, 1)."""
+    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
+    return (cumulative <= (numbers * cumulative[:, -1])[:, None]).sum(dim=-1).clamp(max=logits.shape[-1] - 1)
+
+
+def _fit(numbers: np.ndarray, steps: int) -> np.ndarray:
+    """The first ``steps`` numbers, padded where the row's own limit is shorter (those are never used)."""
+    return np.pad(numbers[:steps], (0, max(0, steps - len(numbers))))
+
+
+def _cut(tokens: np.ndarray, end_tokens: Collection[int]) -> np.ndarray:
+    """Tokens up to and with the first end token."""
+    found = np.flatnonzero(np.isin(tokens, list(end_tokens)))
+    return tokens[: found[0] + 1] if len(found) else tokens
+
+
+def context_length(model: Any) -> int | None:
+    """Longest sequence that the model's config allows (tokens), None where it names none."""
+    config = model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None)
+    return int(context) if context else None
+
+
+def accepts(model: Any, argument: str) -> bool:
+    """Whether the model's own ``forward`` names this argument (wrappers such as PEFT's hide it)."""
+    while hasattr(model, "module"):
+        model = model.module
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    return argument in inspect.signature(type(model).forward).parameters

@@ -1,0 +1,234 @@
+"""Drift: how far a model has moved from the base on the base's own answers. Needs prompts only, no reference answers.
+
+The base answers held-out prompts by sampling at temperature 1. At every position of those answers, base and model give a
+distribution over the vocabulary; drift is the mean over positions of KL(base‖model) = Σ_v p_base(v) [ln p_base(v) −
+ln p_model(v)], in nats per token. The expectation over the sampled prefixes is Monte Carlo, the divergence at each of them
+is exact (float64), so the figure is never negative, has less variance than ln p_base − ln p_model of the sampled token
+alone, and both estimate the same quantity: KL of whole answers per token, by the chain rule. The base's drift is 0.
+
+Left out: whether a drift is good or bad. A model that learned nothing has none; read it beside what was learned.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from merit.errors import CheckpointError, ResourceError
+from merit.evaluation.decode import decode
+from merit.evaluation.heldout import logits_tokens
+from merit.models import iterate_batches, length_sorted_batches
+
+if TYPE_CHECKING:
+    import torch
+
+    from merit.mixture.encode import EncodedRow
+
+__all__ = ["Reference", "choose_prompts", "measure_drift", "sample_answers"]
+
+_BATCH_LOGITS = 2**26  # entries: 256 MiB of float32 logits per forward pass
+_CHUNK_LOGITS = 2**22  # entries: 32 MiB of float64 per comparison
+
+
+def choose_prompts(rows: Mapping[str, int], count: int, seed: int) -> list[tuple[str, int]]:
+    """Spread ``count`` prompts as evenly over the datasets as their rows allow.
+
+    Datasets take turns in a seeded order, each giving its next row of its own seeded order, so the choice does not depend
+    on the order of ``rows``.
+
+    Args:
+        rows: Number of rows by dataset.
+        count: Prompts wanted; fewer come back where the datasets hold fewer.
+        seed: Seed of both orders.
+
+    Returns:
+        (dataset, row) pairs.
+    """
+    names = sorted(rows)
+    turns = [names[i] for i in np.random.default_rng([seed, 0]).permutation(len(names))]
+    queues = {
+        name: iter(np.random.default_rng([seed, 1, *name.encode()]).permutation(rows[name]).tolist()) for name in names
+    }
+    chosen: list[tuple[str, int]] = []
+    while turns and len(chosen) < count:
+        for name in list(turns):
+            row = next(queues[name], None)
+            if row is None:
+                turns.remove(name)
+            elif len(chosen) < count:
+                chosen.append((name, row))
+    return chosen
+
+
+def sample_answers(
+    model: Any,
+    prompts: Sequence[np.ndarray],
+    longest: int,
+    *,
+    ends: Collection[int],
+    pad_id: int,
+    device: torch.device,
+    batch_tokens: int,
+    seed: int,
+) -> list[np.ndarray]:
+    """One answer per prompt, sampled from the model at temperature 1.
+
+    Every row draws from its own stream, seeded by ``seed`` and the row's place, so batching does not change an answer
+    beyond float rounding.
+
+    Args:
+        model: The base.
+        prompts: Token ids per prompt.
+        longest: Most tokens per answer, the end token included.
+        ends: Ids that end an answer.
+        pad_id: Id to pad with.
+        device: The model's device.
+        batch_tokens: Padded tokens per batch.
+        seed: Seed of the sampling.
+
+    Returns:
+        Token ids per answer; empty where the prompt fills the model's context.
+    """
+    uniforms = [np.random.default_rng([seed, 2, i]).random(longest) for i in range(len(prompts))]
+    return decode(
+        model,
+        prompts,
+        [longest] * len(prompts),
+        end_tokens=ends,
+        pad_id=pad_id,
+        device=device,
+        batch_tokens=batch_tokens,
+        uniforms=uniforms,
+    )
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The base's logits at every position of its sampled answers.
+
+    Attributes:
+        rows: Prompt and answer as one row each, the answer's tokens being the targets; no answer is empty.
+        offsets: (P + 1,) int64; answer i owns positions ``offsets[i]:offsets[i + 1]``.
+        logits: (N, V) float32, in a temporary file that goes with the process.
+    """
+
+    rows: list[EncodedRow]
+    offsets: np.ndarray
+    logits: np.ndarray
+
+    @classmethod
+    def of_base(
+        cls,
+        model: Any,
+        prompts: Sequence[np.ndarray],
+        answers: Sequence[np.ndarray],
+        folder: Path,
+        *,
+        pad_id: int,
+        device: torch.device,
+    ) -> Reference:
+        """Run the base over its own answers and keep its logits.
+
+        Raises:
+            ResourceError: ``folder``'s disk has no room for them.
+        """
+        from merit.mixture.encode import EncodedRow
+
+        rows = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            ids = np.concatenate([prompt, answer]).astype(np.int32)
+            rows.append(EncodedRow(ids, np.arange(len(ids)) >= len(prompt), prompt_length=len(prompt)))
+        offsets = np.concatenate([[0], np.cumsum([len(answer) for answer in answers])]).astype(np.int64)
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        size, free = int(offsets[-1]) * vocabulary * 4, shutil.disk_usage(folder).free
+        if size > free:
+            raise ResourceError(
+                f"Drift keeps the base's logits in a temporary file: {size / 1e9:.1f} GB are needed in {folder}, "
+                f"{free / 1e9:.1f} GB are free.",
+                "Lower evaluate.drift.prompts or evaluate.drift.tokens (0 prompts turn the measure off), or free space.",
+            )
+        with tempfile.TemporaryFile(dir=folder) as file:
+            logits = np.memmap(file, dtype=np.float32, mode="w+", shape=(int(offsets[-1]), vocabulary))
+        reference = cls(rows, offsets, logits)
+        for i, found in reference.passes(model, pad_id, device):
+            logits[offsets[i] : offsets[i + 1]] = found.cpu().numpy()
+        return reference
+
+    def passes(self, model: Any, pad_id: int, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield (answer i, the model's float32 logits at its positions); the same batches for every model."""
+        import torch
+
+        lengths = [len(row.input_ids) for row in self.rows]
+        with torch.inference_mode():
+            for group, batch in iterate_batches(
+                self.rows, length_sorted_batches(lengths, logits_tokens(model, _BATCH_LOGITS)), pad_id, device
+            ):
+                logits = model(
+                    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+                ).logits
+                for b, i in enumerate(group):
+                    row = self.rows[int(i)]
+                    yield int(i), logits[b, row.prompt_length - 1 : len(row.input_ids) - 1].float()
+
+
+def measure_drift(
+    model: Any,
+    reference: Reference,
+    *,
+    pad_id: int,
+    device: torch.device,
+    on_batch: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Exact KL(base‖model) at every position of the base's answers, in float64 from float32 logits.
+
+    Args:
+        model: Any model with the base's vocabulary, in eval mode on ``device``.
+        reference: The base's logits.
+        pad_id: Id to pad with.
+        device: The model's device.
+        on_batch: Called with the number of answers just finished.
+
+    Returns:
+        ``kl`` (mean over tokens, nats), ``top1_agreement`` (share of tokens at which base and model find the same token
+        likeliest), ``tokens``, ``prompts``, and per prompt ``kl_sums`` (nats) and ``token_counts``.
+
+    Raises:
+        CheckpointError: The model's vocabulary has another size, or its logits are not finite.
+    """
+    import torch
+
+    sums, agreed = np.zeros(len(reference.rows)), 0
+    vocabulary = reference.logits.shape[1]
+    step = max(1, _CHUNK_LOGITS // vocabulary)
+    for i, found in reference.passes(model, pad_id, device):
+        if found.shape[-1] != vocabulary:
+            raise CheckpointError(
+                f"The model predicts {found.shape[-1]} tokens and the base {vocabulary}; drift needs the same vocabulary."
+            )
+        for start in range(0, len(found), step):
+            theirs = found[start : start + step]
+            first = int(reference.offsets[i]) + start
+            base = torch.from_numpy(np.array(reference.logits[first : first + len(theirs)])).to(device)
+            log_p, log_q = base.double().log_softmax(dim=-1), theirs.double().log_softmax(dim=-1)
+            terms = torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_q))  # 0 · ln 0 = 0
+            sums[i] += float(terms.sum())
+            agreed += int((base.argmax(dim=-1) == theirs.argmax(dim=-1)).sum())
+        if on_batch:
+            on_batch(1)
+    if not np.isfinite(sums).all():
+        raise CheckpointError("The model's logits on the base's answers are not finite.")
+    counts = np.diff(reference.offsets)
+    return {
+        "kl": float(sums.sum() / counts.sum()),
+        "top1_agreement": agreed / int(counts.sum()),
+        "tokens": int(counts.sum()),
+        "prompts": len(counts),
+        "kl_sums": sums.tolist(),
+        "token_counts": counts.tolist(),
+    }

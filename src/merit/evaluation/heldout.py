@@ -1,0 +1,167 @@
+"""Held-out loss per target token and exact match of greedy answers: what a model does with rows it was not trained on.
+
+**Loss** (nats per target token): the training loss of :func:`merit.models.target_losses`, summed over a dataset's target
+tokens and divided by their number, so a dataset's figure weighs tokens; the macro average over datasets weighs datasets.
+**Exact match** (share of rows): the greedy answer to the row's last prompt equals its reference after
+:func:`merit.evaluation.text.normalise`. It is measured where answers are short enough for equality to mean something.
+
+It is handed a model and rows. It chooses no files, averages over nothing but a dataset, and compares no models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from merit.evaluation.decode import decode
+from merit.models import iterate_batches, length_sorted_batches, target_losses
+
+if TYPE_CHECKING:
+    import torch
+
+    from merit.mixture.encode import EncodedRow
+
+__all__ = ["answer_lengths", "answer_limit", "end_tokens", "greedy_answers", "is_short_answer", "row_losses"]
+
+LIMIT_MARGIN = 4
+"""Tokens that a greedy answer may run past its dataset's longest reference: another spelling of it may be longer."""
+SHORT_SHARE = 0.9
+"""Share of a dataset's answers that must be short for it to count as a short-answer dataset."""
+LOGITS_BUDGET = 2**29
+"""Most logits of one batch (float32 entries, 2 GiB): a large vocabulary makes batches smaller than ``batch_tokens``."""
+
+
+def row_losses(
+    model: Any,
+    rows: Sequence[EncodedRow],
+    *,
+    pad_id: int,
+    device: torch.device,
+    batch_tokens: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Loss of every row, in length-sorted batches.
+
+    Args:
+        model: A causal LM in eval mode on ``device``.
+        rows: Rows of any datasets, mixed.
+        pad_id: Id to pad with.
+        device: The model's device.
+        batch_tokens: Padded tokens per batch; the result depends on it by float rounding only.
+        on_batch: Called with the number of rows just finished.
+
+    Returns:
+        Summed target-token loss per row (N,) float64 in nats, and target tokens per row (N,) int64.
+    """
+    import torch
+
+    losses, counts = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
+    lengths = [len(row.input_ids) for row in rows]
+    batches = length_sorted_batches(lengths, min(batch_tokens, logits_tokens(model)))
+    with torch.inference_mode():
+        for group, batch in iterate_batches(rows, batches, pad_id, device):
+            loss, count = target_losses(model, batch)
+            losses[group], counts[group] = loss.double().cpu().numpy(), count.cpu().numpy()
+            if on_batch:
+                on_batch(len(group))
+    return losses, counts
+
+
+def logits_tokens(model: Any, budget: int = LOGITS_BUDGET) -> int:
+    """Tokens of a batch whose logits over the whole vocabulary stay within ``budget`` entries."""
+    return max(1, budget // int(model.config.get_text_config().vocab_size))
+
+
+def greedy_answers(
+    model: Any,
+    rows: Sequence[EncodedRow],
+    limits: Sequence[int],
+    tokenizer: Any,
+    *,
+    ends: Collection[int],
+    device: torch.device,
+    batch_tokens: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[str]:
+    """The model's greedy answer to every row's last prompt, as text without special tokens.
+
+    Args:
+        model: A causal LM in eval mode on ``device``.
+        rows: Rows with ``prompt_length``.
+        limits: Most new tokens per row.
+        tokenizer: Decodes the answers.
+        ends: Ids that end an answer, from :func:`end_tokens`.
+        device: The model's device.
+        batch_tokens: Padded tokens per batch.
+        on_batch: Called with the number of rows just finished.
+    """
+    answers = decode(
+        model,
+        [row.input_ids[: row.prompt_length] for row in rows],
+        limits,
+        end_tokens=ends,
+        pad_id=tokenizer.pad_token_id,
+        device=device,
+        batch_tokens=batch_tokens,
+        on_batch=on_batch,
+    )
+    return [_text(tokenizer, answer) for answer in answers]
+
+
+def answer_lengths(rows: Sequence[EncodedRow], max_length: int) -> np.ndarray:
+    """Target tokens of every row's last answer (N,), its end token included; ``max_length`` where the row was cut."""
+    return np.asarray(
+        [max_length if row.truncated else int(row.targets[row.prompt_length :].sum()) for row in rows], dtype=np.int64
+    )
+
+
+def is_short_answer(lengths: np.ndarray, longest: int) -> bool:
+    """Whether at least nine in ten answers have at most ``longest`` tokens, not counting the end token."""
+    return len(lengths) > 0 and float(np.mean(lengths - 1 <= longest)) >= SHORT_SHARE
+
+
+def answer_limit(lengths: np.ndarray, max_new_tokens: int) -> int:
+    """Most new tokens of a greedy answer: the setting, or a little over the dataset's longest reference if that is less."""
+    return int(min(max_new_tokens, lengths.max() + LIMIT_MARGIN))
+
+
+def end_tokens(datasets: Mapping[str, Sequence[EncodedRow]], tokenizer: Any, per_dataset: int = 8) -> tuple[int, ...]:
+    """Ids that end an answer: the tokenizer's end of sequence, and what the chat template puts after an answer.
+
+    The latter is read off the rows: of the target tokens that follow the answer's text, the first special one, else the
+    last. A row whose tokens do not spell its answer (cut, or with characters that the tokenizer cannot write) counts only
+    if its last target is a special token.
+
+    Args:
+        datasets: Rows per dataset; the first ``per_dataset`` of each are looked at.
+        tokenizer: The rows' tokenizer.
+        per_dataset: Rows to look at.
+
+    Returns:
+        Sorted ids.
+    """
+    special = set(tokenizer.all_special_ids)
+    special |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ends = {int(tokenizer.eos_token_id)}
+    for rows in datasets.values():
+        for i in range(min(per_dataset, len(rows))):
+            row = rows[i]
+            answer = row.input_ids[row.prompt_length :][row.targets[row.prompt_length :]]
+            wanted = row.answer.strip()
+            if row.truncated or not len(answer):
+                continue
+            if not wanted or _text(tokenizer, answer).strip() != wanted:
+                ends |= {int(answer[-1])} & special
+                continue
+            size = len(answer)
+            while size > 1 and _text(tokenizer, answer[: size - 1]).strip() == wanted:
+                size -= 1
+            tail = [int(token) for token in answer[size:]]
+            ends |= set([token for token in tail if token in special][:1] or tail[-1:])
+    return tuple(sorted(ends))
+
+
+def _text(tokenizer: Any, tokens: np.ndarray) -> str:
+    return tokenizer.decode(tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)

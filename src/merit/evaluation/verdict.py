@@ -1,0 +1,214 @@
+"""The verdict: a summary's figures as a few plain sentences, learned and kept side by side. Pure: a dict in, text out.
+
+It says no more than the intervals allow: "better" and "worse" only where the 95 % interval leaves out zero, "no clear
+difference" otherwise. It never ranks by one column: a merged model commonly has a higher loss on the training mixture than
+joint training and still does better elsewhere (Choi & Kim 2026, §3 and Appendix B), so the mixture alone would mislead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = ["verdict"]
+
+_NAMES = {
+    "base": "the base",
+    "joint": "joint training",
+    "random": "the random split",
+    "kmeans": "the k-means split",
+    "conflict_induced": "the conflict-induced split",
+    "raw_pca": "the raw-gradient PCA split",
+    "pca": "the PCA split",
+}
+_METRICS = {"loss": "loss", "exact_match": "exact match", "drift": "drift from the base"}
+_BY_CONFLICT = ("pca", "raw_pca", "kmeans")
+
+_MERGING = "nothing here speaks for merging"
+
+Comparisons = Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+def verdict(summary: Mapping[str, Any]) -> list[str]:
+    """Short plain-language sentences: what was learned, what was kept, how the two go together, and how sure that is.
+
+    Args:
+        summary: From :func:`merit.evaluation.summary.summarise`, with or without its own ``verdict``.
+    """
+    averages = summary["macro"]
+    if "merged" not in averages:
+        return ["No merged model was measured, so nothing is compared."]
+    ours = averages["merged"]
+    if not any(ours[part] for part in ("mixture", "kept", "drift")):
+        return ["Nothing was measured: there are no held-out rows, no kept sets and no drift prompts."]
+    others = list(dict.fromkeys(item["other"] for item in summary["paired"]))
+    by_other = {name: [item for item in summary["paired"] if item["other"] == name] for name in others}
+    baselines = [name for name in others if name != "base"]
+    sentences = [
+        *_learned(averages, by_other, baselines),
+        *_kept(averages, by_other, baselines),
+        *_both_columns(averages, summary["method"]),
+    ]
+    for name in baselines:
+        sentences.append(_call(name, by_other[name], summary["method"]))
+    sentences.append(_caution(summary))
+    return sentences
+
+
+def _learned(averages: Mapping[str, Any], by_other: Comparisons, baselines: Sequence[str]) -> list[str]:
+    ours, base = averages["merged"]["mixture"], averages["base"]["mixture"]
+    if not ours or not base:
+        return ["Learned: not measured; the mixture has no held-out rows, or evaluate.heldout is off."]
+    items = [item for item in by_other.get("base", ()) if item["part"] == "mixture"]
+    figures = [f"loss {base['loss']:.3f} → {ours['loss']:.3f} nats/token"]
+    if ours["exact_match"] is not None and base["exact_match"] is not None:
+        figures.append(f"exact match {base['exact_match']:.3f} → {ours['exact_match']:.3f}")
+    sentences = [f"Learned ({_count(ours)}, base → merged): {', '.join(figures)}. {_outcomes('the base', items)}"]
+    sides = {_side(items)}
+    if sides <= {"=", "-"}:
+        sentences[0] += " So there is no clear sign that the merged model learned this mixture."
+    for name in baselines:
+        if items := [item for item in by_other[name] if item["part"] == "mixture"]:
+            sentences.append(f"Learned, merged against {_NAMES.get(name, name)}: {_outcomes(None, items)}")
+    return sentences
+
+
+def _kept(averages: Mapping[str, Any], by_other: Comparisons, baselines: Sequence[str]) -> list[str]:
+    shown = ["base", *baselines, "merged"]
+    figures = []
+    for metric, label, digits in (("loss", "loss", 3), ("exact_match", "exact match", 3)):
+        values = {name: (averages[name]["kept"] or {}).get(metric) for name in shown}
+        if values["merged"] is not None:
+            figures.append(f"{label} " + _list(values, digits))
+    moved = {name: (averages[name]["drift"] or {}).get("kl") for name in shown}
+    if moved["merged"] is not None:
+        figures.append("drift in nats/token " + _list(moved, 4))
+    if not figures:
+        return ["Kept: not measured; give evaluate.kept_folder, or evaluate.drift.prompts above 0."]
+    kept = averages["merged"]["kept"]
+    where = _count(kept) if kept else "drift on the base's own answers; no kept sets were given"
+    sentences = [f"Kept ({where}): {'; '.join(figures)}."]
+    for name in ("base", *baselines):
+        if items := [item for item in by_other.get(name, ()) if item["part"] == "kept"]:
+            sentences.append(f"Kept, merged against {_NAMES.get(name, name)}: {_outcomes(None, items)}")
+    return sentences
+
+
+def _both_columns(averages: Mapping[str, Any], method: str) -> list[str]:
+    text = (
+        "Read both together: a merged model commonly has a higher loss on the training mixture than joint training and "
+        "still does better elsewhere, and the base itself keeps everything and learns nothing, so neither column decides "
+        "alone."
+    )
+    joint, ours = (averages.get(name, {}).get("mixture") for name in ("joint", "merged"))
+    if joint and ours and method != "joint":
+        gap = ours["loss"] - joint["loss"]
+        side = "above" if gap > 0 else "below"
+        text += f" Here the merged model's mixture loss is {abs(gap):.3f} nats/token {side} joint's."
+    return [text]
+
+
+def _call(name: str, items: Sequence[Mapping[str, Any]], method: str) -> str:
+    """The bottom line of one comparison, from both columns."""
+    learned = _side([item for item in items if item["part"] == "mixture"])
+    kept = _side([item for item in items if item["part"] == "kept"])
+    other = _NAMES.get(name, name)
+    if "?" in (learned, kept) and not {learned, kept} & {"+", "-", "±"}:
+        return f"Against {other}: too little was measured in one of the two columns to call a difference."
+    calls = {
+        ("+", "+"): "the merged model did better on both: it learned more and kept more.",
+        ("+", "="): "the merged model learned more, with no clear difference in what was kept.",
+        ("=", "+"): "the merged model kept more, with no clear difference in what was learned.",
+        ("-", "+"): "a trade: the merged model learned less of the mixture and kept more of the base.",
+        ("+", "-"): "a trade: the merged model learned more of the mixture and kept less of the base.",
+        ("=", "="): "no clear difference, neither in what was learned nor in what was kept.",
+        (
+            "-",
+            "=",
+        ): f"{other} learned more, with no clear difference in what was kept: {_MERGING}.",
+        (
+            "=",
+            "-",
+        ): f"{other} kept more, with no clear difference in what was learned: {_MERGING}.",
+        ("-", "-"): f"{other} did better on both: it learned more and kept more.",
+    }
+    if (learned, kept) in calls:
+        text = calls[learned, kept]
+    else:
+        text = f"{_words(learned, 'learned')}, and {_words(kept, 'kept')}; this is no verdict for either."
+    text = text.replace(_MERGING, _MERGING if name == "joint" else "nothing here speaks for the run's own split")
+    if name == "random" and method in _BY_CONFLICT and {learned, kept} <= {"=", "-"}:
+        did = "better" if "-" in (learned, kept) else "as well"
+        text += f" Splitting by conflict did not matter here: the random split did {did}."
+    return f"Against {other}: {text}"
+
+
+def _words(side: str, what: str) -> str:
+    return {
+        "+": f"the merged model {what} more",
+        "-": f"the merged model {what} less",
+        "=": f"there is no clear difference in what was {what}",
+        "±": f"the measures of what was {what} disagree",
+        "?": f"what was {what} was not measured on enough data to say",
+    }[side]
+
+
+def _side(items: Sequence[Mapping[str, Any]]) -> str:
+    """One column's measures together: + (merged better in one, worse in none), -, ± (they disagree), =, ? (no data)."""
+    outcomes = {item["outcome"] for item in items}
+    if {"better", "worse"} <= outcomes:
+        return "±"
+    if "better" in outcomes:
+        return "+"
+    if "worse" in outcomes:
+        return "-"
+    return "=" if "unclear" in outcomes else "?"
+
+
+def _outcomes(other: str | None, items: Sequence[Mapping[str, Any]]) -> str:
+    """Each measure's difference with its interval and what may be said of it."""
+    parts = []
+    for item in items:
+        digits = 4 if item["metric"] == "drift" else 3
+        text = f"{_METRICS[item['metric']]} {item['difference']:+.{digits}f}"
+        unit = "answers" if item["metric"] == "drift" else "datasets"
+        if item["outcome"] == "few":
+            text += f" ({item['units']} {unit}: too few to compare)"
+        else:
+            low, high = item["ci95"]
+            said = {"better": "better", "worse": "worse", "unclear": "no clear difference"}[item["outcome"]]
+            text += f" (95 % CI {low:+.{digits}f} to {high:+.{digits}f}: {said})"
+        parts.append(text)
+    start = f"Difference from {other}: " if other else ""
+    return f"{start}{', '.join(parts)}." if parts else ""
+
+
+def _count(average: Mapping[str, Any]) -> str:
+    n = average["datasets"]
+    text = f"mean over {n} held-out dataset{'s' if n != 1 else ''}"
+    if average["exact_match"] is not None and average["exact_match_datasets"] != n:
+        text += f", exact match over {average['exact_match_datasets']}"
+    return text
+
+
+def _list(values: Mapping[str, float | None], digits: int) -> str:
+    return ", ".join(f"{name} {value:.{digits}f}" for name, value in values.items() if value is not None)
+
+
+def _caution(summary: Mapping[str, Any]) -> str:
+    counts = {item["metric"]: item["units"] for item in summary["paired"] if item["part"] == "mixture"}
+    kept = {item["metric"]: item["units"] for item in summary["paired"] if item["part"] == "kept"}
+    over = []
+    if "loss" in counts:
+        over.append(f"{counts['loss']} mixture datasets")
+    if "loss" in kept:
+        over.append(f"{kept['loss']} kept datasets")
+    if "drift" in kept:
+        over.append(f"{kept['drift']} answers of the base")
+    text = "Caution: one training seed. "
+    if over:
+        text += f"The intervals are over {', '.join(over)}; "
+        text += "another seed or another mixture can differ by more than they show."
+    else:
+        text += "Another seed or another mixture can differ."
+    return text
