@@ -2,7 +2,8 @@
 
 ::
 
-    sources.py        which datasets a recipe means, and their rows
+    sources.py        which datasets a recipe means
+    reading.py        their rows, each with its place
     formats.py        messages, prompt/completion, Alpaca, ShareGPT -> one chat form
     encode.py         chat -> token ids + targets; EncodedDataset, one Parquet file
     representable.py  which characters a tokenizer cannot represent

@@ -89,6 +89,7 @@ class ChatEncoder:
         self.template, self.template_source = _training_template(tokenizer)
         added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self._added = "|".join(re.escape(token) for token in added) or r"(?!)"
+        self._pattern, self._pattern_size = re.compile(r"(?!)"), 0
 
     def encode(self, chats: Sequence[Chat]) -> list[EncodedRow | DropReason]:
         """Encode chats, in order; a row that cannot be used comes back as the reason why.
@@ -200,7 +201,11 @@ class ChatEncoder:
         dropped = self.inventory.dropped(text)
         if not dropped:
             return text, spans
-        pattern = re.compile(f"({self._added})|[{re.escape(''.join(sorted(dropped)))}]")
+        known = self.inventory.all_dropped
+        if len(known) != self._pattern_size:  # characters are learned as they appear; the pattern covers all of them
+            self._pattern = re.compile(f"({self._added})|[{re.escape(''.join(sorted(known)))}]")
+            self._pattern_size = len(known)
+        pattern = self._pattern
         pieces, new_spans, position, length = [], [], 0, 0
         for start, end in spans:
             for is_span, piece in ((False, text[position:start]), (True, text[start:end])):

@@ -22,7 +22,8 @@ from merit.errors import MixtureError
 from merit.mixture.calibration import draw
 from merit.mixture.encode import ChatEncoder, EncodedDataset, EncodedRow
 from merit.mixture.formats import BadRow, Chat, RowFormat, to_chat
-from merit.mixture.sources import Part, Source, as_row, bad_row_error, discover, discover_kept, refuse_shared_names
+from merit.mixture.reading import Part
+from merit.mixture.sources import Source, as_row, bad_row_error, discover, discover_kept, refuse_shared_names
 from merit.recipe import Recipe
 
 Split = Literal["train", "test", "kept"]
@@ -206,12 +207,16 @@ class _Stage:
         if over and self.settings.unrepresentable.action != "warn":
             return self._leave_out(counts)
         if not part.rows:
+            hints = {
+                "answer_lost": "answer_lost: the base's tokenizer cannot represent the answers; leave the dataset out with "
+                "mixture.exclude or mixture.unrepresentable.action: leave_out.",
+                "no_target_after_truncation": "no_target_after_truncation: the prompts alone fill train.max_length "
+                f"({self.max_length} tokens); raise it, or leave the dataset out with mixture.exclude.",
+            }
             raise MixtureError(
                 f"Dataset {source.name}: no row of {source.train.where} has a target left ({_listing(part.dropped)}).",
-                "answer_lost: the base's tokenizer cannot represent the answers; use mixture.exclude, or "
-                "mixture.unrepresentable.action: leave_out.",
-                "no_target_after_truncation: the prompts alone fill train.max_length "
-                f"({self.max_length} tokens); raise it, or exclude the dataset.",
+                *(hint for reason, hint in hints.items() if part.dropped[reason]),
+                "Nothing was written.",
             )
         counts.rows, counts.rows_dropped = len(part.rows), dict(sorted(part.dropped.items()))
         counts.rows_over_budget = part.over_budget

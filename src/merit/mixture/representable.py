@@ -36,6 +36,11 @@ class CharacterInventory:
         self._learn(characters - self._seen)
         return characters & self._dropped
 
+    @property
+    def all_dropped(self) -> set[str]:
+        """Every character seen so far that yields no token."""
+        return self._dropped
+
     def lost(self, texts: Iterable[str]) -> set[str]:
         """The characters of ``texts`` that are dropped or unknown; pure control and format characters do not count."""
         characters: set[str] = set().union(*texts)

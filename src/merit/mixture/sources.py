@@ -1,19 +1,12 @@
 """Where a mixture's rows come from: folders, files, one file cut by a column, hub datasets.
 
-It finds the datasets that a recipe means, in an order that no file system decides, and reads their rows through the
-``datasets`` library without writing into anybody's cache. Text stays as it stands in the file: JSON Lines are read as
-lines and CSV cells as text, because type inference turns answers such as ``2020-01-01``, ``007`` or ``None`` into other
-things. It does not know what a row means (:mod:`merit.mixture.formats`) and tokenises nothing.
+It finds the datasets that a recipe means, in an order that no file system decides, and checks them. It reads no row
+itself (:mod:`merit.mixture.reading`), does not know what a row means (:mod:`merit.mixture.formats`) and tokenises nothing.
 """
 
 from __future__ import annotations
 
-import csv
-import glob
-import json
-import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import islice
@@ -22,41 +15,12 @@ from typing import Any
 
 from merit.errors import MixtureError, nearest
 from merit.mixture.formats import BadRow, RowFormat, describe_formats, recognise, to_chat
+from merit.mixture.reading import Part
 from merit.recipe import DataFormat, DatasetSettings, EvaluateSettings, MixtureSettings, Recipe
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,119}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-
-
-@dataclass(frozen=True)
-class Part:
-    """The training rows, or the test rows, of one dataset.
-
-    Attributes:
-        where: File, folder or hub id, for messages and records.
-        files: Local files, in the order read.
-        hub: (id, configuration, split) of a hub dataset.
-        rows: Rows read already, each with its place; for datasets cut out of one file.
-    """
-
-    where: str
-    files: tuple[Path, ...] = ()
-    hub: tuple[str, str | None, str] | None = None
-    rows: tuple[tuple[str, Any], ...] | None = None
-
-    def read(self) -> Iterator[tuple[str, Any]]:
-        """Yield (place, row): the place is file and line (or row number, from 1) as an error message needs it.
-
-        Raises:
-            MixtureError: A file cannot be read or parsed; JSON errors say the line.
-        """
-        if self.rows is not None:
-            yield from self.rows
-        elif self.hub is not None:
-            yield from _read_hub(*self.hub)
-        for file in self.files:
-            yield from _read_file(file)
 
 
 @dataclass(frozen=True)
@@ -403,131 +367,3 @@ def _nearby(path: Path) -> str:
         if names
         else f" {parent} is empty."
     )
-
-
-# -- reading ----------------------------------------------------------------------------------------------------------
-
-
-def _datasets() -> Any:
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    import datasets
-
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-    return datasets
-
-
-def _read_file(file: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        if file.suffix == ".jsonl":
-            yield from _json_lines(file, _lines(file))
-        elif file.suffix == ".json":
-            yield from _json_document(file)
-        else:
-            yield from _table(file)
-    except (MixtureError, GeneratorExit):
-        raise
-    except UnicodeDecodeError as error:
-        raise MixtureError(
-            f"{file} is not UTF-8 text: {error.reason} at byte {error.start}.", "Save it as UTF-8."
-        ) from None
-    except Exception as error:  # each reader has its own errors; the file is what the user can mend
-        first = str(error).strip().split("\n", 1)[0]
-        raise MixtureError(f"{file} cannot be read as {file.suffix[1:]}: {type(error).__name__}: {first}") from error
-
-
-def _stream(kind: str, file: Path, **options: Any) -> Iterator[dict[str, Any]]:
-    """Rows of one local file through the ``datasets`` library, streamed: nothing is copied into a cache."""
-    stream = _datasets().load_dataset(kind, data_files=glob.escape(str(file)), split="train", streaming=True, **options)
-    for batch in stream.with_format("arrow").iter(batch_size=1000):
-        yield from batch.to_pylist()
-
-
-def _lines(file: Path) -> Iterator[str]:
-    if file.stat().st_size:
-        for row in _stream("text", file, encoding="utf-8-sig"):
-            yield row["text"]
-
-
-def _json_lines(file: Path, lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise MixtureError(
-                f"{file}: malformed JSON at line {number}: {error.msg} (column {error.colno}): {_excerpt(line, error.pos)}",
-                "Expected one JSON object per line.",
-            ) from None
-        yield f"{file}, line {number}", row
-
-
-def _json_document(file: Path) -> Iterator[tuple[str, Any]]:
-    text = "\n".join(_lines(file))
-    if not text.strip():
-        return
-    try:
-        document = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # JSON Lines under another name
-            yield from _json_lines(file, iter(text.split("\n")))
-            return
-        line = text.split("\n")[error.lineno - 1]
-        raise MixtureError(
-            f"{file}: malformed JSON at line {error.lineno}: {error.msg} (column {error.colno}): "
-            f"{_excerpt(line, error.colno - 1)}",
-            "Expected a list of objects, or one object per line.",
-        ) from None
-    if isinstance(document, dict) and recognise(document):
-        document = [document]
-    if not isinstance(document, list):
-        raise MixtureError(f"{file}: expected a list of objects; found {type(document).__name__}.")
-    for number, row in enumerate(document, start=1):
-        yield f"{file}, row {number}", row
-
-
-def _table(file: Path) -> Iterator[tuple[str, Any]]:
-    if not file.stat().st_size:
-        return
-    options: dict[str, Any] = {}
-    if file.suffix == ".csv":
-        datasets = _datasets()
-        with file.open(encoding="utf-8-sig", newline="") as handle:
-            header = next(csv.reader(handle), [])
-        twice = sorted({column for column in header if header.count(column) > 1})
-        if twice:
-            raise MixtureError(f"{file}: the column {twice[0]!r} stands twice in the header.")
-        options = {
-            "features": datasets.Features({column: datasets.Value("string") for column in header}),
-            "keep_default_na": False,
-            "na_filter": False,
-            "encoding": "utf-8-sig",
-        }
-    for number, row in enumerate(_stream(file.suffix[1:], file, **options), start=1):
-        yield f"{file}, row {number}", row
-
-
-def _read_hub(name: str, subset: str | None, split: str) -> Iterator[tuple[str, Any]]:
-    datasets = _datasets()
-    if datasets.config.HF_HUB_OFFLINE:
-        raise MixtureError(
-            f"{name} is no file or folder here, and the hub is switched off (HF_HUB_OFFLINE).",
-            "Give a path that exists, or go online.",
-        )
-    try:
-        table = datasets.load_dataset(name, subset, split=split)
-    except Exception as error:
-        first = str(error).strip().split("\n", 1)[0]
-        raise MixtureError(
-            f"The hub dataset {name} (configuration {subset}, split {split}) cannot be read: "
-            f"{type(error).__name__}: {first}",
-            "If a local file was meant: it does not exist.",
-        ) from error
-    for number, row in enumerate(table, start=1):
-        yield f"{name} [{split}], row {number}", row
-
-
-def _excerpt(line: str, position: int) -> str:
-    start = max(0, position - 30)
-    text = line[start : position + 30]
-    return repr(("..." if start else "") + text + ("..." if position + 30 < len(line) else ""))
