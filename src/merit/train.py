@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merit.errors import Interrupted, RecipeError, ResourceError, RunFolderError, TrainingError, nearest
-from merit.run_folder import differences, write_text
+from merit.run_folder import differences
 
 if TYPE_CHECKING:
     import torch
@@ -154,13 +154,13 @@ def train_branch(
         Interrupted: Stopped by SIGTERM or SIGINT after writing a checkpoint.
     """
     _silence()
-    check_trainer_options(recipe)
     _refuse_distributed()
+    check_trainer_options(recipe)
     import torch
     from datasets import Dataset
 
     from merit.models import limit_threads, load_model, save_branch, trainable_parameters
-    from merit.trainer import EpochOrder, GroupRows, GroupTrainer, StepCollator, StopRequest, newest_checkpoint
+    from merit.trainer import LOG, EpochOrder, GroupRows, GroupTrainer, StepCollator, StopRequest, newest_checkpoint
 
     threads = limit_threads(threads)
     rows = GroupRows(datasets)
@@ -173,8 +173,8 @@ def train_branch(
     checkpoints = folder / "checkpoints"
     start = newest_checkpoint(checkpoints)
     totals, resumed_from = _go_on_from(start, provenance)
-    _clear_leftovers(folder)
-    _trim_log(folder / "log.jsonl", resumed_from[-1] if resumed_from else 0)
+    log = folder / LOG
+    _start_clean(folder, start)
     provenance["resumed_from"] = json.dumps(resumed_from)
     args = _training_arguments(recipe, checkpoints, cpu=device.type == "cpu")
     args.n_gpu  # noqa: B018  finds the devices; the next line keeps one of them
@@ -185,7 +185,7 @@ def train_branch(
             raise TrainingError("model.trainable leaves no parameter to train.")
         trainer = GroupTrainer(
             order=EpochOrder(len(rows), seed),
-            log_path=folder / "log.jsonl",
+            log_path=log,
             totals=totals,
             provenance=provenance,
             stop=stop,
@@ -220,7 +220,7 @@ def train_branch(
         "rows": len(rows),
         "seconds": round(totals.seconds, 3),
         "peak_memory_bytes": totals.peak_memory_bytes,
-        "final_loss": _final_loss(folder / "log.jsonl", steps),
+        "final_loss": _final_loss(log, steps),
         "threads": threads,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "resumed_from": resumed_from,
@@ -280,10 +280,17 @@ def _refuse_distributed() -> None:
         )
 
 
-def _clear_leftovers(folder: Path) -> None:
+def _start_clean(folder: Path, start: Path | None) -> None:
+    """Remove what an earlier attempt left, and set the log back to the checkpoint's."""
+    from merit.trainer import LOG
+
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("model", ".model.partial"):
         shutil.rmtree(folder / name, ignore_errors=True)
+    if start is not None:
+        shutil.copyfile(start / LOG, folder / LOG)
+    else:
+        (folder / LOG).write_bytes(b"")
 
 
 def _go_on_from(start: Path | None, provenance: Mapping[str, str]) -> tuple[Totals, list[int]]:
@@ -304,17 +311,6 @@ def _go_on_from(start: Path | None, provenance: Mapping[str, str]) -> tuple[Tota
             "Nothing was changed.",
         )
     return Totals(**marker["totals"]), [*resumed_from, marker["step"]]
-
-
-def _trim_log(log: Path, step: int) -> None:
-    """Drop log lines after ``step``, and a last line that was cut short."""
-    kept = []
-    if step and log.exists():
-        for line in log.read_text(encoding="utf-8").splitlines(keepends=True):
-            if not line.endswith("\n") or json.loads(line)["step"] > step:
-                break
-            kept.append(line)
-    write_text(log, "".join(kept))
 
 
 def _final_loss(log: Path, steps: int) -> float:

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from merit.mixture.encode import EncodedRow
 
 MARKER = "complete.json"
+LOG = "log.jsonl"
 _WEIGHTS = "trainable.safetensors"
 _FLUSH_SECONDS = 0.5
 _FP16_SKIPS = 25
@@ -157,7 +158,7 @@ class GroupTrainer(SFTTrainer):
 
     Args:
         order: Row order of each epoch.
-        log_path: ``log.jsonl``: one line per optimizer step; a resumed run first drops the lines after its checkpoint.
+        log_path: One JSON line per optimizer step; every checkpoint keeps a copy.
         totals: Counts to go on from.
         provenance: Kept in every checkpoint's marker.
         stop: When asked, a checkpoint is written after the step at hand and training ends.
@@ -251,10 +252,10 @@ class GroupTrainer(SFTTrainer):
                 warnings.simplefilter("ignore")  # stepping the schedule before the optimizer is meant here
                 self.lr_scheduler = get_scheduler(
                     self.args.lr_scheduler_type,
-                    optimizer=optimizer or self.optimizer,
+                    optimizer=optimizer or self.optimizer,  # type: ignore[arg-type]
                     num_warmup_steps=warmup + 1,
                     num_training_steps=num_training_steps + 1,
-                    scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
+                    scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,  # type: ignore[arg-type]
                 )
                 self.lr_scheduler.step()
             self._created_lr_scheduler = True
@@ -327,6 +328,7 @@ class GroupTrainer(SFTTrainer):
         folder = self._checkpoints / f"checkpoint-{self.state.global_step}"
         shutil.rmtree(folder, ignore_errors=True)
         super(SFTTrainer, self)._save_checkpoint(model, trial)
+        shutil.copyfile(self._log_path, folder / LOG)
         files = sorted(path for path in folder.iterdir() if path.is_file())
         for path in files:
             _sync(path)
