@@ -1,0 +1,167 @@
+"""Count sketch of a gradient that is never held as a whole: signs and buckets from a hash, folded parameter by parameter.
+
+Pure tensor maths: which bucket and which sign an entry gets, and how a gradient is added. It knows no model and no files.
+
+Entry i of the parameter called ``name`` goes to bucket (o(i div B) + i mod B) mod m with sign σ(i) = ±1, where the offset o
+of a block of B entries and the signs are counter-based hashes (SplitMix64's finalizer) of (seed, name, counter): no random
+array is stored, and CPU and GPU compute identical bits. A sketch is linear in the gradient, so micro-batches and parameters
+simply add. For g, h sketched with one seed, and signs and offsets independent,
+
+    E⟨Sg, Sh⟩ = ⟨g, h⟩
+    Var⟨Sg, Sh⟩ = 1/m · Σ (g_i² h_j² + g_i h_i g_j h_j) over pairs i ≠ j of *different* blocks  ≤  (‖g‖²‖h‖² + ⟨g,h⟩²) / m
+
+the bound being that of the plain count sketch: only pairs inside one block are left out, since they never collide. Blocks
+exist because a run of B neighbouring buckets costs one hash and stays in the processor's cache; B is small so that
+collisions of many pairs at once, which fatten the tail but not the variance, stay rare.
+
+Source: Charikar, Chen & Farach-Colton 2002 (count sketch); Weinberger et al. 2009 (inner products under feature hashing);
+Steele, Lea & Flood 2014 (SplitMix).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+__all__ = ["BLOCK", "Sketch", "buckets", "fold", "signs"]
+
+BLOCK = 256
+"""Entries that share one offset hash (fewer where the sketch itself is smaller)."""
+
+_CPU_CHUNK = 2**16
+_CUDA_CHUNK = 2**24
+_GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_SIGN_BIT = -(2**31)
+
+
+def _signed(value: int) -> int:
+    """The int64 with the same 64 bits."""
+    return value - 2**64 if value >= 2**63 else value
+
+
+@lru_cache(maxsize=8192)
+def _key(seed: int, name: str, purpose: str) -> int:
+    digest = hashlib.blake2b(f"{seed}\0{name}\0{purpose}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def _hash(counters: torch.Tensor, key: int) -> torch.Tensor:
+    """SplitMix64 of int64 counters; int64 arithmetic wraps alike on every device."""
+    z = counters * _signed(_GOLDEN) + key
+    z = (z ^ ((z >> 30) & (2**34 - 1))) * _signed(_MIX1)
+    z = (z ^ ((z >> 27) & (2**37 - 1))) * _signed(_MIX2)
+    return z ^ ((z >> 31) & (2**33 - 1))
+
+
+def _sign_words(name: str, seed: int, start: int, count: int, device: torch.device) -> torch.Tensor:
+    """Words of 32 sign bits for entries ``start`` .. ``start + count`` (start a multiple of 64), int32."""
+    first, words = start // 64, -(-count // 64)
+    counters = torch.arange(first, first + words, dtype=torch.int64, device=device)
+    return _hash(counters, _key(seed, name, "sign")).view(torch.int32)
+
+
+def signs(name: str, start: int, count: int, seed: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Signs ±1 (count,) float32 of entries ``start`` .. ``start + count`` of parameter ``name``."""
+    begin = start - start % 64
+    words = _sign_words(name, seed, begin, start - begin + count, torch.device(device))
+    bits = (words[:, None] >> torch.arange(32, dtype=torch.int32, device=words.device)) & 1
+    return 1.0 - 2.0 * bits.flatten()[start - begin :][:count].float()
+
+
+def buckets(
+    name: str, start: int, count: int, size: int, seed: int, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Buckets (count,) int64 in [0, size) of entries ``start`` .. ``start + count`` of parameter ``name``."""
+    block = min(BLOCK, size)
+    first, stop = start // block, -(-(start + count) // block)
+    counters = torch.arange(first, stop, dtype=torch.int64, device=device)
+    offsets = _hash(counters, _key(seed, name, "bucket"))
+    inside = torch.arange(block, dtype=torch.int64, device=device)
+    return ((offsets[:, None] + inside) & (size - 1)).flatten()[start - first * block :][:count]
+
+
+def _add_chunk(
+    total: torch.Tensor, chunk: torch.Tensor, words: torch.Tensor, places: torch.Tensor, shifts: torch.Tensor
+) -> torch.Tensor:
+    flips = ((words[:, None] << shifts) & _SIGN_BIT).flatten()[: chunk.numel()]
+    signed = (chunk.view(torch.int32) ^ flips).view(torch.float32)
+    return total.index_add_(0, places, signed.to(total.dtype))
+
+
+@lru_cache(maxsize=1)
+def _compiled_add_chunk() -> Any:
+    return torch.compile(_add_chunk, dynamic=True)
+
+
+def fold(total: torch.Tensor, name: str, values: torch.Tensor, seed: int, *, chunk: int | None = None) -> None:
+    """Add a parameter's gradient to a sketch, in place.
+
+    Scratch memory is a few MB whatever the parameter's size (a few hundred on CUDA). Entries are added in float64, so
+    that the order of addition, which differs between devices and micro-batch sizes, does not show in float32.
+
+    Args:
+        total: The sketch (m,), float64, m a power of two, on the gradient's device.
+        name: The parameter's name: part of the hash.
+        values: The gradient, any shape, any floating dtype (cast to float32 first).
+        seed: Part of the hash.
+        chunk: Entries per step, a multiple of 256. Default: by device.
+    """
+    size = total.numel()
+    assert size & (size - 1) == 0, "the sketch size must be a power of two"
+    flat = values.detach().reshape(-1)
+    cuda = flat.device.type == "cuda"
+    step = chunk or (_CUDA_CHUNK if cuda else _CPU_CHUNK)
+    assert step % BLOCK == 0
+    add = _add_chunk
+    if cuda and _compile_works(flat.device):
+        add = _compiled_add_chunk()
+    shifts = 31 - torch.arange(32, dtype=torch.int32, device=flat.device)
+    for start in range(0, flat.numel(), step):
+        part = flat[start : start + step].float().contiguous()
+        words = _sign_words(name, seed, start, part.numel(), flat.device)
+        add(total, part, words, buckets(name, start, part.numel(), size, seed, flat.device), shifts)
+
+
+@lru_cache(maxsize=4)
+def _compile_works(device: torch.device) -> bool:
+    """Whether torch.compile gives what eager gives on this device (a machine may lack a compiler)."""
+    values = torch.linspace(-1, 1, 1000, device=device)
+    words = _sign_words("probe", 0, 0, 1000, device)
+    places = buckets("probe", 0, 1000, 256, 0, device)
+    shifts = 31 - torch.arange(32, dtype=torch.int32, device=device)
+    totals = [torch.zeros(256, dtype=torch.float64, device=device) for _ in range(2)]
+    try:
+        _compiled_add_chunk()(totals[0], values, words, places, shifts)
+    except Exception:  # whatever the compiler stack raises, eager is right
+        return False
+    _add_chunk(totals[1], values, words, places, shifts)
+    return bool(torch.allclose(totals[0], totals[1], rtol=0, atol=1e-12))
+
+
+class Sketch:
+    """A sketch being filled: parameters are added one by one, in any order.
+
+    Args:
+        size: Buckets m, a power of two.
+        seed: Seed of signs and buckets; only sketches of one seed can be compared.
+        device: Where gradients will be.
+    """
+
+    def __init__(self, size: int, seed: int, device: torch.device | str = "cpu") -> None:
+        self.size, self.seed = size, seed
+        self._total = torch.zeros(size, dtype=torch.float64, device=device)
+
+    def reset(self) -> None:
+        """Start again from zero."""
+        self._total.zero_()
+
+    def add(self, name: str, gradient: torch.Tensor) -> None:
+        """Add a parameter's gradient."""
+        fold(self._total, name, gradient, self.seed)
+
+    def vector(self) -> torch.Tensor:
+        """The sketch so far (m,) float64 on the CPU."""
+        return self._total.cpu().clone()
