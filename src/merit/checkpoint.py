@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count
@@ -364,6 +364,12 @@ class TensorDigest:
         """Names of tensors that differ from, or lack in, ``other``."""
         names = self._blocks.keys() | other._blocks.keys()
         return sorted(n for n in names if self._blocks.get(n) != other._blocks.get(n))
+
+    def covers(self, names: Iterable[str]) -> bool:
+        """Whether exactly these tensors were announced and all their blocks were added."""
+        if set(names) != self._blocks.keys():
+            return False
+        return all(np.frombuffer(b, "<u8").reshape(-1, 2).any(axis=1).all() for b in self._blocks.values() if b)
 
     def hexdigest(self) -> str:
         """The weights digest: 64 hexadecimal characters."""

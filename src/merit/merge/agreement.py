@@ -1,0 +1,240 @@
+"""Do these checkpoints belong together? Names, shapes, dtypes, config and tokenizer, from headers and small files alone.
+
+Nothing here reads tensor data. What cannot be merged is refused by name; what is odd but harmless becomes a warning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from merit.checkpoint import Checkpoint, TensorInfo, chat_template, read_config, read_json
+from merit.errors import MergeError
+
+__all__ = ["check_config", "check_tokenizer", "common_chat_template", "match_tensors"]
+
+# Settings that do not change what the weights mean: trainers and library versions rewrite them.
+_VOLATILE = {
+    *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "_attn_implementation"),
+    *("architectures", "return_dict", "output_hidden_states", "output_attentions", "auto_map", "pretraining_tp"),
+    *("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "initializer_range"),
+}
+_TOKEN_IDS = {"bos_token_id", "eos_token_id", "pad_token_id"}
+_WRAPPERS = {"model", "language_model", "transformer", "module", "base_model", "_orig_mod"}
+_OUTPUT_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+_INPUT_EMBEDDINGS = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "embed_in.weight",
+    "tok_embeddings.weight",
+    "word_embeddings.weight",
+)
+
+
+def match_tensors(
+    base: Checkpoint, branch: Checkpoint, name: str, any_float: bool
+) -> tuple[dict[str, TensorInfo], list[tuple[TensorInfo, TensorInfo]], list[str]]:
+    """Find every tensor of the base in a branch, and account for every tensor of the branch.
+
+    Args:
+        base: Headers of θ0.
+        branch: Headers of θ_k.
+        name: How messages call the branch.
+        any_float: Accept a floating dtype other than the base's.
+
+    Returns:
+        (by base name: the branch's tensor; pairs of branch tensors that must be equal byte for byte, because one is a tied
+        copy that the base does not store; warnings).
+
+    Raises:
+        MergeError: A tensor is missing, unknown, or of another shape or dtype.
+    """
+    notes: list[str] = []
+    found = {n: t for n, t in branch.tensors.items() if n in base.tensors}
+    missing, extra = base.tensors.keys() - found.keys(), branch.tensors.keys() - found.keys()
+    copies: list[tuple[TensorInfo, TensorInfo]] = []
+    if missing or extra:
+        tied = _tied_pair(base, missing, extra)
+        if tied and (tied[0] in branch.tensors or tied[1] in branch.tensors):
+            stored, other = tied  # the base's name of the tied tensor, and its other name
+            if stored in missing:
+                found[stored] = branch.tensors[other]
+                missing = missing - {stored}
+            else:
+                copies.append((branch.tensors[stored], branch.tensors[other]))
+            extra = extra - {other}
+            notes.append(
+                f"{name} stores the tied tensor {stored} as {other}, too or instead; the merged model stores {stored}."
+            )
+    if missing or extra:
+        renamed = _renamed(base, branch, found)
+        if renamed is None:
+            _refuse_names(base, name, sorted(missing), sorted(extra))
+        else:
+            found, copies = renamed, []
+            example = next(n for n in base.tensors if renamed[n].name != n)
+            notes.append(f"{name} uses other tensor names ({renamed[example].name} for {example}); matched one to one.")
+    for key, tensor in base.tensors.items():
+        other_tensor = found[key]
+        if other_tensor.shape != tensor.shape:
+            raise MergeError(
+                f"{key} is {tensor.shape} in the base but {other_tensor.shape} in {name}."
+                + _vocabulary_hint(key, tensor, other_tensor),
+                "All branches must start from the same base.",
+                f"Nothing was written. Retrain the odd branch, or leave it out with --exclude ({name}).",
+            )
+        if other_tensor.dtype != tensor.dtype and not (
+            any_float and {tensor.dtype.kind, other_tensor.dtype.kind} == {"float"}
+        ):
+            raise MergeError(
+                f"{key} is {tensor.dtype.tag} in the base but {other_tensor.dtype.tag} in {name}.",
+                "Save the branch in the base's dtype, or choose the merged dtype explicitly (dtype: base, float32, ...).",
+                "Nothing was written.",
+            )
+    return found, copies, notes
+
+
+def _vocabulary_hint(key: str, base: TensorInfo, branch: TensorInfo) -> str:
+    table = key.endswith((*_INPUT_EMBEDDINGS, *_OUTPUT_HEADS)) and base.shape[1:] == branch.shape[1:]
+    return " The branch's vocabulary was resized." if table else ""
+
+
+def _tied_pair(base: Checkpoint, missing: set[str], extra: set[str]) -> tuple[str, str] | None:
+    """(name in the base, other name) of the tied embedding, when the config ties it and a branch stores the other name."""
+    config = read_config(base.folder) if (base.folder / "config.json").is_file() else {}
+    text = config.get("text_config")
+    if not (config.get("tie_word_embeddings") or (isinstance(text, dict) and text.get("tie_word_embeddings"))):
+        return None
+    heads, tables = (lambda n: n.endswith(_OUTPUT_HEADS)), (lambda n: n.endswith(_INPUT_EMBEDDINGS))
+    for is_stored, is_other in ((heads, tables), (tables, heads)):
+        stored = [n for n in base.tensors if is_stored(n)]
+        others = [n for n in extra if is_other(n)]
+        if len(stored) == len(others) == 1:
+            return stored[0], others[0]
+    return None
+
+
+def _renamed(base: Checkpoint, branch: Checkpoint, found: Mapping[str, TensorInfo]) -> dict[str, TensorInfo] | None:
+    """One-to-one match of names that differ only in wrapper prefixes (``model.language_model.`` ...), or None."""
+
+    def core(name: str) -> str:
+        parts = name.split(".")
+        while len(parts) > 1 and parts[0] in _WRAPPERS:
+            parts = parts[1:]
+        return ".".join(parts)
+
+    ours, theirs = {core(n): n for n in base.tensors}, {core(n): t for n, t in branch.tensors.items()}
+    unique = len(ours) == len(base.tensors) and len(theirs) == len(branch.tensors)
+    if not unique or ours.keys() != theirs.keys():
+        return None
+    return {ours[key]: tensor for key, tensor in theirs.items()}
+
+
+def _refuse_names(base: Checkpoint, name: str, missing: list[str], extra: list[str]) -> None:
+    parts = []
+    if missing:
+        parts.append(f"lacks {len(missing)} tensor(s) of the base, first {missing[0]}")
+    if extra:
+        parts.append(f"has {len(extra)} tensor(s) that the base does not have, first {extra[0]}")
+    raise MergeError(
+        f"{name} {' and '.join(parts)}.",
+        f"All branches must start from the same base ({base.folder}); no tensor is dropped silently.",
+        "Nothing was written. Retrain the odd branch, or leave it out with --exclude.",
+    )
+
+
+def check_config(base: Path, branch: Path, name: str) -> list[str]:
+    """Compare config.json; settings that change what the weights mean must agree.
+
+    Returns:
+        Warnings (special token ids that a trainer changed).
+
+    Raises:
+        MergeError: A setting differs, is named, with both values.
+    """
+    ours, theirs = _flat(read_config(base)), _flat(read_config(branch))
+    notes = []
+    for key in sorted(ours.keys() & theirs.keys()):
+        leaf = key.rsplit(".", 1)[-1]
+        if ours[key] == theirs[key] or leaf in _VOLATILE or leaf.startswith("_"):
+            continue
+        if leaf in _TOKEN_IDS:
+            notes.append(f"config.json: {key} is {theirs[key]} in {name}; the base's {ours[key]} is kept.")
+            continue
+        raise MergeError(
+            f"config.json: {key} is {ours[key]!r} in the base but {theirs[key]!r} in {name}.",
+            "All branches must start from the same base. Nothing was written.",
+        )
+    return notes
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by dotted name; rope settings under the one name that library versions agree on, unset ones left out."""
+    result: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            result.update(_flat(value, "" if key in ("rope_parameters", "rope_scaling") else f"{prefix}{key}."))
+        elif value is not None:
+            result[prefix + key] = value
+    return result
+
+
+def check_tokenizer(base: Path, branch: Path, name: str) -> list[str]:
+    """Compare the tokenizers' vocabularies, merges and added tokens; a branch without tokenizer files passes.
+
+    Returns:
+        Warnings (another normalizer, pre-tokenizer or post-processor: ids of the same text can differ).
+
+    Raises:
+        MergeError: The vocabularies differ.
+    """
+    notes = []
+    if (base / "tokenizer.json").is_file() and (branch / "tokenizer.json").is_file():
+        ours, theirs = _tokenizer(base), _tokenizer(branch)
+        for part in ("vocabulary", "merges", "added tokens"):
+            if ours[part] != theirs[part]:
+                raise MergeError(
+                    f"tokenizer.json: the {part} of {name} differ from the base's.",
+                    "All branches must use the base's tokenizer: the same id would mean other text. Nothing was written.",
+                )
+        odd = [
+            part for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder") if ours[part] != theirs[part]
+        ]
+        if odd:
+            notes.append(f"tokenizer.json: {', '.join(odd)} of {name} differ from the base's, which are kept.")
+        return notes
+    for file in ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt"):
+        if (base / file).is_file() and (branch / file).is_file() and _sha(base / file) != _sha(branch / file):
+            raise MergeError(f"{file} of {name} differs from the base's: the same id would mean different text.")
+    return notes
+
+
+def _sha(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _tokenizer(folder: Path) -> dict[str, Any]:
+    value = read_json(folder / "tokenizer.json")
+    model = value.get("model") or {}
+    merges = [m.split(" ", 1) if isinstance(m, str) else m for m in model.get("merges") or []]
+    added = [(t.get("id"), t.get("content")) for t in value.get("added_tokens") or []]
+    parts = {key: value.get(key) for key in ("normalizer", "pre_tokenizer", "post_processor", "decoder")}
+    return {"vocabulary": model.get("vocab"), "merges": merges, "added tokens": sorted(added), **parts}
+
+
+def common_chat_template(base: Path, branches: Mapping[str, Path]) -> tuple[str | None, list[str]]:
+    """The chat template to add to the merged model when the base has none: the one that all branches agree on.
+
+    Returns:
+        (template or None, warnings).
+    """
+    if chat_template(base) is not None:
+        return None, []
+    templates = {name: chat_template(folder) for name, folder in branches.items()}
+    texts = {json.dumps(text) for text in templates.values() if text is not None}
+    if len(texts) == 1:
+        return json.loads(texts.pop()), ["The base has no chat template; the branches' common one is carried along."]
+    return None, ["The branches' chat templates differ and the base has none: none is carried along."] if texts else []

@@ -1,0 +1,128 @@
+"""The merge operators by name: a dict literal. Each is a pure function in a file of its own, with its paper and limits.
+
+Three kinds: ``linear`` operators are coefficients of θ0 and the θ_k (merged with exact rounding); ``block`` operators
+work entry by entry; ``matrix`` operators need a whole weight matrix and leave everything else to the uniform average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from merit.errors import MergeError, nearest
+from merit.merge.operators import average, iso_cts, star, task_arithmetic, ties, tsv, uniform
+
+__all__ = ["OPERATORS", "Operator", "Option", "operator_and_options"]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting of an operator: its default, what it must be, and in words."""
+
+    default: Any
+    valid: Callable[[Any], bool]
+    expects: str
+
+
+def _choice(*values: str) -> Option:
+    return Option(values[0], lambda value: value in values, " or ".join(values))
+
+
+def _number(default: float, low: float, high: float) -> Option:
+    return Option(
+        default,
+        lambda value: isinstance(value, int | float) and not isinstance(value, bool) and low < value <= high,
+        f"a number above {low:g} and at most {high:g}",
+    )
+
+
+def _flag(default: bool) -> Option:
+    return Option(default, lambda value: isinstance(value, bool), "true or false")
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One way to merge.
+
+    Attributes:
+        name: Its name in recipes and on the command line.
+        kind: See the module docstring.
+        source: The paper.
+        function: ``linear``: (counts, scale, **options) → (c_0, [c_k]), exact. ``block``: see ``ties``. ``matrix``: (deltas,
+            **options) → (τ, statistics), where ``deltas`` is a sequence of K float64 matrices θ_k − θ0, read when indexed.
+        options: Its settings.
+    """
+
+    name: str
+    kind: Literal["linear", "block", "matrix"]
+    source: str
+    function: Callable[..., Any]
+    options: Mapping[str, Option] = field(default_factory=dict)
+
+
+_SCOPE = _choice("linear2d", "all2d")
+
+OPERATORS: dict[str, Operator] = {
+    "average": Operator("average", "linear", "Choi & Kim 2026, arXiv:2606.01717, §4", average.coefficients),
+    "uniform": Operator("uniform", "linear", "Wortsman et al. 2022, arXiv:2203.05482", uniform.coefficients),
+    "task_arithmetic": Operator(
+        "task_arithmetic",
+        "linear",
+        "Ilharco et al. 2023, arXiv:2212.04089; one checkpoint: Wortsman et al. 2022, arXiv:2109.01903",
+        task_arithmetic.coefficients,
+        {"normalize": _flag(True)},
+    ),
+    "ties": Operator(
+        "ties",
+        "block",
+        "Yadav et al. 2023, arXiv:2306.01708",
+        ties.merge_entries,
+        {"density": _number(0.2, 0.0, 1.0), "trim": _choice("global", "local"), "weighted": _flag(False)},
+    ),
+    "star": Operator(
+        "star",
+        "matrix",
+        "Lee et al. 2025, arXiv:2502.10339",
+        star.merge_matrix,
+        {"eta": _number(40.0, 0.0, 100.0), "matrix_scope": _SCOPE},
+    ),
+    "tsv": Operator(
+        "tsv",
+        "matrix",
+        "Gargiulo et al. 2025, arXiv:2412.00081 (TSV-Merge)",
+        tsv.merge_matrix,
+        {"matrix_scope": _SCOPE},
+    ),
+    "iso_cts": Operator(
+        "iso_cts",
+        "matrix",
+        "Marczak et al. 2025, arXiv:2502.04959",
+        iso_cts.merge_matrix,
+        {"common_fraction": _number(0.8, 0.0, 1.0), "matrix_scope": _SCOPE},
+    ),
+}
+
+
+def operator_and_options(name: str, given: Mapping[str, Any]) -> tuple[Operator, dict[str, Any]]:
+    """Look an operator up and complete its options with their defaults.
+
+    Raises:
+        MergeError: Unknown operator or option, or an impossible value; the message names the nearest right one.
+    """
+    if name not in OPERATORS:
+        raise MergeError(
+            f"There is no merge operator {name!r}.{nearest(name, list(OPERATORS))}",
+            f"Operators: {', '.join(OPERATORS)}.",
+        )
+    operator = OPERATORS[name]
+    for key, value in given.items():
+        if key not in operator.options:
+            known = ", ".join(operator.options) or "none"
+            raise MergeError(
+                f"Operator {name} has no option {key!r}.{nearest(key, list(operator.options))}",
+                f"Its options: {known}.",
+            )
+        if not operator.options[key].valid(value):
+            raise MergeError(f"Option {key} of operator {name} is {value!r}; expected {operator.options[key].expects}.")
+    return operator, {key: given.get(key, option.default) for key, option in operator.options.items()}

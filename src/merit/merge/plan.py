@@ -1,0 +1,346 @@
+"""The merge plan: everything that can be checked is checked here, from headers and small files, before tensor data is read.
+
+``plan_merge`` accounts for every tensor of the base and of every branch and lays out the output files; ``stream.run_merge``
+then only moves bytes. Not covered: LoRA adapters (``merge.lora`` makes its own plan for the same stream).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from merit.checkpoint import DTYPES, Checkpoint, DType, TensorInfo, WeightFile, read_headers, read_json
+from merit.errors import CheckpointError, MergeError, ResourceError
+from merit.merge import agreement
+from merit.merge.arithmetic import exact_weights
+from merit.merge.operators import Operator, operator_and_options
+
+__all__ = ["Branch", "MergePlan", "OutputFile", "TensorPlan", "check_output", "check_space", "lay_out", "plan_merge"]
+
+_DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
+_MARGIN = 64 << 20  # free bytes to leave on the disk
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One checkpoint that takes part.
+
+    Attributes:
+        path: Its folder.
+        tokens: Its weight before normalisation: trained target tokens (an integer), or any positive number. Floats count
+            as the decimals that they print as (0.3 is 3/10), so weights are exact rationals throughout.
+        name: How messages, card and record call it.
+        fingerprint: Its recorded ``checkpoint.fingerprint``, if known: it is checked while the data streams by.
+    """
+
+    path: Path
+    tokens: int | float | str | Fraction
+    name: str
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """How one output tensor is made.
+
+    Attributes:
+        out: Its place in the output file.
+        sources: θ0's tensor and then one of each branch (the adapters of a LoRA merge are no sources).
+        kind: ``linear``: Σ c_k x_k over ``coefficients`` (θ0 first); ``exact``: identical in all branches, copied;
+            ``block`` and ``matrix``: by the operator; ``compute``: by the plan's ``compute``.
+    """
+
+    out: TensorInfo
+    sources: tuple[TensorInfo, ...]
+    kind: Literal["linear", "exact", "block", "matrix", "compute"]
+    coefficients: tuple[Fraction, ...] = ()
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One output file: its header bytes, its size, and its tensors in the order of their data."""
+
+    name: str
+    header: bytes
+    size: int
+    tensors: tuple[TensorPlan, ...]
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A checked plan. ``describe()`` gives what a person wants to see before it runs.
+
+    Attributes:
+        base: Headers of θ0.
+        branches: The branches, in the order of the sum.
+        heads: Their headers.
+        operator, options, scale: What merges them; the scale λ is exact.
+        counts: Exact weights before normalisation.
+        output: The folder to create.
+        files: The output files.
+        twins: (branch position, tensor, tensor) that must be equal byte for byte (tied copies).
+        template: Chat template to add, or None.
+        base_fingerprint: Recorded fingerprint of the base, if known (else its data is read once for it).
+        dtype: The dtype name chosen for the output, or None: as the base.
+        excluded: Names of branches that were left out.
+        warnings: What a person should know.
+        compute: For ``compute`` tensors: (base name, θ0 float64) → merged float64.
+        notes: Extra entries for the record.
+    """
+
+    base: Checkpoint
+    branches: tuple[Branch, ...]
+    heads: tuple[Checkpoint, ...]
+    operator: Operator
+    options: dict[str, Any]
+    scale: Fraction
+    counts: tuple[Fraction, ...]
+    output: Path
+    files: tuple[OutputFile, ...]
+    twins: tuple[tuple[int, TensorInfo, TensorInfo], ...] = ()
+    template: str | None = None
+    base_fingerprint: str | None = None
+    dtype: str | None = None
+    excluded: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    compute: Callable[[str, np.ndarray], np.ndarray] | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def shares(self) -> list[float]:
+        """w_k of the branches, float64, Σ w_k = 1."""
+        total = sum(self.counts, Fraction(0))
+        return [float(c / total) for c in self.counts]
+
+    @property
+    def output_bytes(self) -> int:
+        """Size of the weight files to be written."""
+        return sum(f.size for f in self.files)
+
+    def describe(self) -> dict[str, Any]:
+        """Operator, scale, shares, tensor counts by kind, bytes to read and write, warnings."""
+        kinds = [t.kind for f in self.files for t in f.tensors]
+        return {
+            "operator": self.operator.name,
+            "options": self.options,
+            "scale": float(self.scale),
+            "branches": {b.name: w for b, w in zip(self.branches, self.shares, strict=True)},
+            "tensors": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
+            "bytes_read": sum(h.nbytes for h in self.heads) + self.base.nbytes,
+            "bytes_written": self.output_bytes,
+            "output": str(self.output),
+            "warnings": list(self.warnings),
+        }
+
+
+def plan_merge(
+    base: str | os.PathLike[str],
+    branches: Sequence[Branch],
+    operator: str = "average",
+    options: Mapping[str, Any] | None = None,
+    scale: int | float | str | Fraction = 1,
+    output: str | os.PathLike[str] = "merged",
+    *,
+    dtype: str | None = None,
+    excluded: Sequence[str] = (),
+    base_fingerprint: str | None = None,
+) -> MergePlan:
+    """Check everything and plan the merge; reads headers, configs and tokenizers, never tensor data.
+
+    Args:
+        base: Folder of θ0: gives names, sharding, dtype, config and tokenizer of the result.
+        branches: At least one.
+        operator: A name in ``OPERATORS``.
+        options: The operator's settings; the rest take their defaults.
+        scale: λ in θ0 + λ τ.
+        output: Folder to create; must not exist.
+        dtype: None: all checkpoints must have the base's dtypes. ``base``: floating dtypes may differ, the result has the
+            base's. ``float32``, ``bfloat16`` or ``float16``: may differ, the result is all in this one.
+        excluded: Names of branches that were left out on purpose: for card and record.
+        base_fingerprint: Recorded fingerprint of the base; saves reading it where the operator does not.
+
+    Raises:
+        CheckpointError: A folder is missing or damaged.
+        MergeError: The checkpoints do not belong together, or a setting is impossible.
+        ResourceError: The disk is too full.
+    """
+    chosen, settings = operator_and_options(operator, options or {})
+    counts = _check_branches(branches)
+    try:
+        exact_scale = exact_weights([scale])[0]
+    except (ValueError, TypeError, OverflowError):
+        raise MergeError(f"The scale must be a finite number, found {scale!r}.") from None
+    if dtype is not None and dtype != "base" and dtype not in _DTYPE_NAMES:
+        raise MergeError(f"dtype must be base, {', '.join(_DTYPE_NAMES)}; found {dtype!r}.")
+    output = Path(output)
+    check_output(output, [Path(base), *(b.path for b in branches)])
+    base_head = read_headers(base, "model")
+    heads = tuple(read_headers(b.path, "model") for b in branches)
+    found, twins, warnings = [], [], []
+    for k, (branch, head) in enumerate(zip(branches, heads, strict=True)):
+        warnings += agreement.check_config(base_head.folder, head.folder, branch.name)
+        warnings += agreement.check_tokenizer(base_head.folder, head.folder, branch.name)
+        tensors, copies, notes = agreement.match_tensors(base_head, head, branch.name, dtype is not None)
+        found.append(tensors)
+        twins += [(k, one, other) for one, other in copies]
+        warnings += notes
+    template, notes = agreement.common_chat_template(base_head.folder, {b.name: b.path for b in branches})
+    warnings += notes
+    if excluded:
+        total = len(branches) + len(excluded)
+        warnings.append(
+            f"Partial merge: {len(branches)} of {total} branches, without {', '.join(excluded)}; weights renormalised."
+        )
+    linear = _linear_coefficients(chosen, counts, exact_scale, settings)
+
+    def tensor_plan(out: TensorInfo, old: TensorInfo) -> TensorPlan:
+        sources = (old, *(tensors[old.name] for tensors in found))
+        if old.dtype.kind != "float":
+            return TensorPlan(out, sources, "exact")
+        kind = chosen.kind
+        if kind == "matrix" and not _is_matrix(old, settings["matrix_scope"]):
+            kind = "linear"
+        return TensorPlan(out, sources, kind, linear if kind == "linear" else ())
+
+    target = DTYPES[_DTYPE_NAMES[dtype]] if dtype in _DTYPE_NAMES else None
+    files = lay_out(base_head, tensor_plan, target)
+    check_space(output, sum(f.size for f in files))
+    return MergePlan(
+        base=base_head,
+        branches=tuple(branches),
+        heads=heads,
+        operator=chosen,
+        options=settings,
+        scale=exact_scale,
+        counts=tuple(counts),
+        output=output,
+        files=files,
+        twins=tuple(twins),
+        template=template,
+        base_fingerprint=base_fingerprint,
+        dtype=dtype if target else None,
+        excluded=tuple(excluded),
+        warnings=tuple(warnings),
+    )
+
+
+def _check_branches(branches: Sequence[Branch]) -> list[Fraction]:
+    if not branches:
+        raise MergeError("There is nothing to merge: no branch is left.")
+    names = [b.name for b in branches]
+    if len(set(names)) != len(names):
+        raise MergeError(f"Two branches have the same name: {', '.join(names)}.")
+    for b in branches:
+        try:
+            good = math.isfinite(float(b.tokens)) and exact_weights([b.tokens])[0] > 0
+        except (ValueError, TypeError, OverflowError):
+            good = False
+        if not good:
+            raise MergeError(
+                f"{b.name} has weight {b.tokens!r}; expected a positive number.",
+                "Leave it out, or give it a weight above 0.",
+            )
+    return exact_weights([b.tokens for b in branches])
+
+
+def _linear_coefficients(
+    operator: Operator, counts: list[Fraction], scale: Fraction, options: dict[str, Any]
+) -> tuple[Fraction, ...]:
+    if operator.kind == "linear":
+        first, rest = operator.function(counts, scale, **options)
+        return (first, *rest)
+    return (1 - scale, *([scale / len(counts)] * len(counts)))  # what matrix operators do with all else
+
+
+_TABLES = ("embed", "lm_head", "wte", "wpe", "shared.weight", "output.weight", "word_embeddings")
+
+
+def _is_matrix(tensor: TensorInfo, scope: str) -> bool:
+    """Linear weights (2-D), stacks of them (3-D experts); token tables only with ``all2d``; convolutions never."""
+    if len(tensor.shape) not in (2, 3) or min(tensor.shape) < 2:
+        return False
+    if scope == "all2d":
+        return len(tensor.shape) == 2
+    return not any(word in tensor.name for word in _TABLES)
+
+
+def check_output(output: Path, inputs: Sequence[Path]) -> None:
+    """Refuse an output folder that exists, or that overlaps an input."""
+    if output.exists() or output.is_symlink():
+        raise MergeError(
+            f"{output} exists already.", "Choose another --output, or remove it first. Nothing was written."
+        )
+    for path in inputs:
+        one, other = output.resolve(), path.resolve()
+        if one.is_relative_to(other) or other.is_relative_to(one):
+            raise MergeError(f"The output {output} overlaps the input {path}.", "Choose another --output.")
+
+
+def check_space(output: Path, needed: int) -> None:
+    """ResourceError unless the disk of ``output`` has room for ``needed`` bytes and a margin."""
+    parent = output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(parent, os.W_OK):
+        raise ResourceError(f"{parent} is not writable, so {output} cannot be created.")
+    free = shutil.disk_usage(parent).free
+    if free < needed + _MARGIN:
+        raise ResourceError(
+            f"The merged model needs {needed / 1e9:.2f} GB on the disk of {parent}, of which {free / 1e9:.2f} GB are free.",
+            "Free some space, or choose an --output on another disk. Nothing was written.",
+        )
+
+
+def lay_out(
+    base: Checkpoint, plan: Callable[[TensorInfo, TensorInfo], TensorPlan], dtype: DType | None = None
+) -> tuple[OutputFile, ...]:
+    """The output files: the base's own sharding, tensor order, metadata and (unless ``dtype`` is given) dtypes.
+
+    Args:
+        base: Headers of θ0.
+        plan: (output place, θ0's tensor) → how it is made.
+        dtype: Dtype of all floating tensors, or None.
+    """
+    return tuple(_lay_out_file(file, plan, dtype) for file in base.files.values())
+
+
+def _lay_out_file(
+    file: WeightFile, plan: Callable[[TensorInfo, TensorInfo], TensorPlan], dtype: DType | None
+) -> OutputFile:
+    entries: dict[str, Any] = {"__metadata__": file.metadata or {"format": "pt"}}
+    places, end = [], 0
+    for old in file.tensors:
+        kind = dtype if dtype and old.dtype.kind == "float" else old.dtype
+        size = old.size * kind.itemsize
+        entries[old.name] = {"dtype": kind.tag, "shape": list(old.shape), "data_offsets": [end, end + size]}
+        places.append((old, kind, end, size))
+        end += size
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    tensors = tuple(
+        plan(TensorInfo(old.name, kind, old.shape, file.name, len(header) + start, size), old)
+        for old, kind, start, size in places
+    )
+    return OutputFile(file.name, header, len(header) + end, tensors)
+
+
+def index_json(plan: MergePlan) -> dict[str, Any] | None:
+    """The shard index of the output, or None for a single file."""
+    path = plan.base.folder / "model.safetensors.index.json"
+    if not path.is_file():
+        return None
+    index = read_json(path)
+    if "weight_map" not in index:
+        raise CheckpointError(f"{path} has no weight_map.")
+    size = sum(t.out.nbytes for f in plan.files for t in f.tensors)
+    return {**index, "metadata": {**(index.get("metadata") or {}), "total_size": size}}

@@ -1,0 +1,300 @@
+"""What one thread of the merge does: read and hash blocks of all sources, and compute merged raw values.
+
+The bridge between the files (``Reader``) and the pure arithmetic and operators. It writes nothing; ``stream`` does.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from merit.checkpoint import BLOCK, TensorDigest, TensorInfo, parallel, pread_into, threads, to_float
+from merit.errors import MergeError
+from merit.merge.arithmetic import Combination, NonFiniteError, round_to
+from merit.merge.operators import ties
+from merit.merge.plan import MergePlan, TensorPlan
+
+__all__ = ["SPAN", "Reader", "Statistics", "TrimmedEntries", "Worker"]
+
+SPAN = 16
+"""Blocks per unit of work."""
+
+
+class Reader:
+    """The tensors of θ0 (source 0) and of the branches (1..K), hashed as they are read.
+
+    ``with_base`` says whether θ0's data is read at all: an average needs it only for its fingerprint.
+    """
+
+    def __init__(self, plan: MergePlan) -> None:
+        tensors = [t for f in plan.files for t in f.tensors]
+        self.folders = [plan.base.folder, *(h.folder for h in plan.heads)]
+        self.digests = [TensorDigest() for _ in self.folders]
+        linear = all(t.kind == "exact" or (t.kind == "linear" and not t.coefficients[0]) for t in tensors)
+        self.with_base = plan.base_fingerprint is None or not linear
+        self._descriptors: dict[tuple[int, str], int] = {}
+        for tensor in tensors:
+            for digest, source in zip(self.digests, tensor.sources, strict=False):
+                digest.add_tensor(source)
+
+    @contextmanager
+    def open(self, tensors: Sequence[TensorPlan]) -> Iterator[None]:
+        """Keep the files that hold the sources of ``tensors`` open."""
+        try:
+            for k, name in sorted({(k, s.file) for t in tensors for k, s in enumerate(t.sources)}):
+                self._descriptors[k, name] = os.open(self.folders[k] / name, os.O_RDONLY)
+            yield
+        finally:
+            while self._descriptors:
+                os.close(self._descriptors.popitem()[1])
+
+    def read(self, k: int, source: TensorInfo, block: int, buffer: memoryview) -> np.ndarray:
+        """Raw values of one block of source ``k``, in ``buffer``."""
+        step = BLOCK * source.dtype.itemsize
+        part = buffer[: min(step, source.nbytes - block * step)]
+        path = self.folders[k] / source.file
+        pread_into(self._descriptors[k, source.file], part, source.start + block * step, path)
+        self.digests[k].add_block(source.name, block, part)
+        return np.frombuffer(part, source.dtype.raw)
+
+
+class Statistics:
+    """What non-linear operators report, for the record; safe to use from all threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._norms = np.zeros(2)
+        self._numbers: dict[str, Any] = {}
+
+    def add_norms(self, tau: np.ndarray, mean: np.ndarray) -> None:
+        """Add ‖τ‖² and ‖uniform mean of δ‖² of a part of the model."""
+        norms = [float(np.vdot(tau, tau)), float(np.vdot(mean, mean))]
+        with self._lock:
+            self._norms += norms
+
+    def add(self, key: str, value: Any, tensor: str | None = None) -> None:
+        """Set a number of the whole merge, or of one tensor."""
+        with self._lock:
+            if tensor is None:
+                self._numbers[key] = value
+            else:
+                self._numbers.setdefault(key, {})[tensor] = value
+
+    def summary(self) -> dict[str, Any]:
+        """All numbers; ``norm_ratio`` is ‖τ‖ / ‖uniform mean of δ‖ (six digits: the sum's order depends on threads)."""
+        if self._norms[1] > 0:
+            self._numbers["norm_ratio"] = float(f"{np.sqrt(self._norms[0] / self._norms[1]):.6g}")
+        return {k: dict(sorted(v.items())) if isinstance(v, dict) else v for k, v in sorted(self._numbers.items())}
+
+
+class Worker:
+    """One thread's buffers and kernels."""
+
+    def __init__(
+        self, reader: Reader, plan: MergePlan, statistics: Statistics, entries: TrimmedEntries | None = None
+    ) -> None:
+        self.reader, self.plan, self.statistics, self.entries = reader, plan, statistics, entries
+        self._buffers = [memoryview(bytearray(8 * BLOCK)) for _ in reader.folders]
+        self._kernels: dict[Any, Combination] = {}
+        self._space = bytearray(SPAN * BLOCK * 8)
+
+    def merge(self, tensor: TensorPlan, first: int) -> np.ndarray:
+        """Raw merged values of a span of blocks from ``first`` on (``matrix`` and ``compute``: of the whole tensor).
+
+        Raises:
+            NonFiniteError: A source (numbered as in the reader) or the result is not finite.
+            MergeError: Tensors that must be identical differ.
+        """
+        if tensor.kind in ("matrix", "compute"):
+            return self._whole(tensor)
+        n = min(SPAN * BLOCK, tensor.out.size - first * BLOCK)
+        result = np.frombuffer(self._space, tensor.out.dtype.raw, n)
+        for block in range(first, min(first + SPAN, tensor.out.blocks)):
+            out = result[(block - first) * BLOCK : (block - first + 1) * BLOCK]
+            if tensor.kind == "linear":
+                self._linear(tensor, block, out)
+            elif tensor.kind == "exact":
+                self._exact(tensor, block, out)
+            else:
+                self._entries(tensor, block, out)
+        if tensor.kind == "linear" and n:
+            self._kernel(tensor)[1].settle()
+        return result
+
+    def _raws(self, tensor: TensorPlan, block: int) -> dict[int, np.ndarray]:
+        sources = list(enumerate(tensor.sources))[not self.reader.with_base :]
+        return {k: self.reader.read(k, source, block, self._buffers[k]) for k, source in sources}
+
+    def _kernel(self, tensor: TensorPlan) -> tuple[list[int], Combination]:
+        used = [k for k, c in enumerate(tensor.coefficients) if c]
+        key = (tensor.coefficients, tuple(tensor.sources[k].dtype.tag for k in used), tensor.out.dtype.tag)
+        if key not in self._kernels:
+            coefficients = [tensor.coefficients[k] for k in used]
+            self._kernels[key] = Combination(coefficients, [tensor.sources[k].dtype for k in used], tensor.out.dtype)
+        return used, self._kernels[key]
+
+    def _linear(self, tensor: TensorPlan, block: int, out: np.ndarray) -> None:
+        used, kernel = self._kernel(tensor)
+        raws = self._raws(tensor, block)
+        try:
+            kernel([raws[k] for k in used], out)
+        except NonFiniteError as error:
+            raise NonFiniteError(None if error.source is None else used[error.source]) from None
+
+    def _exact(self, tensor: TensorPlan, block: int, out: np.ndarray) -> None:
+        raws = list(self._raws(tensor, block).values())[-len(self.plan.branches) :]
+        for raw, branch in zip(raws, self.plan.branches, strict=True):
+            if raw.tobytes() != raws[0].tobytes():
+                raise MergeError(
+                    f"{tensor.out.name} ({tensor.out.dtype.tag}) differs between {self.plan.branches[0].name} and "
+                    f"{branch.name}; tensors of this dtype must be identical, they cannot be averaged.",
+                    "Nothing was left behind. Leave the odd branch out with --exclude.",
+                )
+        out[:] = raws[0]
+
+    def _floats(self, tensor: TensorPlan, k: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """(raw, float64) values of one block of source ``k``; refused when not finite."""
+        raw = self.reader.read(k, tensor.sources[k], block, self._buffers[k])
+        values = to_float(raw, tensor.sources[k].dtype)
+        if not np.isfinite(values).all():
+            raise NonFiniteError(k)
+        return raw, values
+
+    def deltas(self, tensor: TensorPlan, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(raw θ0, θ0 float64, δ (K, n) float64) of one block."""
+        raw, base = self._floats(tensor, 0, block)
+        return raw, base, np.stack([self._floats(tensor, k, block)[1] - base for k in range(1, len(tensor.sources))])
+
+    def _entries(self, tensor: TensorPlan, block: int, out: np.ndarray) -> None:
+        assert self.entries is not None
+        raw, base, deltas = self.deltas(tensor, block)
+        if not deltas.any() and tensor.out.dtype == tensor.sources[0].dtype:
+            out[:] = raw
+            return
+        tau = self.entries.merge(tensor.out.name, deltas)
+        self.statistics.add_norms(tau, deltas.mean(axis=0))
+        out[:] = _finite(base + float(self.plan.scale) * tau, tensor)
+
+    def _tensor(self, tensor: TensorPlan, k: int) -> np.ndarray:
+        source = tensor.sources[k]
+        values = np.empty(source.size)
+        for block in range(source.blocks):
+            values[block * BLOCK : (block + 1) * BLOCK] = self._floats(tensor, k, block)[1]
+        return values.reshape(source.shape)
+
+    def _whole(self, tensor: TensorPlan) -> np.ndarray:
+        base = self._tensor(tensor, 0)
+        if tensor.kind == "compute":
+            assert self.plan.compute is not None
+            return _finite(self.plan.compute(tensor.out.name, base), tensor).reshape(-1)
+        deltas = _Deltas(lambda k: self._tensor(tensor, k + 1) - base, len(tensor.sources) - 1)
+        mean = np.zeros_like(base)
+        for delta in deltas:
+            mean += delta
+        mean /= len(deltas)
+        options = {key: value for key, value in self.plan.options.items() if key != "matrix_scope"}
+        matrices = base.shape[0] if base.ndim == 3 else 1
+        tau = np.empty_like(base)
+        for i in range(matrices):
+            at: Any = i if base.ndim == 3 else slice(None)
+            part = _Deltas(partial(_slice, deltas, at), len(deltas))
+            tau[at], numbers = self.plan.operator.function(part, **options)
+            for key, value in numbers.items():
+                self.statistics.add(key, value, f"{tensor.out.name}[{i}]" if base.ndim == 3 else tensor.out.name)
+        self.statistics.add_norms(tau, mean)
+        if not mean.any() and not tau.any() and tensor.out.dtype == tensor.sources[0].dtype:
+            return round_to(base, tensor.out.dtype).reshape(-1)
+        return _finite(base + float(self.plan.scale) * tau, tensor).reshape(-1)
+
+
+class _Deltas(Sequence[np.ndarray]):
+    """K task vectors, computed when indexed, so that only one is in memory at a time."""
+
+    def __init__(self, get: Callable[[int], np.ndarray], count: int) -> None:
+        self._get, self._count = get, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, k: Any) -> Any:
+        if not 0 <= k < self._count:
+            raise IndexError(k)
+        return self._get(k)
+
+
+def _slice(deltas: Sequence[np.ndarray], at: Any, k: int) -> np.ndarray:
+    return deltas[k][at]
+
+
+def _second(count: Callable[[np.ndarray], np.ndarray], _: str, deltas: np.ndarray) -> np.ndarray:
+    return count(deltas)
+
+
+def _finite(values: np.ndarray, tensor: TensorPlan) -> np.ndarray:
+    """Round once to the output dtype; NonFiniteError when that overflows."""
+    result = round_to(values, tensor.out.dtype)
+    if not np.isfinite(to_float(result, tensor.out.dtype)).all():
+        raise NonFiniteError(None)
+    return result
+
+
+class TrimmedEntries:
+    """TIES over a whole model: passes that find the thresholds and the majority sign, then the merge of a block."""
+
+    def __init__(self, reader: Reader, plan: MergePlan, statistics: Statistics) -> None:
+        self._reader, self._plan, self._statistics = reader, plan, statistics
+        self._weights = np.array(plan.shares) if plan.options["weighted"] else None
+        self._thresholds: dict[str, np.ndarray] = {}
+        tensors = [t for f in plan.files for t in f.tensors if t.kind == "block" and t.out.size]
+        groups = [tensors] if plan.options["trim"] == "global" else [[t] for t in tensors]
+        for group in groups:
+            finder = ties.Threshold(len(plan.branches), plan.options["density"])
+            finder.high += self._scan(group, partial(_second, finder.count_high))
+            finder.close_high()
+            finder.low += self._scan(group, partial(_second, finder.count_low))
+            self._thresholds.update({t.out.name: finder.values() for t in group})
+        counts = self._scan(tensors, self._signs_and_kept)
+        self._majority = float(np.sign(counts[0]))
+        size = sum(t.out.size for t in tensors)
+        statistics.add("densities", [float(c / size) for c in counts[1:]])  # non-zero entries kept, by branch
+        if plan.options["trim"] == "global":
+            statistics.add("thresholds", [float(x) for x in next(iter(self._thresholds.values()))])
+
+    def _signs_and_kept(self, name: str, deltas: np.ndarray) -> np.ndarray:
+        trimmed = ties.trim(deltas, self._thresholds[name])
+        kept = np.count_nonzero(trimmed, axis=1)
+        if self._weights is not None:
+            trimmed = trimmed * self._weights[:, None]
+        return np.array([int(ties.elected_signs(trimmed).sum()), *kept], np.int64)
+
+    def _scan(self, tensors: Sequence[TensorPlan], count: Callable[[str, np.ndarray], np.ndarray]) -> np.ndarray:
+        """Σ of ``count(name, deltas)`` over all blocks (integers, so the order does not matter)."""
+        jobs = [(t, block) for t in tensors for block in range(t.out.blocks)]
+        lock, totals = threading.Lock(), []
+
+        def work(take: Callable[[], int]) -> None:
+            worker, total = Worker(self._reader, self._plan, self._statistics), None
+            while (i := take()) < len(jobs):
+                tensor, block = jobs[i]
+                try:
+                    part = count(tensor.out.name, worker.deltas(tensor, block)[2])
+                except NonFiniteError as error:
+                    raise NonFiniteError(error.source, tensor.out.name) from None
+                total = part if total is None else total + part
+            if total is not None:
+                with lock:
+                    totals.append(total)
+
+        with self._reader.open(tensors):
+            parallel(work, max(1, min(threads(), len(jobs))))
+        return sum(totals[1:], totals[0])
+
+    def merge(self, name: str, deltas: np.ndarray) -> np.ndarray:
+        """τ (n,) of one block of tensor ``name``, from δ (K, n) float64."""
+        return ties.merge_entries(ties.trim(deltas, self._thresholds[name]), self._majority, self._weights)
