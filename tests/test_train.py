@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -52,13 +51,13 @@ def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor
         assert torch.equal(one[name], other[name]), name
 
 
-def train_elsewhere(root: Path, *overrides: str, before: Callable[[], None] | None = None) -> int:
+def train_elsewhere(root: Path, *options: str) -> int:
     """Train in a forked process; returns its exit code, or minus the signal that ended it."""
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            sys.argv = ["training_cases", str(root), *(word for item in overrides for word in item.split(" "))]
+            sys.argv = ["training_cases", str(root), *options]
             code = cases.main()
         finally:
             os._exit(code)
@@ -108,7 +107,7 @@ def test_matches_an_independent_float64_loop(root: Path, base: Path, micro: int 
     start = load_file(base / "model.safetensors")
     for name, tensor in weights(root).items():
         moved = (expected[name] - start[name]).norm()
-        assert moved > 0.01
+        assert moved > 1e-3
         assert (tensor.double() - expected[name]).norm() < 2e-3 * moved, name
     assert facts["steps"] == 12
 
@@ -213,26 +212,25 @@ def test_progress_is_reported_to_the_end(root: Path) -> None:
 
 # -- kills, stops and damage ------------------------------------------------------------------------------------------
 
-SAVE_EVERY_2 = "--set train.trainer={save_steps:2}"
-LORA = "--set model.trainable=lora --set model.lora.rank=2 --set model.lora.dropout=0.2"
-SOME = "--set model.trainable=[model.layers.0.*] --set train.epochs=3"
+SAVE_EVERY_2 = "train.trainer={save_steps: 2}"
+LORA = ("model.trainable=lora", "model.lora.rank=2", "model.lora.dropout=0.2")
+SOME = ('model.trainable=["model.layers.0.*"]', "train.epochs=3")
 
 
 @pytest.mark.parametrize(
     ("settings", "kill"),
     [
-        ("", "--kill-after-step 5"),  # between checkpoints, first epoch
-        ("", "--kill-after-step 9"),  # second epoch: its order is drawn anew
-        ("", "--kill-after-step 7"),  # goes on from step 6, an epoch's end
-        ("", "--kill-in-save 8"),  # weights and optimizer are written, the rest of the checkpoint is not
-        ("", "--kill-in-save 2"),  # the same in the very first checkpoint: nothing to go on from
+        ((), "--kill-after-step 5"),  # between checkpoints, first epoch
+        ((), "--kill-after-step 9"),  # second epoch: its order is drawn anew
+        ((), "--kill-after-step 7"),  # goes on from step 6, an epoch's end
+        ((), "--kill-in-save 8"),  # weights and optimizer are written, the rest of the checkpoint is not
+        ((), "--kill-in-save 2"),  # the same in the very first checkpoint: nothing to go on from
         (LORA, "--kill-after-step 9"),  # dropout: the random state has to come back
         (SOME, "--kill-after-step 13"),
     ],
 )
-def test_killed_and_resumed_is_bit_identical(root: Path, settings: str, kill: str) -> None:
-    options = [*settings.split(" --set "), SAVE_EVERY_2] if settings else [SAVE_EVERY_2]
-    overrides = [item.removeprefix("--set ") for item in options]
+def test_killed_and_resumed_is_bit_identical(root: Path, settings: tuple[str, ...], kill: str) -> None:
+    overrides = (*settings, SAVE_EVERY_2)
     uninterrupted = cases.train(root, *overrides)
     expected, expected_log = weights(root), log_rows(root)
     words = [word for item in overrides for word in ("--set", item)]
@@ -334,11 +332,11 @@ def test_full_disk_leaves_no_half_model(root: Path, monkeypatch: pytest.MonkeyPa
         ("{per_device_train_batch_size: 3}", "set by train.micro_batch_size"),
         ("{packing: true}", "a branch cannot use it"),
         ("{deepspeed: x.json}", "a branch cannot use it"),
-        ("{save_steps: 0.5, neftune_noise_alpha: 1, report_to: 3}", "train.trainer"),
+        ("{report_to: no-such-tracker}", "no-such-tracker"),
     ],
 )
 def test_wrong_trainer_options_are_named(base: Path, options: str, message: str) -> None:
-    with pytest.raises(RecipeError, match="train.trainer") as caught:
+    with pytest.raises(RecipeError, match=r"train\.trainer") as caught:
         check_trainer_options(cases.make_recipe(base, f"train.trainer={options}"))
     assert message in str(caught.value)
 

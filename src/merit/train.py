@@ -102,8 +102,15 @@ def check_trainer_options(recipe: Recipe) -> None:
             f"train.trainer: unknown key {key}.{nearest(key, sorted(PASSED_ON | RECIPE_KEYS.keys()))}",
             f"Usable keys: {', '.join(sorted(PASSED_ON))}.",
         )
+    from transformers.integrations import get_reporting_integration_callbacks
+
     with tempfile.TemporaryDirectory() as scratch:
-        _training_arguments(recipe, Path(scratch), cpu=True)
+        args = _training_arguments(recipe, Path(scratch), cpu=True)
+    try:
+        for tracker in get_reporting_integration_callbacks(args.report_to):
+            tracker()  # says what is not installed
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise RecipeError(f"train.trainer.report_to: {str(error).splitlines()[0]}") from None
 
 
 def steps_for(rows: int, batch_size: int, epochs: float) -> int:
