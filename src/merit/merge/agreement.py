@@ -14,7 +14,7 @@ from typing import Any
 from merit.checkpoint import Checkpoint, TensorInfo, chat_template, read_config, read_json
 from merit.errors import MergeError
 
-__all__ = ["check_config", "check_tokenizer", "common_chat_template", "match_tensors"]
+__all__ = ["check_config", "check_tokenizer", "common_chat_template", "core_name", "match_tensors"]
 
 # Settings that do not change what the weights mean: trainers and library versions rewrite them.
 _VOLATILE = {
@@ -117,16 +117,17 @@ def _tied_pair(base: Checkpoint, missing: set[str], extra: set[str]) -> tuple[st
     return None
 
 
+def core_name(name: str) -> str:
+    """A tensor's or module's name without wrapper prefixes (``model.language_model.layers.0`` is ``layers.0``)."""
+    parts = name.split(".")
+    while len(parts) > 1 and parts[0] in _WRAPPERS:
+        parts = parts[1:]
+    return ".".join(parts)
+
+
 def _renamed(base: Checkpoint, branch: Checkpoint, found: Mapping[str, TensorInfo]) -> dict[str, TensorInfo] | None:
     """One-to-one match of names that differ only in wrapper prefixes (``model.language_model.`` ...), or None."""
-
-    def core(name: str) -> str:
-        parts = name.split(".")
-        while len(parts) > 1 and parts[0] in _WRAPPERS:
-            parts = parts[1:]
-        return ".".join(parts)
-
-    ours, theirs = {core(n): n for n in base.tensors}, {core(n): t for n, t in branch.tensors.items()}
+    ours, theirs = {core_name(n): n for n in base.tensors}, {core_name(n): t for n, t in branch.tensors.items()}
     unique = len(ours) == len(base.tensors) and len(theirs) == len(branch.tensors)
     if not unique or ours.keys() != theirs.keys():
         return None

@@ -24,7 +24,17 @@ from merit.merge import agreement
 from merit.merge.arithmetic import exact_weights
 from merit.merge.operators import Operator, operator_and_options
 
-__all__ = ["Branch", "MergePlan", "OutputFile", "TensorPlan", "check_output", "check_space", "lay_out", "plan_merge"]
+__all__ = [
+    "Branch",
+    "MergePlan",
+    "OutputFile",
+    "TensorPlan",
+    "check_branches",
+    "check_output",
+    "check_space",
+    "lay_out",
+    "plan_merge",
+]
 
 _DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
 _MARGIN = 64 << 20  # free bytes to leave on the disk
@@ -174,7 +184,7 @@ def plan_merge(
         ResourceError: The disk is too full.
     """
     chosen, settings = operator_and_options(operator, options or {})
-    counts = _check_branches(branches)
+    counts = check_branches(branches)
     try:
         exact_scale = exact_weights([scale])[0]
     except (ValueError, TypeError, OverflowError):
@@ -233,7 +243,8 @@ def plan_merge(
     )
 
 
-def _check_branches(branches: Sequence[Branch]) -> list[Fraction]:
+def check_branches(branches: Sequence[Branch]) -> list[Fraction]:
+    """Exact weights before normalisation; MergeError for none, a repeated name, or a weight that is not positive."""
     if not branches:
         raise MergeError("There is nothing to merge: no branch is left.")
     names = [b.name for b in branches]

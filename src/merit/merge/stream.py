@@ -28,6 +28,7 @@ from merit.checkpoint import (
     TensorInfo,
     combine_fingerprint,
     copy_side_files,
+    fingerprint,
     parallel,
     pread_into,
     read_config,
@@ -278,6 +279,7 @@ class _Run:
                     "Its files changed or were damaged since. Copy it again or retrain it. Nothing was left behind.",
                 )
             result.append(found)
+        result += [fingerprint(b.path) for b in plan.branches[len(plan.heads) :]]  # adapters, which do not stream
         return result
 
     def _write_side_files(self, inputs: Sequence[str]) -> None:
