@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -217,56 +219,71 @@ LORA = ("model.trainable=lora", "model.lora.rank=2", "model.lora.dropout=0.2")
 SOME = ('model.trainable=["model.layers.0.*"]', "train.epochs=3")
 
 
+@dataclasses.dataclass
+class Finished:
+    facts: dict
+    weights: dict[str, torch.Tensor]
+    log: list[dict]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Finished]:
+    """What training gives when nothing happens to it, by settings."""
+
+    @functools.cache
+    def finish(*settings: str) -> Finished:
+        root = tmp_path_factory.mktemp("uninterrupted")
+        (root / "base").symlink_to(base)
+        return Finished(cases.train(root, *settings), weights(root), log_rows(root))
+
+    return finish
+
+
+def assert_same_end(root: Path, facts: dict, expected: Finished) -> None:
+    assert_same_bits(expected.weights, weights(root))
+    assert log_rows(root) == expected.log
+    for key in ("target_tokens", "tokens", "samples", "steps", "final_loss"):
+        assert facts[key] == expected.facts[key], key
+    assert not (root / "branch" / "checkpoints").exists()
+
+
 @pytest.mark.parametrize(
-    ("settings", "kill"),
+    ("settings", "kill", "start"),
     [
-        ((), "--kill-after-step 5"),  # between checkpoints, first epoch
-        ((), "--kill-after-step 9"),  # second epoch: its order is drawn anew
-        ((), "--kill-after-step 7"),  # goes on from step 6, an epoch's end
-        ((), "--kill-in-save 8"),  # weights and optimizer are written, the rest of the checkpoint is not
-        ((), "--kill-in-save 2"),  # the same in the very first checkpoint: nothing to go on from
-        (LORA, "--kill-after-step 9"),  # dropout: the random state has to come back
-        (SOME, "--kill-after-step 13"),
+        ((), "--kill-after-step 9", 8),  # in the second epoch: its order is drawn anew
+        ((), "--kill-after-step 7", 6),  # goes on from an epoch's end
+        ((), "--kill-in-save 8", 6),  # weights and optimizer are written, the rest of the checkpoint is not
+        (LORA, "--kill-after-step 9", 8),  # dropout: the random state has to come back
+        (SOME, "--kill-after-step 13", 12),
     ],
 )
-def test_killed_and_resumed_is_bit_identical(root: Path, settings: tuple[str, ...], kill: str) -> None:
+def test_killed_and_resumed_is_bit_identical(
+    root: Path, uninterrupted: Callable[..., Finished], settings: tuple[str, ...], kill: str, start: int
+) -> None:
     overrides = (*settings, SAVE_EVERY_2)
-    uninterrupted = cases.train(root, *overrides)
-    expected, expected_log = weights(root), log_rows(root)
     words = [word for item in overrides for word in ("--set", item)]
     assert train_elsewhere(root, *words, *kill.split()) == -signal.SIGKILL
     assert not (root / "branch" / "model").exists()
     facts = cases.train(root, *overrides)
-    assert_same_bits(expected, weights(root))
-    assert log_rows(root) == expected_log
-    for key in ("target_tokens", "tokens", "samples", "steps", "final_loss"):
-        assert facts[key] == uninterrupted[key], key
-    at = int(kill.split()[1])
-    start = (at - 1) // 2 * 2 if "in-save" in kill else at // 2 * 2
-    assert facts["resumed_from"] == ([start] if start else [])
-    assert not (root / "branch" / "checkpoints").exists()
+    assert facts["resumed_from"] == [start]
+    assert_same_end(root, facts, uninterrupted(*overrides))
 
 
-def test_stopped_twice_then_finished_is_bit_identical_in_fresh_interpreters(root: Path) -> None:
-    """SIGTERM ends a process with 75 after a checkpoint; every part runs in an interpreter of its own."""
-    cases.train(root)
-    expected, expected_log = weights(root), log_rows(root)
-    for step in (4, 8):
-        command = [sys.executable, str(SCRIPT), str(root), "--stop-after-step", str(step)]
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert ended.returncode == 75, ended.stderr
-        assert "goes on from there" in ended.stderr
-        assert not (root / "branch" / "model").exists()
+def test_stopped_twice_then_finished_is_bit_identical(root: Path, uninterrupted: Callable[..., Finished]) -> None:
+    """SIGTERM ends a process with 75 after a checkpoint; the first part runs in an interpreter of its own."""
+    command = [sys.executable, str(SCRIPT), str(root), "--stop-after-step", "4"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 75, ended.stderr
+    assert "stopped at step 5 of 12" in ended.stderr  # the signal came during step 5, which is finished first
+    assert train_elsewhere(root, "--stop-after-step", "8") == 75
+    assert not (root / "branch" / "model").exists()
     facts = cases.train(root)
-    assert facts["resumed_from"] == [5, 9]  # the signal came during the next step, which is finished first
-    assert_same_bits(expected, weights(root))
-    assert log_rows(root) == expected_log
+    assert facts["resumed_from"] == [5, 9]
+    assert_same_end(root, facts, uninterrupted())
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no marker", "missing"])
-def test_damaged_checkpoint_is_not_used(root: Path, damage: str) -> None:
-    cases.train(root)
-    expected = weights(root)
+def test_damaged_checkpoint_is_not_used(root: Path, uninterrupted: Callable[..., Finished], damage: str) -> None:
     assert train_elsewhere(root, "--stop-after-step", "6") == 75
     checkpoint = newest_checkpoint(root / "branch" / "checkpoints")
     assert checkpoint is not None
@@ -279,7 +296,7 @@ def test_damaged_checkpoint_is_not_used(root: Path, damage: str) -> None:
         victim.unlink()
     facts = cases.train(root)
     assert facts["resumed_from"] == []
-    assert_same_bits(expected, weights(root))
+    assert_same_end(root, facts, uninterrupted())
 
 
 def test_checkpoint_of_another_group_or_setting_is_refused(root: Path) -> None:

@@ -213,9 +213,8 @@ def train_branch(
         save_branch(trainer.model, partial, base, save_dtype=train.save_dtype, tokenizer=tokenizer)
         partial.rename(folder / "model")
     shutil.rmtree(checkpoints, ignore_errors=True)
-    trainer.accelerator.free_memory()
     del trainer, model
-    gc.collect()
+    gc.collect()  # the trainer and its callbacks hold each other, and with them the model
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return {
