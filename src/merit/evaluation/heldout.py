@@ -29,6 +29,8 @@ LIMIT_MARGIN = 4
 """Tokens that a greedy answer may run past its dataset's longest reference: another spelling of it may be longer."""
 SHORT_SHARE = 0.9
 """Share of a dataset's answers that must be short for it to count as a short-answer dataset."""
+LONGEST_TAIL = 16
+"""Most tokens that a chat template is expected to put after an answer's text."""
 LOGITS_BUDGET = 2**29
 """Most logits of one batch (float32 entries, 2 GiB): a large vocabulary makes batches smaller than ``batch_tokens``."""
 
@@ -131,8 +133,8 @@ def end_tokens(datasets: Mapping[str, Sequence[EncodedRow]], tokenizer: Any, per
     """Ids that end an answer: the tokenizer's end of sequence, and what the chat template puts after an answer.
 
     The latter is read off the rows: of the target tokens that follow the answer's text, the first special one, else the
-    last. A row whose tokens do not spell its answer (cut, or with characters that the tokenizer cannot write) counts only
-    if its last target is a special token.
+    last, unless answers hold that token themselves (a line end, say). A row whose tokens do not spell its answer (cut, or
+    with characters that the tokenizer cannot write) counts only if its last target is a special token.
 
     Args:
         datasets: Rows per dataset; the first ``per_dataset`` of each are looked at.
@@ -144,23 +146,24 @@ def end_tokens(datasets: Mapping[str, Sequence[EncodedRow]], tokenizer: Any, per
     """
     special = set(tokenizer.all_special_ids)
     special |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ends = {int(tokenizer.eos_token_id)}
+    ends, plain, inside = {int(tokenizer.eos_token_id)}, set(), set()
     for rows in datasets.values():
         for i in range(min(per_dataset, len(rows))):
             row = rows[i]
             answer = row.input_ids[row.prompt_length :][row.targets[row.prompt_length :]]
-            wanted = row.answer.strip()
             if row.truncated or not len(answer):
                 continue
-            if not wanted or _text(tokenizer, answer).strip() != wanted:
+            sizes = range(max(1, len(answer) - LONGEST_TAIL), len(answer) + 1)
+            spelled = [size for size in sizes if _text(tokenizer, answer[:size]).strip() == row.answer.strip()]
+            if spelled:
+                body, tail = answer[: spelled[0]].tolist(), answer[spelled[0] :].tolist()
+                inside |= set(body)
+                first_special = [token for token in tail if token in special][:1]
+                ends |= set(first_special)
+                plain |= set() if first_special else set(tail[-1:])
+            else:
                 ends |= {int(answer[-1])} & special
-                continue
-            size = len(answer)
-            while size > 1 and _text(tokenizer, answer[: size - 1]).strip() == wanted:
-                size -= 1
-            tail = [int(token) for token in answer[size:]]
-            ends |= set([token for token in tail if token in special][:1] or tail[-1:])
-    return tuple(sorted(ends))
+    return tuple(sorted(ends | (plain - inside)))
 
 
 def _text(tokenizer: Any, tokens: np.ndarray) -> str:

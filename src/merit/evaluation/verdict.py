@@ -21,12 +21,11 @@ _NAMES = {
     "raw_pca": "the raw-gradient PCA split",
     "pca": "the PCA split",
 }
-_METRICS = {"loss": "loss", "exact_match": "exact match", "drift": "drift from the base"}
+_METRICS = {"loss": "loss", "exact_match": "exact match", "drift": "drift"}
 _BY_CONFLICT = ("pca", "raw_pca", "kmeans")
 
-_MERGING = "nothing here speaks for merging"
-
-Comparisons = Mapping[str, Sequence[Mapping[str, Any]]]
+Items = Sequence[Mapping[str, Any]]
+"""Entries of a summary's ``paired``."""
 
 
 def verdict(summary: Mapping[str, Any]) -> list[str]:
@@ -45,102 +44,108 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
     by_other = {name: [item for item in summary["paired"] if item["other"] == name] for name in others}
     baselines = [name for name in others if name != "base"]
     sentences = [
-        *_learned(averages, by_other, baselines),
-        *_kept(averages, by_other, baselines),
-        *_both_columns(averages, summary["method"]),
+        _learned(averages, by_other.get("base", [])),
+        _kept(averages, by_other.get("base", []), ["base", *baselines, "merged"]),
+        _both_columns(averages),
     ]
     for name in baselines:
-        sentences.append(_call(name, by_other[name], summary["method"]))
+        sentences.append(_against(name, by_other[name], summary["method"]))
     sentences.append(_caution(summary))
     return sentences
 
 
-def _learned(averages: Mapping[str, Any], by_other: Comparisons, baselines: Sequence[str]) -> list[str]:
+def _learned(averages: Mapping[str, Any], against_base: Items) -> str:
     ours, base = averages["merged"]["mixture"], averages["base"]["mixture"]
     if not ours or not base:
-        return ["Learned: not measured; the mixture has no held-out rows, or evaluate.heldout is off."]
-    items = [item for item in by_other.get("base", ()) if item["part"] == "mixture"]
+        return "Learned: not measured; the mixture has no held-out rows, or evaluate.heldout is off."
     figures = [f"loss {base['loss']:.3f} → {ours['loss']:.3f} nats/token"]
     if ours["exact_match"] is not None and base["exact_match"] is not None:
         figures.append(f"exact match {base['exact_match']:.3f} → {ours['exact_match']:.3f}")
-    sentences = [f"Learned ({_count(ours)}, base → merged): {', '.join(figures)}. {_outcomes('the base', items)}"]
-    sides = {_side(items)}
-    if sides <= {"=", "-"}:
-        sentences[0] += " So there is no clear sign that the merged model learned this mixture."
-    for name in baselines:
-        if items := [item for item in by_other[name] if item["part"] == "mixture"]:
-            sentences.append(f"Learned, merged against {_NAMES.get(name, name)}: {_outcomes(None, items)}")
-    return sentences
+    items = [item for item in against_base if item["part"] == "mixture"]
+    text = f"Learned ({_count(ours)}, base → merged): {', '.join(figures)}. Differences: {_outcomes(items)}."
+    if _side(items) in "=-":
+        text += " There is no clear sign that the merged model learned this mixture."
+    elif _side(items) == "±":
+        text += " The two measures disagree on whether the merged model learned this mixture."
+    return text
 
 
-def _kept(averages: Mapping[str, Any], by_other: Comparisons, baselines: Sequence[str]) -> list[str]:
-    shown = ["base", *baselines, "merged"]
+def _kept(averages: Mapping[str, Any], against_base: Items, shown: Sequence[str]) -> str:
     figures = []
-    for metric, label, digits in (("loss", "loss", 3), ("exact_match", "exact match", 3)):
+    for metric, label in (("loss", "loss"), ("exact_match", "exact match")):
         values = {name: (averages[name]["kept"] or {}).get(metric) for name in shown}
         if values["merged"] is not None:
-            figures.append(f"{label} " + _list(values, digits))
-    moved = {name: (averages[name]["drift"] or {}).get("kl") for name in shown}
+            figures.append(f"{label} {_list(values, 3)}")
+    moved = {name: (averages[name]["drift"] or {}).get("kl") for name in shown if name != "base"}
     if moved["merged"] is not None:
-        figures.append("drift in nats/token " + _list(moved, 4))
+        figures.append(f"drift from the base {_list(moved, 4)} nats/token")
     if not figures:
-        return ["Kept: not measured; give evaluate.kept_folder, or evaluate.drift.prompts above 0."]
+        return "Kept: not measured; give evaluate.kept_folder, or evaluate.drift.prompts above 0."
     kept = averages["merged"]["kept"]
-    where = _count(kept) if kept else "drift on the base's own answers; no kept sets were given"
-    sentences = [f"Kept ({where}): {'; '.join(figures)}."]
-    for name in ("base", *baselines):
-        if items := [item for item in by_other.get(name, ()) if item["part"] == "kept"]:
-            sentences.append(f"Kept, merged against {_NAMES.get(name, name)}: {_outcomes(None, items)}")
-    return sentences
+    where = f" ({_count(kept)})" if kept else ""
+    text = f"Kept{where}: {'; '.join(figures)}."
+    items = [item for item in against_base if item["part"] == "kept"]
+    return text + (f" Differences from the base: {_outcomes(items)}." if items else "")
 
 
-def _both_columns(averages: Mapping[str, Any], method: str) -> list[str]:
+def _both_columns(averages: Mapping[str, Any]) -> str:
     text = (
         "Read both together: a merged model commonly has a higher loss on the training mixture than joint training and "
-        "still does better elsewhere, and the base itself keeps everything and learns nothing, so neither column decides "
-        "alone."
+        "still does better elsewhere (Choi and Kim 2026), while the base itself keeps everything and learns nothing; "
+        "neither column decides alone."
     )
     joint, ours = (averages.get(name, {}).get("mixture") for name in ("joint", "merged"))
-    if joint and ours and method != "joint":
+    if joint and ours and joint["loss"] != ours["loss"]:
         gap = ours["loss"] - joint["loss"]
         side = "above" if gap > 0 else "below"
         text += f" Here the merged model's mixture loss is {abs(gap):.3f} nats/token {side} joint's."
-    return [text]
+    return text
 
 
-def _call(name: str, items: Sequence[Mapping[str, Any]], method: str) -> str:
-    """The bottom line of one comparison, from both columns."""
-    learned = _side([item for item in items if item["part"] == "mixture"])
-    kept = _side([item for item in items if item["part"] == "kept"])
+def _against(name: str, items: Items, method: str) -> str:
+    """One comparison: what it comes to, then the differences in both columns."""
+    columns = {part: [item for item in items if item["part"] == part] for part in ("mixture", "kept")}
+    figures = [
+        f"{word}: {_outcomes(columns[part])}"
+        for part, word in (("mixture", "learned"), ("kept", "kept"))
+        if columns[part]
+    ]
     other = _NAMES.get(name, name)
+    return f"Against {other}: {_call(name, other, columns, method)} ({'; '.join(figures)})"
+
+
+def _call(name: str, other: str, columns: Mapping[str, Items], method: str) -> str:
+    learned, kept = _side(columns["mixture"]), _side(columns["kept"])
     if "?" in (learned, kept) and not {learned, kept} & {"+", "-", "±"}:
-        return f"Against {other}: too little was measured in one of the two columns to call a difference."
+        return "too little was measured in one of the two columns to call a difference."
+    what = "merging" if name == "joint" else "the run's own split"
+    no_reason = f"nothing here speaks for {what}."
     calls = {
-        ("+", "+"): "the merged model did better on both: it learned more and kept more.",
-        ("+", "="): "the merged model learned more, with no clear difference in what was kept.",
-        ("=", "+"): "the merged model kept more, with no clear difference in what was learned.",
-        ("-", "+"): "a trade: the merged model learned less of the mixture and kept more of the base.",
-        ("+", "-"): "a trade: the merged model learned more of the mixture and kept less of the base.",
-        ("=", "="): "no clear difference, neither in what was learned nor in what was kept.",
-        (
-            "-",
-            "=",
-        ): f"{other} learned more, with no clear difference in what was kept: {_MERGING}.",
-        (
-            "=",
-            "-",
-        ): f"{other} kept more, with no clear difference in what was learned: {_MERGING}.",
-        ("-", "-"): f"{other} did better on both: it learned more and kept more.",
+        "++": "the merged model did better on both: it learned more and kept more.",
+        "+=": "the merged model learned more, with no clear difference in what was kept.",
+        "=+": "the merged model kept more, with no clear difference in what was learned.",
+        "-+": "a trade: the merged model learned less of the mixture and kept more of the base.",
+        "+-": "a trade: the merged model learned more of the mixture and kept less of the base.",
+        "==": "no clear difference, neither in what was learned nor in what was kept.",
+        "-=": f"{other} learned more, with no clear difference in what was kept: {no_reason}",
+        "=-": f"{other} kept more, with no clear difference in what was learned: {no_reason}",
+        "--": f"{other} did better on both, it learned more and kept more: {no_reason}",
     }
-    if (learned, kept) in calls:
-        text = calls[learned, kept]
-    else:
-        text = f"{_words(learned, 'learned')}, and {_words(kept, 'kept')}; this is no verdict for either."
-    text = text.replace(_MERGING, _MERGING if name == "joint" else "nothing here speaks for the run's own split")
+    undecided = f"{_words(learned, 'learned')}, and {_words(kept, 'kept')}; this is no verdict for either."
+    text = calls.get(learned + kept, undecided)
+    if kept in "+-" and {item["metric"] for item in columns["kept"] if item["outcome"] in ("better", "worse")} == {
+        "drift"
+    }:
+        text += " What was kept is judged by drift alone" + (
+            "; the kept sets show no clear difference." if len(columns["kept"]) > 1 else "."
+        )
     if name == "random" and method in _BY_CONFLICT and {learned, kept} <= {"=", "-"}:
-        did = "better" if "-" in (learned, kept) else "as well"
-        text += f" Splitting by conflict did not matter here: the random split did {did}."
-    return f"Against {other}: {text}"
+        text += (
+            " Splitting by conflict did not help here: the random split did better."
+            if "-" in (learned, kept)
+            else " Splitting by conflict did not matter here: as far as these figures tell, the random split did as well."
+        )
+    return text
 
 
 def _words(side: str, what: str) -> str:
@@ -153,7 +158,7 @@ def _words(side: str, what: str) -> str:
     }[side]
 
 
-def _side(items: Sequence[Mapping[str, Any]]) -> str:
+def _side(items: Items) -> str:
     """One column's measures together: + (merged better in one, worse in none), -, ± (they disagree), =, ? (no data)."""
     outcomes = {item["outcome"] for item in items}
     if {"better", "worse"} <= outcomes:
@@ -165,7 +170,7 @@ def _side(items: Sequence[Mapping[str, Any]]) -> str:
     return "=" if "unclear" in outcomes else "?"
 
 
-def _outcomes(other: str | None, items: Sequence[Mapping[str, Any]]) -> str:
+def _outcomes(items: Items) -> str:
     """Each measure's difference with its interval and what may be said of it."""
     parts = []
     for item in items:
@@ -177,10 +182,9 @@ def _outcomes(other: str | None, items: Sequence[Mapping[str, Any]]) -> str:
         else:
             low, high = item["ci95"]
             said = {"better": "better", "worse": "worse", "unclear": "no clear difference"}[item["outcome"]]
-            text += f" (95 % CI {low:+.{digits}f} to {high:+.{digits}f}: {said})"
+            text += f" [{low:+.{digits}f}, {high:+.{digits}f}] {said}"
         parts.append(text)
-    start = f"Difference from {other}: " if other else ""
-    return f"{start}{', '.join(parts)}." if parts else ""
+    return ", ".join(parts)
 
 
 def _count(average: Mapping[str, Any]) -> str:
@@ -207,7 +211,7 @@ def _caution(summary: Mapping[str, Any]) -> str:
         over.append(f"{kept['drift']} answers of the base")
     text = "Caution: one training seed. "
     if over:
-        text += f"The intervals are over {', '.join(over)}; "
+        text += f"The 95 % intervals in brackets are over {', '.join(over)}; "
         text += "another seed or another mixture can differ by more than they show."
     else:
         text += "Another seed or another mixture can differ."

@@ -1,0 +1,299 @@
+"""The whole evaluation on tiny real checkpoints: files, resume, refusals."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from conftest import END, make_dataset, tiny_model
+
+from merit.errors import CheckpointError
+from merit.evaluation import evaluate as module
+from merit.evaluation import evaluate_models
+from merit.mixture import EncodedDataset, EncodedRow
+from merit.recipe import parse_recipe
+
+SEEDS = {"base": 0, "joint": 1, "merged": 2, "branch-0": 3}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tokenizer):
+    """Four checkpoints and a way to evaluate them."""
+    root = tmp_path_factory.mktemp("evaluation")
+    for name, seed in SEEDS.items():
+        tiny_model(seed=seed, sharpness=2.0).save_pretrained(root / name)
+    tokenizer.save_pretrained(root / "base")
+    test = {f"t{i}": make_dataset(f"t{i}", 9 + i) for i in range(3)}
+    test["long"] = make_dataset("long", 4, longest=60)
+    kept = {"known": make_dataset("known", 5)}
+
+    def evaluate(folder, names=tuple(SEEDS), fingerprints=None, test=test, kept=kept, **settings):
+        seed = settings.pop("seed", 0)
+        recipe = parse_recipe(
+            {
+                "name": "x",
+                "seed": seed,
+                "model": {"base": str(root / "base")},
+                "mixture": {"folder": str(root)},
+                "evaluate": {"drift": {"prompts": 6, "tokens": 5}, "short_answer": 10, **settings},
+            }
+        )
+        return evaluate_models(
+            recipe,
+            {name: None if name == "base" else root / name for name in names},
+            test,
+            kept,
+            folder,
+            tokenizer=tokenizer,
+            device=torch.device("cpu"),
+            fingerprints=fingerprints or {name: f"content of {name}" for name in names},
+        )
+
+    evaluate.root, evaluate.test, evaluate.kept = root, test, kept
+    return evaluate
+
+
+def read(folder, name):
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+def test_files_hold_what_a_reference_computes(run, tmp_path):
+    found = run(tmp_path)
+    assert found["models"] == ["base", "joint", "merged", "branch-0"]
+    assert found["reused"] == []
+    results, kept = read(tmp_path, "results.json"), read(tmp_path, "kept.json")
+    assert list(results) == found["models"]
+    assert list(results["merged"]) == list(run.test)
+    for name, seed in SEEDS.items():
+        model = tiny_model(seed=seed, sharpness=2.0)
+        for tables, sets in ((results, run.test), (kept, run.kept)):
+            for dataset, rows in sets.items():
+                wanted = reference(model, rows, dataset != "long")
+                assert tables[name][dataset].pop("exact_match") == wanted.pop("exact_match")
+                assert tables[name][dataset] == pytest.approx(wanted, rel=1e-5)
+    drift = read(tmp_path, "drift.json")
+    assert drift["base"]["kl"] == 0.0
+    assert drift["merged"]["kl"] > 0.01
+    assert drift["merged"]["prompts"] == 6
+    summary = read(tmp_path, "summary.json")
+    assert summary["short_answer_datasets"] == ["t0", "t1", "t2"]
+    assert summary["macro"]["joint"]["mixture"]["loss"] == pytest.approx(
+        np.mean([figures["loss"] for figures in results["joint"].values()])
+    )
+    assert summary["verdict"] == found["verdict"]
+    assert "| merged |" in (tmp_path / "table.md").read_text(encoding="utf-8")
+    answers = [json.loads(line) for line in (tmp_path / "models/merged.answers.jsonl").read_text().splitlines()]
+    assert len(answers) == sum(len(rows) for name, rows in run.test.items() if name != "long") + 5
+
+
+def reference(model, rows, generate):
+    """Loss and exact match row by row, without batches or cache."""
+    loss, tokens, hits = 0.0, 0, 0
+    longest = max(len(row.answer) + 1 for row in rows) + 4
+    for row in rows:
+        ids = torch.tensor(row.input_ids[None].astype(np.int64))
+        with torch.no_grad():
+            logp = model(input_ids=ids).logits[0].double().log_softmax(-1)
+            prompt, said = ids[:, : row.prompt_length], []
+            while len(said) < min(longest, 64 - row.prompt_length) and (not said or said[-1] not in (1, END)):
+                said.append(int(model(input_ids=prompt).logits[0, -1].argmax()))
+                prompt = torch.cat([prompt, torch.tensor([[said[-1]]])], dim=1)
+        for i in np.flatnonzero(row.targets):
+            loss -= float(logp[i - 1, int(row.input_ids[i])])
+            tokens += 1
+        hits += said == row.input_ids[row.prompt_length :].tolist()
+    return {
+        "loss": loss / tokens,
+        "exact_match": hits / len(rows) if generate else None,
+        "examples": len(rows),
+        "target_tokens": tokens,
+    }
+
+
+def test_a_model_is_right_about_its_own_answers(run, tmp_path, tokenizer):
+    """Rows made of the base's own greedy answers: exact match 1 for the base, lower for the others."""
+    from merit.evaluation.decode import decode
+
+    prompts = [row.input_ids[: row.prompt_length] for row in make_dataset("own", 60)]
+    model = tiny_model(seed=0, sharpness=2.0)
+    options = {"end_tokens": (1, END), "pad_id": 0, "device": torch.device("cpu"), "batch_tokens": 999}
+    own = []
+    for prompt, answer in zip(prompts, decode(model, prompts, [8] * 60, **options), strict=True):
+        text = tokenizer.decode(answer, skip_special_tokens=True)
+        if answer[-1] == END and text.strip():
+            ids = np.asarray([*prompt, *answer], np.int32)
+            own.append(EncodedRow(ids, np.arange(len(ids)) >= len(prompt), len(prompt), False, text))
+    assert len(own) >= 3
+    run(tmp_path, test={"own": EncodedDataset("own", own)}, kept={}, exact_match="always")
+    found = read(tmp_path, "results.json")
+    assert found["base"]["own"]["exact_match"] == 1.0
+    assert found["merged"]["own"]["exact_match"] < 1.0
+
+
+def test_figures_do_not_depend_on_batch_size(run, tmp_path):
+    run(tmp_path / "a", ("base", "merged"), batch_tokens=1)
+    run(tmp_path / "b", ("base", "merged"), batch_tokens=100_000)
+    for file in ("results.json", "kept.json", "drift.json"):
+        a, b = read(tmp_path / "a", file), read(tmp_path / "b", file)
+        flat_a, flat_b = (np.asarray(list(numbers(x)), dtype=float) for x in (a, b))
+        np.testing.assert_allclose(flat_a, flat_b, rtol=1e-5, atol=1e-12)
+
+
+def numbers(value):
+    if isinstance(value, dict):
+        for inner in value.values():
+            yield from numbers(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from numbers(inner)
+    elif value is not None:
+        yield value
+
+
+def test_what_is_done_is_not_measured_again(run, tmp_path, monkeypatch):
+    loads = []
+    load = module.load_model
+    monkeypatch.setattr(module, "load_model", lambda *a, **k: loads.append(k.get("weights")) or load(*a, **k))
+    names = ("base", "joint", "merged")
+    run(tmp_path, names, max_examples=2)
+    before = (tmp_path / "results.json").read_bytes()
+    loads.clear()
+    assert run(tmp_path, names, max_examples=2, batch_tokens=7)["reused"] == ["base", "joint", "merged"]
+    assert loads == []
+    changed = {"base": "content of base", "joint": "other content", "merged": "content of merged"}
+    assert run(tmp_path, names, changed, max_examples=2)["reused"] == ["base", "merged"]
+    assert loads == [None, run.root / "joint"]  # the base once, for its answers' logits
+    assert (tmp_path / "results.json").read_bytes() == before
+    (tmp_path / "models/joint.json").write_text("{")
+    assert run(tmp_path, names, changed, max_examples=2)["reused"] == ["base", "merged"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"max_new_tokens": 3}, {"max_examples": 1}, {"drift": {"prompts": 0}}, {"seed": 1}, {"kept": {}}, {"test": None}],
+)
+def test_what_changed_is_measured_again(run, tmp_path, change):
+    run(tmp_path, ("base",), max_examples=2)
+    if change.get("test", ()) is None:
+        change = {"test": run.test | {"t0": make_dataset("t0", 9, seed=1)}}
+    assert run(tmp_path, ("base",), **{"max_examples": 2, **change})["reused"] == []
+
+
+def test_two_names_of_one_model_are_measured_once(run, tmp_path, monkeypatch):
+    loads = []
+    load = module.load_model
+    monkeypatch.setattr(module, "load_model", lambda *a, **k: loads.append(k["weights"]) or load(*a, **k))
+    names = ("base", "joint", "merged")
+    run(tmp_path, names, fingerprints={"base": "b", "joint": "same", "merged": "same"})
+    assert loads == [None, run.root / "joint"]
+    results = read(tmp_path, "results.json")
+    assert results["merged"] == results["joint"]
+
+
+def test_settings_choose_what_is_measured(run, tmp_path):
+    run(tmp_path, exact_match="never", branches=False, drift={"prompts": 0}, max_examples=2)
+    results = read(tmp_path, "results.json")
+    assert list(results) == ["base", "joint", "merged"]
+    assert {(item["exact_match"], item["examples"]) for item in results["base"].values()} == {(None, 2)}
+    assert read(tmp_path, "drift.json") == {}
+    run(tmp_path, ("base",), exact_match="always", heldout=False)
+    assert read(tmp_path, "results.json")["base"] == {}
+    assert read(tmp_path, "kept.json")["base"]["known"]["exact_match"] is not None
+    run(tmp_path, ("base",), test={"long": run.test["long"]}, exact_match="always")
+    assert read(tmp_path, "results.json")["base"]["long"]["exact_match"] == 0.0
+
+
+def test_non_finite_loss_names_model_and_dataset(run, tmp_path):
+    broken = tiny_model(seed=2)
+    with torch.no_grad():
+        broken.model.norm.weight[0] = float("inf")
+    broken.save_pretrained(run.root / "broken")
+    with pytest.raises(CheckpointError, match="model broken on dataset t0") as caught:
+        run(tmp_path, ("base", "broken"))
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "results.json").exists()
+    assert (tmp_path / "models/base.json").exists()
+    assert not (tmp_path / "models/broken.json").exists()
+
+
+def test_base_must_be_there(run, tmp_path):
+    with pytest.raises(ValueError, match="'base'"):
+        run(tmp_path, ("merged",))
+
+
+def test_prompts_that_fill_the_context_get_no_answer(run, tmp_path):
+    ids = np.full(65, 8, np.int32)
+    row = EncodedRow(ids[:64], np.arange(64) >= 63, 63, False, "c")
+    full = EncodedRow(ids, np.arange(65) >= 64, 64, False, "c")
+    run(
+        tmp_path,
+        ("base",),
+        test={"full": EncodedDataset("full", [row, full])},
+        kept={},
+        drift={"prompts": 2, "tokens": 3},
+    )
+    assert math.isfinite(read(tmp_path, "results.json")["base"]["full"]["loss"])
+    assert read(tmp_path, "drift.json")["base"]["tokens"] == 1
+
+
+CHILD = """
+    import sys
+    from pathlib import Path
+    sys.path[:0] = {paths!r}
+    from test_evaluate import evaluate_in_child
+    evaluate_in_child(Path({root!r}), Path({folder!r}))
+"""
+
+
+def evaluate_in_child(root, folder):
+    """Evaluate; say when the second model starts, then wait there to be killed."""
+    from merit.models import load_tokenizer
+
+    torch.set_num_threads(1)
+    recipe = parse_recipe({"name": "x", "model": {"base": str(root / "base")}, "mixture": {"folder": str(root)}})
+
+    def progress(done, total, label):
+        if label == "joint":
+            print("second model", flush=True)
+            signal.pause()
+
+    evaluate_models(
+        recipe,
+        {"base": None, "joint": root / "joint", "merged": root / "merged"},
+        {"t0": make_dataset("t0", 9)},
+        {},
+        folder,
+        tokenizer=load_tokenizer(recipe.model),
+        device=torch.device("cpu"),
+        fingerprints={name: name for name in ("base", "joint", "merged")},
+        progress=progress if not (folder / "models").exists() else None,
+    )
+
+
+def test_killed_and_run_again_gives_the_same_figures(run, tmp_path):
+    paths = [os.path.dirname(__file__), *sys.path]  # noqa: PTH120
+    code = textwrap.dedent(CHILD).format(paths=paths, root=str(run.root), folder=str(tmp_path / "killed"))
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "second model\n"
+    child.kill()
+    child.wait()
+    assert sorted(path.name for path in (tmp_path / "killed/models").iterdir()) == [
+        "answers-of-the-base.json",
+        "base.answers.jsonl",
+        "base.json",
+    ]
+    stamp = (tmp_path / "killed/models/base.json").stat().st_mtime_ns
+    evaluate_in_child(run.root, tmp_path / "killed")
+    (tmp_path / "whole/models").mkdir(parents=True)
+    evaluate_in_child(run.root, tmp_path / "whole")
+    assert (tmp_path / "killed/models/base.json").stat().st_mtime_ns == stamp
+    for name in ("results.json", "kept.json", "drift.json", "summary.json", "table.md"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -1,0 +1,184 @@
+"""Every branch of the verdict, from synthetic tables through the real summary."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from merit.evaluation.summary import summarise
+from merit.evaluation.tables import dataset_table, markdown, overview, render
+
+N = 12
+NOISE = np.random.default_rng(0).normal(0, 0.05, size=(8, N))
+
+
+def table(loss, match=None, n=N, noise=0):
+    return {
+        f"d{i}": {
+            "loss": float(loss + NOISE[noise][i]),
+            "exact_match": None if match is None else float(match + NOISE[noise][i] / 10),
+            "examples": 4,
+            "target_tokens": 9,
+        }
+        for i in range(n)
+    }
+
+
+def moved(kl):
+    sums = (kl + NOISE[7] * 0.1) * 5 if kl else np.zeros(N)
+    return {
+        "kl": kl,
+        "top1_agreement": 0.9,
+        "tokens": 5 * N,
+        "prompts": N,
+        "kl_sums": sums.tolist(),
+        "token_counts": [5] * N,
+    }
+
+
+def sentences(other, mixture, kept=None, drift=None, method="pca", n=N):
+    """Verdict on base, one other baseline and merged; each pair is (other, merged)."""
+    results = {"base": table(3.0, 0.1, n), other: table(mixture[0], 0.5, n, 1), "merged": table(mixture[1], 0.5, n, 2)}
+    kepts = {}
+    if kept:
+        kepts = {"base": table(0.5, 0.9, n), other: table(kept[0], 0.4, n, 3), "merged": table(kept[1], 0.4, n, 4)}
+    drifts = {name: moved(kl) for name, kl in zip((other, "merged"), drift or (), strict=False)}
+    if drift:
+        drifts["base"] = moved(0.0)
+    return summarise(results, kepts, drifts, method=method)["verdict"]
+
+
+def against(other, *args, **kwargs):
+    [found] = [s for s in sentences(other, *args, **kwargs) if s.startswith("Against ")]
+    return found
+
+
+HIGH, LOW = 2.0, 1.0
+
+
+@pytest.mark.parametrize(
+    ("mixture", "kept", "wanted"),
+    [
+        ((HIGH, LOW), (HIGH, LOW), "the merged model did better on both"),
+        ((HIGH, LOW), (LOW, LOW), "the merged model learned more, with no clear difference in what was kept"),
+        ((LOW, LOW), (HIGH, LOW), "the merged model kept more, with no clear difference in what was learned"),
+        ((LOW, HIGH), (HIGH, LOW), "a trade: the merged model learned less of the mixture and kept more of the base"),
+        ((HIGH, LOW), (LOW, HIGH), "a trade: the merged model learned more of the mixture and kept less of the base"),
+        ((LOW, LOW), (LOW, LOW), "no clear difference, neither in what was learned nor in what was kept"),
+        ((LOW, HIGH), (LOW, LOW), "joint training learned more, with no clear difference in what was kept"),
+        ((LOW, LOW), (LOW, HIGH), "joint training kept more, with no clear difference in what was learned"),
+        ((LOW, HIGH), (LOW, HIGH), "joint training did better on both"),
+    ],
+)
+def test_calls_against_joint(mixture, kept, wanted):
+    found = against("joint", mixture, kept)
+    assert found.startswith(f"Against joint training: {wanted}")
+    merged_has_nothing = "the merged model" not in wanted and "joint training" in wanted
+    assert ("nothing here speaks for merging" in found) == merged_has_nothing
+    assert "Splitting by conflict" not in found
+
+
+@pytest.mark.parametrize(
+    ("mixture", "kept", "method", "wanted"),
+    [
+        ((LOW, LOW), (LOW, LOW), "pca", "did not matter here"),
+        ((LOW, HIGH), (LOW, LOW), "pca", "did not help here"),
+        ((LOW, HIGH), (LOW, HIGH), "raw_pca", "did not help here"),
+        ((LOW, HIGH), (HIGH, LOW), "pca", None),
+        ((HIGH, LOW), (LOW, LOW), "pca", None),
+        ((LOW, LOW), (LOW, LOW), "conflict_induced", None),
+    ],
+)
+def test_calls_against_a_random_split(mixture, kept, method, wanted):
+    found = against("random", mixture, kept, method=method)
+    assert ("Splitting by conflict" in found) == (wanted is not None)
+    assert wanted is None or wanted in found
+    assert "speaks for merging" not in found
+
+
+def test_drift_stands_in_for_kept_sets_and_says_so():
+    found = against("joint", (LOW, HIGH), drift=(0.9, 0.3))
+    assert "a trade" in found
+    assert found.count("judged by drift alone.") == 1
+    found = against("joint", (LOW, HIGH), (LOW, LOW), drift=(0.9, 0.3))
+    assert "judged by drift alone; the kept sets show no clear difference." in found
+    assert "judged by drift" not in against("joint", (LOW, HIGH), (HIGH, LOW), drift=(0.9, 0.3))
+
+
+def test_measures_that_disagree_are_no_verdict():
+    found = against("joint", (LOW, LOW), (HIGH, LOW), drift=(0.3, 0.9))
+    assert "the measures of what was kept disagree" in found
+
+
+def test_few_datasets_are_not_called():
+    found = sentences("joint", (HIGH, LOW), (HIGH, LOW), n=4)
+    assert "too little was measured" in found[-2]
+    assert found[0].count("too few to compare") == 2
+    assert "better" not in " ".join(found[:2])
+    assert "too little was measured" in against("joint", (LOW, LOW))
+
+
+def test_learned_and_kept_stand_side_by_side():
+    learned, kept, both, joint, caution = sentences("joint", (LOW, HIGH), (HIGH, LOW), drift=(0.9, 0.3))
+    assert learned.startswith(f"Learned (mean over {N} held-out datasets, base → merged): loss 3.0")
+    assert "better" in learned
+    assert "no clear sign" not in learned
+    assert kept.startswith(f"Kept (mean over {N} held-out datasets): loss base 0.5")
+    assert "drift from the base joint 0.9000, merged 0.3000 nats/token" in kept
+    assert "neither column decides alone" in both
+    assert "above joint's" in both
+    assert "learned: loss +1.0" in joint
+    assert "kept: loss -1.0" in joint
+    assert "one training seed" in caution
+    assert f"{N} mixture datasets, {N} kept datasets, {N} answers" in caution
+    assert "below joint's" in sentences("joint", (HIGH, LOW))[2]
+
+
+def test_a_model_that_learned_nothing():
+    results = {"base": table(3.0, 0.1), "merged": table(3.0, 0.1, noise=1)}
+    assert "no clear sign that the merged model learned" in summarise(results, {}, {})["verdict"][0]
+    results["merged"] = table(4.0, 0.05)
+    assert "no clear sign that the merged model learned" in summarise(results, {}, {})["verdict"][0]
+    results["merged"] = table(4.0, 0.5)
+    assert "disagree on whether" in summarise(results, {}, {})["verdict"][0]
+
+
+def test_what_was_not_measured_is_said():
+    assert summarise({"base": table(3.0)}, {}, {})["verdict"] == [
+        "No merged model was measured, so nothing is compared."
+    ]
+    found = summarise({"base": {}, "merged": {}}, {}, {})["verdict"]
+    assert found[0].startswith("Nothing was measured")
+    found = summarise({"base": {}, "merged": {}}, {}, {"base": moved(0.0), "merged": moved(0.5)})["verdict"]
+    assert found[0].startswith("Learned: not measured")
+    assert "merged 0.5000" in found[1]
+    found = summarise({"base": table(3.0), "merged": table(1.0)}, {}, {})["verdict"]
+    assert found[1].startswith("Kept: not measured")
+
+
+def test_tables_show_every_model_and_leave_out_what_nobody_has():
+    results = {"base": table(3.0), "merged": table(1.0, 0.5)}
+    summary = summarise(results, {}, {}, trained_tokens={"merged": 12345}, short={"d0"})
+    header, rows = overview(summary)
+    assert header == ["model", "mixture loss ↓", "mixture exact match ↑", "target tokens"]
+    assert [row[0] for row in rows] == ["base", "merged"]
+    assert rows[0][2:] == ["–", "–"]
+    assert rows[1][3] == "12,345"
+    assert dataset_table(results, ["base", "merged"], "exact_match")[1][0][:2] == ["d0", "–"]
+    page = markdown(summary, results, {})
+    assert "## Kept" not in page
+    assert "| d11 |" in page
+    assert "(1 datasets)" in page
+    widths = {line.count("|") for line in page.split("## Verdict")[0].splitlines() if line.startswith("|")}
+    assert widths == {5}
+
+
+def test_rich_table_renders():
+    from rich.console import Console
+
+    summary = summarise({"base": table(3.0), "merged": table(1.0, 0.5)}, {}, {})
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    console.print(render(summary))
+    text = console.export_text()
+    assert "mixture loss ↓" in text
+    assert "Caution: one training seed." in text
