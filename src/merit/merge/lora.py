@@ -1,7 +1,7 @@
 """Merging LoRA adapters by their full update: into a checkpoint, into one concatenated adapter, or recompressed to a rank.
 
 A branch's update is ΔW_k = s_k B_k A_k with s = α/r (rsLoRA: α/√r). Its weighted mean is exact as full weights (θ0 + λ Σ
-w_k ΔW_k, rounded once) and as one adapter of rank ΣR_k: [w_1 s_1 B_1 … w_K s_K B_K] · [A_1; …; A_K]. Averaging the A's and B's
+w_k ΔW_k, rounded once) and one adapter of rank ΣR_k: [w_1 s_1 B_1 … w_K s_K B_K] · [A_1; …; A_K]. Averaging the A's and B's
 apart gives other cross terms and is refused. Read from PEFT's files, without PEFT. Biases, ``modules_to_save`` and embedding
 adapters are part of a branch. Not covered, refused with the reason: DoRA, convolutions, adapters on tied output heads,
 initialisations that change the base (PiSSA, OLoRA, CorDA, LoftQ).
@@ -168,7 +168,7 @@ def _check_kind(branch: Branch, config: Mapping[str, Any]) -> None:
     if init.startswith(_NEW_BASE):
         raise MergeError(
             f"{branch.name} was initialised with {init!r}, which changes the base: θ0 + s·B·A is not its model.",
-            "Convert it to a plain LoRA when saving (path_initial_model_for_weight_conversion), or merge it to full weights.",
+            "Convert it to a plain LoRA when saving (path_initial_model_for_weight_conversion), or merge to full weights.",
         )
     for key in ("trainable_token_indices", "target_parameters", "alora_invocation_tokens"):
         if config.get(key):

@@ -187,8 +187,8 @@ def trade_off_svg(points: Sequence[Point], chosen: Point | None = None, title: s
         parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.4g}</text>')
     middle = (top + height - bottom) / 2
     parts += [
-        f'<text x="{(left + width - right) / 2}" y="{height - 12}" text-anchor="middle">loss on the mixture (← learned)</text>',
-        f'<text transform="translate(16,{middle}) rotate(-90)" text-anchor="middle">loss on what the base knew (← kept)</text>',
+        f'<text x="{(left + width - right) / 2}" y="{height - 12}" text-anchor="middle">mixture loss (← learned)</text>',
+        f'<text transform="translate(16,{middle}) rotate(-90)" text-anchor="middle">loss on old skills (← kept)</text>',
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
