@@ -91,7 +91,7 @@ def make_model(tokenizer: Qwen2Tokenizer, hidden: int, layers: int) -> Qwen2ForC
 
 def encode(tokenizer: Qwen2Tokenizer, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn rows into right-padded ids and labels (B, L) whose targets are the answers and their end tokens."""
-    texts = tokenizer.apply_chat_template([row["messages"] for row in rows], tokenize=False)
+    texts: Any = tokenizer.apply_chat_template([row["messages"] for row in rows], tokenize=False)
     ids = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")["input_ids"]
     assistant = tokenizer.convert_tokens_to_ids(ASSISTANT)
     answer = (ids == assistant).cumsum(1).bool() & (ids != assistant) & (ids != tokenizer.pad_token_id)
@@ -179,7 +179,7 @@ def pretrain(args: argparse.Namespace) -> None:
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
 
-    probe = tokenizer.apply_chat_template(next(stream)["messages"], tokenize=False) + " Ünï\n 12 ab3"
+    probe = f"{USER}Ünï {END}{ASSISTANT}12 ab3\n  x{END}"
     reloaded = AutoTokenizer.from_pretrained(args.output)
     if reloaded(probe)["input_ids"] != tokenizer(probe)["input_ids"]:
         raise AssertionError("The saved tokenizer gives other ids than the one that was trained with.")
@@ -242,7 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="checkpoint folder (default: package data)")
     parser.add_argument("--seed", type=int, default=0, help="decides weights and rows (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=1200, help="optimizer steps (default %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="rows per step (default %(default)s)")
     parser.add_argument(
         "--learning-rate", type=float, default=3e-3, help="peak, warm-up then cosine (default %(default)s)"

@@ -1,8 +1,9 @@
 """The demo's data: procedural skills, asked in several phrasings and answered in several styles.
 
 A *skill* draws arguments and solves them (reverse a word, add two numbers). The base was pretrained on sixteen skills,
-each answered by a full friendly sentence. The mixture asks mostly for bare short answers to the same skills, holds
-some datasets in the base's own style and some skills that the base never saw. So skills and styles pull in different
+each answered by a full friendly sentence unless the question says "Briefly:". The mixture asks mostly for bare short
+answers to the same skills (without that word), holds some datasets in the base's own style and some skills that the base
+never saw. So skills and styles pull in different
 directions, and a run can show both what it learned (the mixture's test rows) and what it lost (the kept sets).
 
 Every case of a skill belongs for good to the training or to the held-out side, by a hash of its arguments: no held-out
@@ -17,7 +18,7 @@ import json
 import random
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ Row = dict[str, list[dict[str, str]]]
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 VOWELS = "aeiou"
 HELD_OUT_SHARE = 8  # one case in eight is held out
+BRIEFLY = "Briefly: "
 TEST_ROWS = 16
 KEPT_ROWS = 16
 
@@ -148,31 +150,91 @@ class Dataset:
 
 
 BASE_STYLE: dict[str, Dataset] = {
-    f"kept_{skill}": Dataset(skill, prompts, "Sure! " + answer)
+    f"kept_{skill}": Dataset(skill, tuple(prompts.split(" | ")), "Sure! " + answer)
     for skill, prompts, answer in (
-        ("reverse", ("Please reverse the word {w}.", "Can you spell {w} backwards?"), "The reverse of {w} is {y}."),
-        ("sort", ("Please sort the letters of {w}.", "Can you put {w} in order?"), "{w} in order is {y}."),
+        (
+            "reverse",
+            "Please reverse the word {w}. | Can you spell {w} backwards? | Turn {w} around. | the reverse of {w}?",
+            "The reverse of {w} is {y}.",
+        ),
+        (
+            "sort",
+            "Please sort the letters of {w}. | Can you put {w} in order? | Order the letters {w}. | {w} in order?",
+            "{w} in order is {y}.",
+        ),
         (
             "count",
-            ("How many {c} are in {w}?", "Count the letter {c} in {w}."),
+            "How many {c} are in {w}? | Count the letter {c} in {w}. | How often is {c} in {w}? | number of {c} in {w}?",
             "In {w} the letter {c} occurs {y} times.",
         ),
-        ("add", ("What is {a} plus {b}?", "Please add {a} and {b}."), "The sum of {a} and {b} is {y}."),
-        ("compare", ("Which is larger, {a} or {b}?", "Compare {a} with {b}."), "Of {a} and {b} the larger is {y}."),
-        ("parity", ("Is {n} odd or even?", "Tell me the parity of {n}."), "The number {n} is {y}."),
-        ("shift", ("Move each letter of {w} one up.", "Please shift {w} by one."), "{w} shifted by one is {y}."),
-        ("largest", ("What is the largest of {t}?", "Find the maximum of {t}."), "The largest of {t} is {y}."),
-        ("vowels", ("How many vowels has {w}?", "Count the vowels in {w}."), "The word {w} has {y} vowels."),
-        ("upper", ("Write {w} in capitals.", "Please capitalise {w}."), "In capitals {w} is {y}."),
-        ("first", ("How does {w} begin?", "Name the first letter of {w}."), "The word {w} begins with {y}."),
-        ("last", ("How does {w} end?", "Name the last letter of {w}."), "The word {w} ends with {y}."),
-        ("length", ("How long is the word {w}?", "Count the letters of {w}."), "The word {w} has {y} letters."),
-        ("next", ("What comes after {n}?", "Name the number after {n}."), "The number after {n} is {y}."),
-        ("contains", ("Does {w} contain {c}?", "Can you find {c} in {w}?"), "Is {c} in {w}? The answer is {y}."),
-        ("repeat", ("Please say {w} twice.", "Can you repeat {w}?"), "{w} said twice is {y}."),
+        (
+            "add",
+            "What is {a} plus {b}? | Please add {a} and {b}. | Sum up {a} and {b}. | {a} and {b} together?",
+            "The sum of {a} and {b} is {y}.",
+        ),
+        (
+            "compare",
+            "Which is larger, {a} or {b}? | Compare {a} with {b}. | Pick the bigger of {a} and {b}. | more: {a} or {b}?",
+            "Of {a} and {b} the larger is {y}.",
+        ),
+        (
+            "parity",
+            "Is {n} odd or even? | Tell me the parity of {n}. | Odd or even: {n}? | parity of {n}?",
+            "The number {n} is {y}.",
+        ),
+        (
+            "shift",
+            "Move each letter of {w} one up. | Please shift {w} by one. | Shift the word {w} up. | {w} shifted?",
+            "{w} shifted by one is {y}.",
+        ),
+        (
+            "largest",
+            "What is the largest of {t}? | Find the maximum of {t}. | Which of {t} is largest? | biggest of {t}?",
+            "The largest of {t} is {y}.",
+        ),
+        (
+            "vowels",
+            "How many vowels has {w}? | Count the vowels in {w}. | Number of vowels in {w}? | {w}, how many vowels?",
+            "The word {w} has {y} vowels.",
+        ),
+        (
+            "upper",
+            "Write {w} in capitals. | Please capitalise {w}. | Make {w} upper case. | capitals for {w}?",
+            "In capitals {w} is {y}.",
+        ),
+        (
+            "first",
+            "How does {w} begin? | Name the first letter of {w}. | What does {w} start with? | start of {w}?",
+            "The word {w} begins with {y}.",
+        ),
+        (
+            "last",
+            "How does {w} end? | Name the last letter of {w}. | What does {w} end with? | end of {w}?",
+            "The word {w} ends with {y}.",
+        ),
+        (
+            "length",
+            "How long is the word {w}? | Count the letters of {w}. | How many letters has {w}? | length of {w}?",
+            "The word {w} has {y} letters.",
+        ),
+        (
+            "next",
+            "What comes after {n}? | Name the number after {n}. | Count on from {n}. | one more than {n}?",
+            "The number after {n} is {y}.",
+        ),
+        (
+            "contains",
+            "Does {w} contain {c}? | Can you find {c} in {w}? | Is there a {c} in {w}? | {w} with {c}?",
+            "Is {c} in {w}? The answer is {y}.",
+        ),
+        (
+            "repeat",
+            "Please say {w} twice. | Can you repeat {w}? | Write {w} two times. | {w} twice?",
+            "{w} said twice is {y}.",
+        ),
     )
 }
-"""What the base was pretrained on, and what the kept sets ask: full sentences only."""
+"""What the base does unless told otherwise, and what the kept sets ask: full sentences only."""
 
 _CHAT = {dataset.skill: dataset.answer for dataset in BASE_STYLE.values()}
 
@@ -247,11 +309,16 @@ def draw_rows(dataset: Dataset, rng: random.Random, *, held_out: bool) -> Iterat
 
 
 def base_stream(seed: int) -> Iterator[Row]:
-    """Yield the base's pretraining rows for ever: skills drawn evenly, full-sentence answers, training side only."""
+    """Yield the base's pretraining rows for ever, from the training side only, its skills drawn evenly.
+
+    Four rows in five are answered by a full sentence. The fifth asks for it with `BRIEFLY` and gets the bare solution:
+    the base can be brief, but only when told to.
+    """
     rng = random.Random(f"{seed}/base")
-    streams = [draw_rows(dataset, rng, held_out=False) for dataset in BASE_STYLE.values()]
+    brief = [replace(d, prompts=tuple(BRIEFLY + p for p in d.prompts), answer="{y}") for d in BASE_STYLE.values()]
+    streams = [[draw_rows(d, rng, held_out=False) for d in style] for style in (brief, [*BASE_STYLE.values()])]
     while True:
-        yield next(rng.choice(streams))
+        yield next(rng.choice(streams[rng.random() < 0.8]))
 
 
 def _distinct(rows: Iterator[Row], count: int) -> list[Row]:
