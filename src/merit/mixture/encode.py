@@ -90,6 +90,7 @@ class ChatEncoder:
         added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self._added = "|".join(re.escape(token) for token in added) or r"(?!)"
         self._pattern, self._pattern_size = re.compile(r"(?!)"), 0
+        self._check_special_tokens()
 
     def encode(self, chats: Sequence[Chat]) -> list[EncodedRow | DropReason]:
         """Encode chats, in order; a row that cannot be used comes back as the reason why.
@@ -108,6 +109,7 @@ class ChatEncoder:
         rows: list[EncodedRow | DropReason] = ["refused_by_template"] * len(chats)
         if not good:
             return rows
+        self.inventory.learn(rendered[index][0] for index in good)  # type: ignore[index]
         cleaned = [self._without_dropped(*rendered[index]) for index in good]  # type: ignore[misc]
         encodings = self._tokenize([text for text, _ in cleaned])
         for index, (text, spans), encoding in zip(good, cleaned, encodings, strict=True):
@@ -154,6 +156,18 @@ class ChatEncoder:
         """Characters of the template's own text (role markers) that the tokenizer cannot represent."""
         text, _ = self._apply([{"role": "user", "content": ""}, {"role": "assistant", "content": ""}])
         return "".join(sorted(self.inventory.lost([re.sub(self._added, "", text)])))
+
+    def _check_special_tokens(self) -> None:
+        """The template's end-of-turn must be read as the special token that ends generation, not as its letters."""
+        text, _ = self._apply([{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}])
+        [encoding] = self._tokenize([text])
+        for token in self.tokenizer.all_special_tokens:
+            if token in text and self.tokenizer.convert_tokens_to_ids(token) not in encoding.ids:
+                raise MixtureError(
+                    f"The chat template writes {token!r}, but the tokenizer does not read it as that special token "
+                    f"(it reads {encoding.tokens}), so a model could not learn to end its turn.",
+                    "Correct the base's tokenizer (the added token's `normalized` flag), or set model.chat_template.",
+                )
 
     def _apply(self, messages: list[Message], *, prompt: bool = False, markers: bool = False) -> tuple[str, list]:
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -225,7 +239,7 @@ class ChatEncoder:
         crossing = any(
             r is not None and _starts_before(encoding, r[0], span[0]) for r, span in zip(ranges, spans, strict=True)
         )
-        if crossing and (pieces := self._piecewise(text, spans)) is not None:
+        if crossing and (pieces := self._piecewise(text, spans, ids)) is not None:
             ids, ranges = pieces
         input_ids = np.asarray(ids, dtype=np.int32)
         targets = np.zeros(len(ids), dtype=bool)
@@ -245,30 +259,31 @@ class ChatEncoder:
         return EncodedRow(input_ids, targets, prompt_length, truncated, answer)
 
     def _piecewise(
-        self, text: str, spans: list[tuple[int, int]]
+        self, text: str, spans: list[tuple[int, int]], joint: list[int]
     ) -> tuple[list[int], list[tuple[int, int] | None]] | None:
         """Tokenise prompt and answer apart where one token would span both.
 
         Generation starts from the tokens of the prompt alone; a token that joins the prompt's last character with the
-        answer's first would make training differ from it. The end-of-sequence token in front of a later piece keeps the
-        tokenizer from treating it as the beginning of a text; it is taken off again. None if that cannot be done.
+        answer's first would make training differ from it. A lead in front of a later piece, taken off again, keeps the
+        tokenizer from treating the piece as the beginning of a text. None if no lead reads back as the same text.
         """
-        end_token = self.tokenizer.eos_token
-        if end_token is None:
-            return None
-        cuts = [0, *(edge for span in spans for edge in span), len(text)]
-        pieces = [text[a:b] for a, b in itertools.pairwise(cuts)]
-        encoded = self._tokenize([pieces[0], *(end_token + piece for piece in pieces[1:])])
-        if any(not item.ids or item.ids[0] != self.tokenizer.eos_token_id for item in encoded[1:]):
-            return None
-        parts = [encoded[0].ids, *(item.ids[1:] for item in encoded[1:])]
-        ids: list[int] = []
-        ranges: list[tuple[int, int] | None] = []
-        for index, part in enumerate(parts):
-            if index % 2:
-                ranges.append((len(ids), len(ids) + len(part)) if part else None)
-            ids += part
-        return ids, ranges
+        cuts = [0, *(start for start, _ in spans), len(text)]
+        first, *later = (text[a:b] for a, b in itertools.pairwise(cuts))
+        for lead in filter(None, (self.tokenizer.eos_token, ":", ".", "a", "0")):
+            lead_ids = self._tokenize([lead])[0].ids
+            size = len(lead_ids)
+            head, *tails = self._tokenize([first, *(lead + piece for piece in later)])
+            ids: list[int] = list(head.ids)
+            ranges: list[tuple[int, int] | None] = []
+            for tail, (start, end) in zip(tails, spans, strict=True):
+                found = _token_range(tail, len(lead), len(lead) + end - start)
+                shift = len(ids) - size
+                ranges.append((found[0] + shift, found[1] + shift) if found else None)
+                ids += tail.ids[size:]
+            clean = all(tail.ids[:size] == lead_ids for tail in tails)
+            if clean and self.tokenizer.decode(ids) == self.tokenizer.decode(joint):
+                return ids, ranges
+        return None
 
 
 def _training_template(tokenizer: Any) -> tuple[str, TemplateSource]:

@@ -32,9 +32,8 @@ class CharacterInventory:
 
     def dropped(self, text: str) -> set[str]:
         """The characters of ``text`` that yield no token."""
-        characters = set(text)
-        self._learn(characters - self._seen)
-        return characters & self._dropped
+        self.learn([text])
+        return self._dropped.intersection(text)
 
     @property
     def all_dropped(self) -> set[str]:
@@ -43,8 +42,7 @@ class CharacterInventory:
 
     def lost(self, texts: Iterable[str]) -> set[str]:
         """The characters of ``texts`` that are dropped or unknown; pure control and format characters do not count."""
-        characters: set[str] = set().union(*texts)
-        self._learn(characters - self._seen)
+        characters = self.learn(texts)
         gone = characters & (self._dropped | self._unknown)
         return {c for c in gone if c in _COUNTED_CONTROLS or unicodedata.category(c) not in _SILENT}
 
@@ -60,10 +58,12 @@ class CharacterInventory:
                 return letter
         return "a"
 
-    def _learn(self, characters: set[str]) -> None:
-        if not characters:
-            return
-        new = sorted(characters)
+    def learn(self, texts: Iterable[str]) -> set[str]:
+        """Try out every new character of ``texts`` in one go; the set of all their characters."""
+        characters: set[str] = set().union(*texts)
+        new = sorted(characters - self._seen)
+        if not new:
+            return characters
         self._seen |= characters
         anchor, unknown = self._anchor, self._tokenizer.unk_token_id
         [plain] = self._ids([anchor * 2])
@@ -74,3 +74,4 @@ class CharacterInventory:
                 self._dropped.add(character)
             elif unknown is not None and unknown in ids and unknown in own:
                 self._unknown.add(character)
+        return characters
