@@ -6,46 +6,24 @@ maths. Everything a stage needs comes from the recipe and from earlier stages' f
 
 from __future__ import annotations
 
-import os
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from merit import stages
-from merit.errors import RecipeError, ResourceError, RunFolderError
+from merit.branches import BranchId, train_branches
+from merit.errors import RecipeError, RunFolderError
+from merit.merging import merge_run
 from merit.plan import Plan, make_plan
-from merit.progress import Reporter, duration, size
+from merit.progress import Reporter, duration
 from merit.recipe import Recipe, dump_recipe
 from merit.run_folder import Stage, StaleStageError, fingerprint, lock, read_json, write_json, write_text
 
 STAGES = ("mixture", "gradients", "split", "train", "merge", "evaluate")
 """Names of the stages as commands, in order."""
-
-
-@dataclass(frozen=True)
-class BranchId:
-    """One branch of the run (``root`` is None) or of a baseline (``root`` is its split method)."""
-
-    root: str | None
-    k: int
-
-    def __str__(self) -> str:
-        return f"{self.root}/{self.k}" if self.root else str(self.k)
-
-    @classmethod
-    def parse(cls, text: str) -> BranchId:
-        """Read ``3`` or ``random/3``."""
-        root, _, k = text.rpartition("/")
-        if not k.isdigit():
-            raise RecipeError(
-                f"--branch {text}: expected a branch number such as 0, or baseline/number such as random/0."
-            )
-        return cls(root or None, int(k))
 
 
 class Pipeline:
@@ -210,7 +188,7 @@ class Pipeline:
         if self.done(stage):
             self.reporter.stage("gradients", f"{self.recipe.conflict.representation}{self._ending(stage, False)}")
             return stage
-        from merit.conflict import measure_conflict
+        from merit.conflict.measure import measure_conflict
         from merit.mixture.prepare import load_split
 
         rows = load_split(self.run_folder / "mixture", "train")
@@ -229,9 +207,25 @@ class Pipeline:
                 jobs=self.jobs,
                 progress=tick,
             )
-            shutil.rmtree(stage.path / "partial", ignore_errors=True)
         self.reporter.stage("gradients", f"measured{self._ending(stage, True)}")
         return stage
+
+    def compare_gradients(self) -> list[dict[str, Any]]:
+        """Cosines by sketch and stride against exact ones, on this base and mixture."""
+        from merit.conflict.compare import compare_representations
+        from merit.mixture.prepare import load_split
+
+        with self.reporter.progress("exact gradients") as tick:
+            return compare_representations(
+                self.recipe,
+                load_split(self.run_folder / "mixture", "train"),
+                self.run_folder / "conflict",
+                base_fingerprint=self.base_fingerprint,
+                tokenizer=self.tokenizer,
+                device=self.device,
+                jobs=self.jobs,
+                progress=tick,
+            )
 
     # ---- split -------------------------------------------------------------------------------------------------------
 
@@ -300,7 +294,31 @@ class Pipeline:
             for k, group in enumerate(self.groups())
         }
 
-    def _owner(self, branch: BranchId) -> Pipeline:
+    def prepare_branches(self) -> None:
+        """What training needs on this machine: encoded rows that are the ones the split was made from.
+
+        Raises:
+            RunFolderError: There is no split, or the rows here are others.
+        """
+        for method in self._methods():
+            root = self.run_folder / "baselines" / method if method in self.recipe.baselines else self.run_folder
+            if not (root / "split" / "record.json").is_file():
+                raise RunFolderError(f"{root}: there is no split yet.", _NEXT)
+        self.mixture()
+        made_from = Stage("split", self.root / "split", {}).record()["inputs"]["mixture"]
+        if made_from != fingerprint(stages.train_rows(self.run_folder)):
+            raise RunFolderError(
+                f"{self.run_folder}: the training rows here are not those that the split was made from.",
+                "Use the same data, base tokenizer, train.max_length and mixture settings as where the split was made, or "
+                "split again.",
+            )
+
+    def owner(self, branch: BranchId) -> Pipeline:
+        """The pipeline that a branch belongs to: this run's, or one of its baselines'.
+
+        Raises:
+            RecipeError: There is no such branch.
+        """
         if branch.root is not None and branch.root not in self.recipe.baselines:
             raise RecipeError(
                 f"--branch {branch}: the recipe has no baseline {branch.root!r}; it has {self.recipe.baselines or 'none'}."
@@ -310,133 +328,20 @@ class Pipeline:
             raise RecipeError(f"--branch {branch}: the split has {len(owner.groups())} groups, numbered from 0.")
         return owner
 
+    def all_branches(self) -> list[BranchId]:
+        """Every branch of the run and of its baselines."""
+        owners = [(None, self), *((method, self.baseline(method)) for method in self.recipe.baselines)]
+        return [BranchId(root, k) for root, owner in owners for k in range(len(owner.groups()))]
+
     def train(self, branches: Sequence[BranchId] | None = None) -> None:
         """Train the named branches, or all of the run and its baselines, one after another or ``jobs`` side by side."""
-        if branches is None:
-            branches = [
-                BranchId(method if index else None, k)
-                for index, method in enumerate(self._methods())
-                for k in range(len((self.baseline(method) if index else self).groups()))
-            ]
-        waiting = [branch for branch in branches if not self.done(self._owner(branch).branch_stages()[branch.k])]
-        if not waiting:
-            self.reporter.stage("train", f"{len(branches)} branches (done before)")
-            return
-        self._check_disk(len(waiting))
-        workers = min(self.jobs, len(waiting))
-        self.reporter.stage("train", f"{len(waiting)} branches" + (f", {workers} side by side" if workers > 1 else ""))
-        if workers > 1:
-            self._train_side_by_side(waiting, workers)
-        else:
-            for branch in waiting:
-                self._owner(branch).train_branch(branch)
-
-    def train_branch(self, branch: BranchId) -> Stage:
-        """Train one branch in this process."""
-        from merit.launch.local import ProgressFile
-        from merit.mixture.prepare import load_split
-        from merit.train import train_branch
-
-        stage = self.branch_stages()[branch.k]
-        if self.done(stage):
-            return stage
-        rows = load_split(self.run_folder / "mixture", "train")
-        group = self.groups()[branch.k]
-        threads = self.recipe.train.threads or max(1, (os.cpu_count() or 1) // self.jobs)
-        with (
-            stage.writing(seed=self.recipe.seed, keep=("checkpoints",)) as record,
-            self.reporter.progress(f"branch {branch}") as show,
-        ):
-            progress = ProgressFile(stage.path / "progress.json")
-
-            def tick(done: int, total: int, info: Mapping[str, Any]) -> None:
-                progress(done, total, info)
-                show(done, total, info)
-
-            record |= train_branch(
-                self.recipe,
-                {name: rows[name] for name in group},
-                stage.path,
-                base=self.base,
-                tokenizer=self.tokenizer,
-                device=self.device,
-                threads=threads,
-                progress=tick,
-                provenance={"branch": stage.fingerprint},
-            )
-            shutil.rmtree(stage.path / "checkpoints", ignore_errors=True)
-        facts = stage.record()
-        self.reporter.say(
-            f"  branch {branch}: {facts['steps']:,} steps, {facts['target_tokens']:,} target tokens, "
-            f"loss {facts['final_loss']:.4f}, {duration(facts['seconds'])}"
-        )
-        return stage
-
-    def _train_side_by_side(self, waiting: Sequence[BranchId], workers: int) -> None:
-        from merit.launch.local import BranchJob, run_branches
-
-        work = {branch: self._target_tokens(branch) for branch in waiting}
-        lists: list[list[BranchId]] = [[] for _ in range(workers)]
-        for branch in sorted(waiting, key=lambda branch: -work[branch]):  # longest first, to the least loaded worker
-            min(lists, key=lambda held: sum(work[one] for one in held)).append(branch)
-        threads = self.recipe.train.threads or max(1, (os.cpu_count() or 1) // workers)
-        jobs = [
-            BranchJob(
-                name=", ".join(map(str, held)),
-                argv=[
-                    *(sys.executable, "-m", "merit", "train", str(self.run_folder.resolve()), "--quiet"),
-                    *(word for branch in held for word in ("--branch", str(branch))),
-                    *("--set", f"train.threads={threads}"),
-                    *(("--redo",) if self.redo else ()),
-                ],
-                log_path=self.run_folder / "logs" / f"train-{held[0]}.txt".replace("/", "-"),
-                work=sum(work[branch] for branch in held),
-                progress_paths=[
-                    self._owner(branch).branch_stages()[branch.k].path / "progress.json" for branch in held
-                ],
-            )
-            for held in lists
-            if held
-        ]
-        with self.reporter.progress("branches") as tick:
-            run_branches(jobs, workers, progress=tick)
-        for branch in waiting:
-            stage = self._owner(branch).branch_stages()[branch.k]
-            if not self.done(stage):
-                raise RunFolderError(f"branch {branch} ended without a record.", f"See {self.run_folder / 'logs'}.")
-            facts = stage.record()
-            self.reporter.say(
-                f"  branch {branch}: {facts['steps']:,} steps, {facts['target_tokens']:,} target tokens, "
-                f"loss {facts['final_loss']:.4f}, {duration(facts['seconds'])}"
-            )
-
-    def _target_tokens(self, branch: BranchId) -> int:
-        counts = {
-            item["name"]: item["target_tokens"] for item in read_json(self.run_folder / "mixture" / "datasets.json")
-        }
-        return sum(counts[name] for name in self._owner(branch).groups()[branch.k])
-
-    def _check_disk(self, branches: int) -> None:
-        """Weights of every branch still to come, and the training checkpoint of those that run at once."""
-        stored = sum(2 if dtype in ("BF16", "F16") else 4 for dtype in self.base.dtypes.values()) / len(
-            self.base.dtypes
-        )
-        need = int(self.base.parameters * (stored * (branches + 1) + 12 * min(self.jobs, branches)))
-        free = shutil.disk_usage(self.run_folder).free
-        if free < need:
-            raise ResourceError(
-                f"{self.run_folder}: {branches} branches need about {size(need)} here, {size(free)} are free.",
-                "Free space, use another disk (--output DIR), or train fewer branches (split.axes, baselines).",
-                "Nothing was trained.",
-            )
+        train_branches(self, self.all_branches() if branches is None else branches)
 
     # ---- merged ------------------------------------------------------------------------------------------------------
 
-    def merge(self) -> Stage:
+    def merge(self, *, exclude: Sequence[int] = (), allow_missing: bool = False) -> Stage:
         """One model from the branches that are there."""
-        from merit.merging import merge_run
-
-        return merge_run(self)
+        return merge_run(self, exclude=exclude, allow_missing=allow_missing)
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
@@ -444,8 +349,12 @@ class Pipeline:
         """Every model there is: name → (folder, content fingerprint); base first, branches last."""
         found: dict[str, tuple[Path | None, str]] = {"base": (None, self.base_fingerprint)}
         for method in self.recipe.baselines:
-            other = self.baseline(method)
-            stage = Stage("merged", other.root / "merged", {})
+            root = self.baseline(method).root
+            stage = (
+                Stage("branch 0", root / "branches" / "0", {})
+                if method == "joint"
+                else Stage("merged", root / "merged", {})
+            )
             if stage.record_file.is_file():
                 found[method] = (stage.path / "model", stages.model_content(stage))
         merged = Stage("merged", self.root / "merged", {})
@@ -483,10 +392,23 @@ class Pipeline:
                 tokenizer=self.tokenizer,
                 device=self.device,
                 fingerprints={name: value for name, (_, value) in models.items()},
+                trained_tokens=self.trained_tokens(),
                 progress=tick,
             )
         self.reporter.stage("evaluate", f"{len(models)} models measured{self._ending(stage, True)}")
         return stage
+
+    def trained_tokens(self) -> dict[str, int]:
+        """Target tokens that each model was trained on, by its name in the results."""
+
+        def of(owner: Pipeline) -> dict[int, int]:
+            done = {k: stage for k, stage in owner.branch_stages().items() if stage.record_file.is_file()}
+            return {k: int(stage.record()["target_tokens"]) for k, stage in done.items()}
+
+        own = of(self)
+        found = {"base": 0, "merged": sum(own.values()), **{f"branch-{k}": count for k, count in own.items()}}
+        found |= {method: sum(of(self.baseline(method)).values()) for method in self.recipe.baselines}
+        return found
 
     # ---- all of it ---------------------------------------------------------------------------------------------------
 
@@ -517,10 +439,11 @@ class Pipeline:
             self.baseline(method).split()
 
     def merge_all(self) -> None:
-        """The run's merge and every baseline's."""
+        """The run's merge and every baseline's (joint has one branch and needs none)."""
         self.merge()
         for method in self.recipe.baselines:
-            self.baseline(method).merge()
+            if method != "joint":
+                self.baseline(method).merge()
 
 
 _NEXT = "`merit run` does every stage in order; `merit status RUN` shows what is done."

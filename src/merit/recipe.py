@@ -248,6 +248,9 @@ class MergeSettings(Settings):
     rule: Literal["learned", "balanced", "kept"] = "balanced"
     """For scale: auto. learned: lowest held-out loss on the mixture; kept: lowest on what the base knew; balanced: lowest
     mean of both, each relative to the base."""
+    dtype: Literal["base", "float32", "bfloat16", "float16"] | None = None
+    """Dtype of the merged model. Default: the base's, and branches of another dtype are refused; base: the base's, whatever
+    the branches have."""
     options: dict[str, float | int | str | bool] = {}
     """Operator options (density, trim, eta, ...; docs/merge.md lists them)."""
 

@@ -6,7 +6,7 @@ batch sizes of measurement, checkpoint intervals. Those are recorded. Nothing is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,25 +85,21 @@ def branch_stage(recipe: Recipe, run: Path, root: Path, k: int, group: list[str]
     return Stage(f"branch {k}", root / "branches" / str(k), settings, inputs)
 
 
-def merged_stage(recipe: Recipe, root: Path, branches: Mapping[int, Stage], *, base: str) -> Stage:
-    """The merge of the branches that are there."""
+def merged_stage(
+    recipe: Recipe, root: Path, branches: Mapping[int, Stage], *, base: str, excluded: Sequence[int] = ()
+) -> Stage:
+    """The merge of ``branches``; ``excluded`` are the run's other ones, left out."""
     merge = recipe.merge.model_dump(mode="json")
     if merge["scale"] != "auto":
         merge = _without(merge, "scales", "rule")
+    settings = {"merge": merge, "excluded": sorted(excluded)}
     inputs = {"base": base, **{f"branch {k}": model_content(stage) for k, stage in branches.items()}}
-    return Stage(MERGED, root / "merged", {"merge": merge}, inputs)
+    return Stage(MERGED, root / "merged", settings, inputs)
 
 
 def model_content(stage: Stage) -> str:
-    """Content fingerprint of the model that a done stage wrote (its card aside)."""
-    outputs = stage.record()["outputs"]
-    return fingerprint(
-        {
-            name: facts["sha256"]
-            for name, facts in outputs.items()
-            if name.startswith("model/") and not name.endswith(("README.md", "training_args.bin"))
-        }
-    )
+    """Content fingerprint of the model that a done stage wrote (weights, config, tokenizer; not its card)."""
+    return str(stage.record()["model_fingerprint"])
 
 
 def evaluation_stage(recipe: Recipe, run: Path, models: Mapping[str, str]) -> Stage:

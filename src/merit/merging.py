@@ -1,0 +1,122 @@
+"""Merging the branches of a run: which take part and with what weights; the arithmetic is :mod:`merit.merge`'s.
+
+It knows the run folder, so a branch that is missing, truncated, stale or of another base is refused here, before a byte of
+tensor data is read. Checkpoints outside a run go to :mod:`merit.merge` directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from merit import stages
+from merit.errors import MergeError
+from merit.run_folder import Stage
+
+if TYPE_CHECKING:
+    from merit.merge import MergePlan
+    from merit.pipeline import Pipeline
+
+
+def merge_run(pipeline: Pipeline, *, exclude: Sequence[int] = (), allow_missing: bool = False) -> Stage:
+    """Merge the run's branches into ``merged/model``.
+
+    Args:
+        pipeline: The run (or one of its baselines).
+        exclude: Branch numbers to leave out; the other weights are renormalised.
+        allow_missing: Leave out branches that are not trained yet, too.
+
+    Raises:
+        MergeError: A branch is not trained, or the branches do not belong together.
+        RunFolderError: A branch is stale or damaged, or ``merged`` was made with other settings.
+    """
+    taking, left_out = choose_branches(pipeline, exclude, allow_missing)
+    stage = stages.merged_stage(
+        pipeline.recipe, pipeline.root, taking, base=pipeline.base_fingerprint, excluded=left_out
+    )
+    if pipeline.done(stage):
+        pipeline.reporter.stage("merge", f"{len(taking)} branches (done before)")
+        return stage
+    pipeline.reporter.stage("merge", f"{len(taking)} branches, {pipeline.recipe.merge.operator}")
+    with stage.writing(seed=pipeline.recipe.seed) as record:
+        record |= make_merge(pipeline, taking, left_out, stage.path / "model")
+    for warning in record["warnings"]:
+        pipeline.reporter.note(warning)
+    return stage
+
+
+def choose_branches(
+    pipeline: Pipeline, exclude: Sequence[int], allow_missing: bool
+) -> tuple[dict[int, Stage], list[int]]:
+    """Branches that take part, and the numbers of those left out.
+
+    Raises:
+        MergeError: A branch is not trained, an excluded number does not exist, or none is left.
+    """
+    branches = pipeline.branch_stages()
+    unknown = sorted(set(exclude) - set(branches))
+    if unknown:
+        raise MergeError(f"--exclude {unknown[0]}: the run has branches 0 to {len(branches) - 1}.")
+    wanted = {k: stage for k, stage in branches.items() if k not in exclude}
+    missing = [k for k, stage in wanted.items() if not stage.is_done()]
+    if missing and not allow_missing:
+        names = ", ".join(map(str, missing))
+        raise MergeError(
+            f"merge: branches {names} of {len(branches)} are not trained yet in {pipeline.root / 'branches'}.",
+            f"Train them (`merit train {pipeline.run_folder} --branch {missing[0]}`), or merge what is there with "
+            "--allow-missing or --exclude; the weights are then renormalised, and card and record say so.",
+            "Nothing was written.",
+        )
+    taking = {k: stage for k, stage in wanted.items() if k not in missing}
+    if not taking:
+        raise MergeError("merge: no branch is left to merge.")
+    for stage in taking.values():
+        stage.verify()
+    return taking, sorted(set(branches) - set(taking))
+
+
+def branch_weight(record: Mapping[str, Any], weights: str) -> int:
+    """A branch's integer weight before normalisation, from its record: trained target tokens, trained samples, or 1."""
+    return {"tokens": record.get("target_tokens"), "samples": record.get("samples"), "uniform": 1}[weights] or 0
+
+
+def plan_run(
+    pipeline: Pipeline, taking: Mapping[int, Stage], left_out: Sequence[int], output: Any, scale: float
+) -> MergePlan:
+    """The checked plan of a run's merge."""
+    from merit.merge import Branch, plan_merge
+
+    settings = pipeline.recipe.merge
+    mixed = "base" if pipeline.recipe.train.save_dtype == "float32" else None
+    return plan_merge(
+        pipeline.base.folder,
+        [
+            Branch(
+                path=stage.path / "model",
+                tokens=branch_weight(stage.record(), settings.weights),
+                name=f"branch {k}",
+                fingerprint=stages.model_content(stage),
+            )
+            for k, stage in taking.items()
+        ],
+        settings.operator,
+        settings.options,
+        scale,
+        output,
+        dtype=settings.dtype or mixed,
+        excluded=[f"branch {k}" for k in left_out],
+        base_fingerprint=pipeline.base_fingerprint,
+    )
+
+
+def make_merge(pipeline: Pipeline, taking: Mapping[int, Stage], left_out: Sequence[int], output: Any) -> dict[str, Any]:
+    """Write the merged checkpoint into ``output``; returns what the record says."""
+    from merit import checkpoint
+    from merit.merge import run_merge
+
+    scale = pipeline.recipe.merge.scale
+    assert scale != "auto"
+    with pipeline.reporter.progress("bytes") as tick:
+        result = run_merge(plan_run(pipeline, taking, left_out, output, scale), progress=tick)
+    seconds = result.record.pop("seconds")
+    return {**result.record, "merge_seconds": seconds, "model_fingerprint": checkpoint.fingerprint(output)}
