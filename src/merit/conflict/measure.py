@@ -192,7 +192,7 @@ def measure_datasets(
         if whole is None:
             missing.append(name)
         else:
-            found[name] = whole
+            found[name] = _usable(whole, recipe)
     total = len(makers)
 
     def tell(label: str) -> None:
@@ -215,17 +215,21 @@ def measure_datasets(
             else _in_workers(tasks, store, recipe, load, device, min(jobs, len(missing)))
         )
         for result in results:
-            if result.bad is not None and not recipe.conflict.skip_bad:
-                raise ConflictError(
-                    result.bad,
-                    "Leave such datasets out with conflict.skip_bad (--skip-bad) or mixture.exclude.",
-                    "What was measured of other datasets stands; the next run goes on from there.",
-                )
-            found[result.name] = result
+            found[result.name] = _usable(result, recipe)
             tell(result.name)
     else:
         width = int(next(iter(found.values())).facts["width"][0])
     return [found[name] for name in makers], width
+
+
+def _usable(result: Measured, recipe: Recipe) -> Measured:
+    if result.bad is None or recipe.conflict.skip_bad:
+        return result
+    raise ConflictError(
+        result.bad,
+        "Leave such datasets out with conflict.skip_bad (--skip-bad) or mixture.exclude.",
+        "What was measured of other datasets stands; the next run goes on from there.",
+    )
 
 
 def _task(recipe: Recipe, dataset: EncodedDataset, base: str, device: torch.device, *, with_rows: bool) -> Task:

@@ -182,6 +182,12 @@ def _warnings(arrays: Mapping[str, np.ndarray], recipe: Recipe) -> list[str]:
             f"sampling noise drowns the gradient of {len(drowned)} dataset(s), first {drowned[0]}: no corrected cosine "
             "there; take more examples (conflict.examples: auto)."
         )
+    faint = arrays["norm"] < 1e-6 * np.median(arrays["norm"])
+    if faint.any():
+        found.append(
+            f"the gradient of {int(faint.sum())} dataset(s), first {names[int(faint.argmax())]}, is a millionth of the "
+            "median: rounding, not a direction."
+        )
     if recipe.conflict.examples == "auto":
         target = recipe.conflict.target_reliability
         short = [str(n) for n, c in zip(names, arrays["expected_cosine"], strict=True) if c < target]
