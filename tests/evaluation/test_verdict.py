@@ -173,12 +173,18 @@ def test_tables_show_every_model_and_leave_out_what_nobody_has():
     assert widths == {5}
 
 
-def test_rich_table_renders():
+def test_terminal_shows_table_and_verdict(tmp_path):
+    import io
+
     from rich.console import Console
 
+    from merit.run_folder import write_json
+
     summary = summarise({"base": table(3.0), "merged": table(1.0, 0.5)}, {}, {})
-    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
-    console.print(render(summary))
-    text = console.export_text()
+    write_json(tmp_path / "summary.json", summary)
+    console = Console(width=120, file=io.StringIO())
+    for item in render(tmp_path):
+        console.print(item)
+    text = console.file.getvalue()
     assert "mixture loss ↓" in text
     assert "Caution: one training seed." in text

@@ -1,12 +1,16 @@
 """Tables of an evaluation: rows of text for the overview and per dataset, as Markdown or for the terminal.
 
-It formats a summary and per-dataset figures. It computes nothing, and prints nothing.
+It formats a summary and per-dataset figures (or reads them from a finished evaluation's folder). It computes nothing and
+prints nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from merit.run_folder import read_json
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -106,17 +110,25 @@ def _markdown_table(table: Table) -> list[str]:
     return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
 
-def render(summary: Mapping[str, Any], *, verdict: bool = True) -> RenderableType:
-    """The overview, and under it the verdict, for a terminal."""
-    from rich.console import Group
+def render(folder: Path) -> list[RenderableType]:
+    """What a terminal shows of a finished evaluation: the overview, what its columns mean, the verdict.
+
+    Args:
+        folder: The evaluation's folder, with ``summary.json``.
+
+    Raises:
+        RunFolderError: ``summary.json`` is missing or damaged.
+    """
+    from rich.padding import Padding
     from rich.table import Table as RichTable
     from rich.text import Text
 
+    summary = read_json(folder / "summary.json")
     header, rows = overview(summary)
     table = RichTable(box=None, pad_edge=False, header_style="bold")
     for index, title in enumerate(header):
         table.add_column(title, justify="right" if index else "left", no_wrap=not index)
     for row in rows:
         table.add_row(*map(Text, row), style="bold" if row[0] == "merged" else None)
-    sentences = [Text(f"• {sentence}") for sentence in summary["verdict"]] if verdict else []
-    return Group(table, Text(LEGEND, style="dim"), *sentences)
+    sentences = [Text(f"• {sentence}") for sentence in summary["verdict"]]
+    return [Padding(table, (1, 0)), Text(LEGEND, style="dim"), "", *sentences]
