@@ -11,6 +11,7 @@ import csv
 import glob
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,9 +80,12 @@ def _read_file(file: Path) -> Iterator[tuple[str, Any]]:
 
 def _stream(kind: str, file: Path, **options: Any) -> Iterator[dict[str, Any]]:
     """Rows of one local file through the ``datasets`` library, streamed: nothing is copied into a cache."""
-    stream = _datasets().load_dataset(kind, data_files=glob.escape(str(file)), split="train", streaming=True, **options)
-    for batch in stream.with_format("arrow").iter(batch_size=1000):
-        yield from batch.to_pylist()
+    with tempfile.TemporaryDirectory(prefix="merit-") as cache:  # even a stream makes its cache folder
+        stream = _datasets().load_dataset(
+            kind, data_files=glob.escape(str(file)), split="train", streaming=True, cache_dir=cache, **options
+        )
+        for batch in stream.with_format("arrow").iter(batch_size=1000):
+            yield from batch.to_pylist()
 
 
 def _lines(file: Path) -> Iterator[str]:
