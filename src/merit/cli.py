@@ -210,7 +210,7 @@ def _finish(pipeline: Any, *, as_json: bool) -> None:
     if (folder / "evaluation" / "record.json").is_file():
         from merit.evaluation.tables import render
 
-        _out(*render(folder / "evaluation"))
+        _out(render(json.loads((folder / "evaluation" / "summary.json").read_text(encoding="utf-8"))))
     merged = folder / "merged" / "model"
     if merged.is_dir():
         _out(f"Merged model: {merged}")
@@ -371,6 +371,79 @@ def train(
         from merit.status import run_status
 
         _print_json(run_status(pipeline.run_folder, pipeline.recipe))
+
+
+@app.command()
+def merge(
+    target: Annotated[
+        Path | None, typer.Argument(metavar="[RECIPE|RUN]", help="A recipe or run folder; or none, with --base.")
+    ] = None,
+    operator: Annotated[
+        str | None,
+        typer.Option(help="average, uniform, task_arithmetic, ties, star, tsv or iso_cts. Default: the recipe's."),
+    ] = None,
+    scale: Annotated[
+        str | None, typer.Option(metavar="X|auto", help="λ of θ0 + λ τ; auto searches the recipe's grid.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Operator setting (docs/merge.md).")
+    ] = None,
+    exclude: Annotated[list[int] | None, typer.Option("--exclude", metavar="K", help="Leave this branch out.")] = None,
+    allow_missing: Annotated[bool, typer.Option(help="Merge the branches that are trained, and say so.")] = False,
+    base: Annotated[Path | None, typer.Option(help="Outside a run: folder of the base.")] = None,
+    checkpoints: Annotated[
+        list[str] | None,
+        typer.Option("--checkpoint", metavar="DIR=WEIGHT", help="Outside a run: one branch and its weight."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Write the merged checkpoint here, in place of RUN/merged.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Allow branches of another dtype: base, float32, bfloat16 or float16 comes out.")
+    ] = None,
+    adapter: Annotated[
+        str, typer.Option(help="LoRA adapters outside a run: full checkpoint, concat (exact adapter), or recompress.")
+    ] = "full",
+    rank: Annotated[int | None, typer.Option(min=1, help="For --adapter recompress: rank of the new adapter.")] = None,
+    overrides: Overrides = None,
+    redo: Redo = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Merge a run's branches once, or any checkpoints of one base with given weights.
+
+    Examples: `merit merge runs/my-run --operator ties --output ties-model`,
+    `merit merge --base BASE --checkpoint A=120000 --checkpoint B=80000 --output AB`
+    """
+    from merit.merge_command import merge_checkpoints, merge_overrides, merge_target
+    from merit.progress import Reporter
+
+    reporter = Reporter(quiet)
+    if target is None:
+        result = merge_checkpoints(
+            reporter,
+            base=base,
+            checkpoints=checkpoints or [],
+            output=output,
+            operator=operator or "average",
+            options=option or [],
+            scale=scale or "1",
+            dtype=dtype,
+            adapter=adapter,
+            rank=rank,
+        )
+    else:
+        if base or checkpoints:
+            raise RecipeError("merge: give either a recipe or run folder, or --base with --checkpoint; not both.")
+        changes = [*(overrides or []), *merge_overrides(operator, scale, option or [], dtype)]
+        pipeline = _pipeline(target, None, changes, quiet=quiet, redo=redo)
+        result = merge_target(pipeline, exclude=exclude or [], allow_missing=allow_missing, output=output)
+    if as_json:
+        _print_json(result)
+    else:
+        from merit.merge_command import render_merge
+
+        _out(*render_merge(result))
 
 
 @app.command()

@@ -6,7 +6,9 @@ tensor data is read. Checkpoints outside a run go to :mod:`merit.merge` directly
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merit import stages
@@ -81,42 +83,57 @@ def branch_weight(record: Mapping[str, Any], weights: str) -> int:
 
 
 def plan_run(
-    pipeline: Pipeline, taking: Mapping[int, Stage], left_out: Sequence[int], output: Any, scale: float
+    pipeline: Pipeline, taking: Mapping[int, Stage], left_out: Sequence[int], output: Path, scale: float
 ) -> MergePlan:
-    """The checked plan of a run's merge."""
+    """The checked plan of a run's merge (of adapters into a full checkpoint, for LoRA branches)."""
     from merit.merge import Branch, plan_merge
+    from merit.merge.lora import plan_adapter_merge
 
     settings = pipeline.recipe.merge
+    branches = [
+        Branch(
+            path=stage.path / "model",
+            tokens=branch_weight(stage.record(), settings.weights),
+            name=f"branch {k}",
+            fingerprint=stages.model_content(stage),
+        )
+        for k, stage in taking.items()
+    ]
+    excluded = [f"branch {k}" for k in left_out]
+    arguments = (pipeline.base.folder, branches, settings.operator, settings.options, scale, output)
+    if pipeline.recipe.model.trainable == "lora":
+        return plan_adapter_merge(*arguments, excluded=excluded)
     mixed = "base" if pipeline.recipe.train.save_dtype == "float32" else None
     return plan_merge(
-        pipeline.base.folder,
-        [
-            Branch(
-                path=stage.path / "model",
-                tokens=branch_weight(stage.record(), settings.weights),
-                name=f"branch {k}",
-                fingerprint=stages.model_content(stage),
-            )
-            for k, stage in taking.items()
-        ],
-        settings.operator,
-        settings.options,
-        scale,
-        output,
-        dtype=settings.dtype or mixed,
-        excluded=[f"branch {k}" for k in left_out],
-        base_fingerprint=pipeline.base_fingerprint,
+        *arguments, dtype=settings.dtype or mixed, excluded=excluded, base_fingerprint=pipeline.base_fingerprint
     )
 
 
-def make_merge(pipeline: Pipeline, taking: Mapping[int, Stage], left_out: Sequence[int], output: Any) -> dict[str, Any]:
-    """Write the merged checkpoint into ``output``; returns what the record says."""
+def make_merge(
+    pipeline: Pipeline, taking: Mapping[int, Stage], left_out: Sequence[int], output: Path
+) -> dict[str, Any]:
+    """Write the merged checkpoint into ``output``; returns what the record says.
+
+    With ``merge.scale: auto`` the plain merge is made first, λ is searched along the line from the base to it, and the
+    chosen λ is merged from the branches anew.
+    """
     from merit import checkpoint
     from merit.merge import run_merge
 
+    def merge(folder: Path, scale: float) -> dict[str, Any]:
+        with pipeline.reporter.progress("merge") as tick:
+            return run_merge(plan_run(pipeline, taking, left_out, folder, scale), progress=tick).record
+
     scale = pipeline.recipe.merge.scale
-    assert scale != "auto"
-    with pipeline.reporter.progress("bytes") as tick:
-        result = run_merge(plan_run(pipeline, taking, left_out, output, scale), progress=tick)
-    seconds = result.record.pop("seconds")
-    return {**result.record, "merge_seconds": seconds, "model_fingerprint": checkpoint.fingerprint(output)}
+    search = None
+    if scale == "auto":
+        from merit.scale_search import choose_scale
+
+        with tempfile.TemporaryDirectory(prefix=".scale-", dir=output.resolve().parent) as scratch:
+            merge(Path(scratch) / "model", 1.0)
+            search = choose_scale(pipeline, Path(scratch) / "model", output.parent)
+        scale = float(search["chosen"])
+    record = merge(output, scale)
+    record["merge_seconds"] = record.pop("seconds")
+    record["model_fingerprint"] = checkpoint.fingerprint(output)
+    return record | ({"scale_search": search} if search else {})

@@ -235,7 +235,7 @@ def load_model(
     adapter = folder if (folder / "adapter_config.json").is_file() else None
     source = resolve_base(settings) if adapter else folder
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=torch.float32,
             use_safetensors=True,
@@ -245,6 +245,7 @@ def load_model(
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{source} cannot be loaded as a model: {str(error).splitlines()[0]}") from None
+    model, info = loaded
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(what) or ())
         if names:
@@ -413,15 +414,10 @@ def _takes_positions(model: Any) -> bool:
         model = model.module
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
-    return _forward_takes_positions(type(model))
-
-
-@lru_cache(maxsize=64)
-def _forward_takes_positions(kind: type) -> bool:
     import inspect
 
     # Trainers wrap `forward` on the instance; the class's own signature is the one that counts.
-    return "logits_to_keep" in inspect.signature(kind.forward).parameters  # type: ignore[attr-defined]
+    return "logits_to_keep" in inspect.signature(type(model).forward).parameters
 
 
 def length_sorted_batches(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[np.ndarray]:

@@ -7,20 +7,23 @@ maths. Everything a stage needs comes from the recipe and from earlier stages' f
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from merit import stages
 from merit.branches import BranchId, train_branches
-from merit.errors import RecipeError, RunFolderError
+from merit.errors import ConflictError, RecipeError, RunFolderError
 from merit.merging import merge_run
 from merit.plan import Plan, make_plan
 from merit.progress import Reporter, duration
 from merit.recipe import Recipe, dump_recipe
 from merit.run_folder import Stage, StaleStageError, fingerprint, lock, read_json, write_json, write_text
+
+if TYPE_CHECKING:
+    from merit.split import Split
 
 STAGES = ("mixture", "gradients", "split", "train", "merge", "evaluate")
 """Names of the stages as commands, in order."""
@@ -247,18 +250,19 @@ class Pipeline:
             arrays: Mapping[str, Any] = np.load(conflict.path / "geometry.npz") if measured is not None else {}
             names = [str(name) for name in arrays["names"]] if measured is not None else list(counts)
             weight = "rows" if recipe.split.balance == "samples" else "target_tokens"
+            cut = partial(
+                split_mixture,
+                method,
+                recipe.split.axes,
+                names=names,
+                weights=[counts[name][weight] for name in names],
+                balance=recipe.split.balance,
+                seed=recipe.seed,
+            )
             with stage.writing(seed=recipe.seed) as record:
-                split = split_mixture(
-                    method,
-                    recipe.split.axes,
-                    names=names,
-                    weights=[counts[name][weight] for name in names],
-                    balance=recipe.split.balance,
-                    cosine=arrays["cosine"] if measured is not None else None,
-                    gram=arrays["gram"] if measured is not None else None,
-                    seed=recipe.seed,
-                )
+                split = cut(cosine=arrays["cosine"], gram=arrays["gram"]) if measured is not None else cut()
                 left_out = sorted(set(counts) - set(names))
+                stability = self._stability(cut, arrays) if measured is not None else None
                 write_json(
                     stage.path / "split.json",
                     {
@@ -269,6 +273,7 @@ class Pipeline:
                         "weights": split.weights,
                         "left_out": left_out,
                         "warnings": split.warnings,
+                        "stability": stability,
                     },
                 )
                 record["left_out"] = left_out
@@ -280,6 +285,22 @@ class Pipeline:
         for warning in facts["warnings"]:
             self.reporter.note(warning)
         return stage
+
+    def _stability(self, cut: Callable[..., Split], arrays: Mapping[str, Any]) -> dict[str, float] | None:
+        """Probability of every dataset to land in its group, had another calibration sample been drawn."""
+        from merit.conflict.stability import split_stability
+
+        replicates = 100 if len(arrays["names"]) <= 200 else 20
+        try:
+            return split_stability(
+                arrays,
+                lambda cosine, gram: cut(cosine=cosine, gram=gram).groups,
+                replicates=replicates,
+                seed=self.recipe.seed,
+            ).probability
+        except ConflictError as error:
+            self.reporter.note(f"how stable the split is cannot be said: {error.message}")
+            return None
 
     def groups(self) -> list[list[str]]:
         """Dataset names per group, as split."""
