@@ -226,7 +226,9 @@ def test_a_zero_gradient_is_refused_or_left_out(base, make_recipe, tmp_path):
     arrays = np.load(tmp_path / "c" / "geometry.npz")
     assert arrays["names"].tolist() == ["a", "b", "c"]
     assert np.isfinite(arrays["cosine"]).all()
-    assert json.loads((tmp_path / "c" / "datasets.json").read_text())[-1]["name"] == "silent"
+    last = json.loads((tmp_path / "c" / "datasets.json").read_text())[-1]
+    assert (last["name"], last["examples"], last["norm"]) == ("silent", 0, None)
+    assert "is zero" in last["left_out"]
 
 
 @pytest.mark.parametrize("jobs", [1, 2])

@@ -149,9 +149,7 @@ def measure_conflict(
     good = [item for item in measured if item.bad is None]
     if not good:
         raise ConflictError("conflict: no dataset is left; every gradient was zero or not finite.")
-    extras = write_results(
-        recipe, good, {item.name: str(item.bad) for item in measured if item.bad}, store, width, folder
-    )
+    extras = write_results(recipe, good, [item for item in measured if item.bad], store, width, folder)
     if not recipe.conflict.cache:
         store.prune(key for item in good for key in item.keys)
     return {

@@ -32,7 +32,7 @@ _DOUBLE_LIMIT = 256
 def write_results(
     recipe: Recipe,
     measured: Sequence[Measured],
-    left_out: Mapping[str, str],
+    left_out: Sequence[Measured],
     store: GradientStore,
     width: int,
     folder: Path,
@@ -49,15 +49,16 @@ def write_results(
         write_vectors(folder / "sketches.safetensors", [item.name for item in measured], vectors, width)
     _save_arrays(folder / "geometry.npz", arrays)
     table = dataset_table(measured, left_out, arrays)
+    reasons = {item.name: str(item.bad) for item in left_out}
     write_json(folder / "datasets.json", table)
-    summary = summarise(recipe, arrays, concentration, left_out)
+    summary = summarise(recipe, arrays, concentration, reasons)
     write_json(folder / "summary.json", summary)
     return {
         "datasets": len(measured),
         "examples": int(arrays["examples"].sum()),
         "target_tokens": int(sum(item.facts["tokens"].sum() for item in measured)),
         "entries_per_gradient": width,
-        "left_out": dict(left_out),
+        "left_out": reasons,
         "suggested_axes": summary["suggested_axes"],
         "suggestion": summary["suggestion"],
         "lowest_reliability": summary["expected_cosine"]["min"],
@@ -112,9 +113,9 @@ def compute_geometry(
 
 
 def dataset_table(
-    measured: Sequence[Measured], left_out: Mapping[str, str], arrays: Mapping[str, np.ndarray]
+    measured: Sequence[Measured], left_out: Sequence[Measured], arrays: Mapping[str, np.ndarray]
 ) -> list[dict[str, Any]]:
-    """One entry per dataset, unknown figures as null; those left out come last, with the reason."""
+    """One entry per dataset, unknown figures as null; those left out come last, with the reason in ``left_out``."""
     table: list[dict[str, Any]] = []
     for i, item in enumerate(measured):
         unbiased = float(arrays["unbiased_squared_norm"][i])
@@ -135,7 +136,11 @@ def dataset_table(
                 "keys": list(item.keys),
             }
         )
-    return table + [{"name": name, "left_out": why} for name, why in left_out.items()]
+    unknown = ("loss_per_example", "loss_per_token", "norm", "unbiased_norm", "reliability", "expected_cosine")
+    for item in left_out:
+        facts = {"name": item.name, "rows": item.dataset_rows, "examples": 0, "target_tokens": 0}
+        table.append(facts | dict.fromkeys(unknown) | {"left_out": item.bad})
+    return table
 
 
 def summarise(
