@@ -1,0 +1,267 @@
+"""Adapters written by PEFT itself; the merges against PEFT's own merge_and_unload in float64."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from merit import checkpoint
+from merit.errors import MergeError
+from merit.merge import Branch, run_merge
+from merit.merge.lora import merge_adapters_to_adapter, plan_adapter_merge
+
+COUNTS = [3, 5, 4]
+KINDS = {
+    "plain": {"target_modules": ["q_proj", "down_proj"], "r": 4, "lora_alpha": 8},
+    "rslora": {"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 8, "use_rslora": True},
+    "patterns": {
+        "target_modules": ["q_proj", "up_proj"],
+        "r": 4,
+        "lora_alpha": 8,
+        "rank_pattern": {"up_proj": 2},
+        "alpha_pattern": {"layers.1.self_attn.q_proj": 3},
+    },
+    "head and norms in full": {"target_modules": ["o_proj"], "r": 3, "modules_to_save": ["lm_head", "norm"]},
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"], "r": 3, "lora_alpha": 5},
+    "biases": {"target_modules": ["q_proj", "k_proj"], "r": 3, "bias": "all"},
+    "biases of adapted modules": {"target_modules": ["q_proj", "o_proj"], "r": 3, "bias": "lora_only"},
+    "lora bias": {"target_modules": ["q_proj"], "r": 3, "lora_bias": True},
+}
+
+
+def tiny(tmp_path):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=30,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    return model
+
+
+def shake(model, seed, names=("lora_", "modules_to_save", "bias")):
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad and any(n in name for n in names):
+                p.add_(torch.randn(p.shape, generator=g) * 0.1)
+
+
+def adapters(tmp_path, kind, count=3, ranks=None, **more):
+    """PEFT adapters with random weights, and each branch's full state in float64 by PEFT's own merge."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import Qwen2ForCausalLM
+
+    branches, states = [], []
+    for k in range(count):
+        model = Qwen2ForCausalLM.from_pretrained(tmp_path / "base")
+        config = {**KINDS[kind], **more} | ({"r": ranks[k]} if ranks else {})
+        peft = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config))
+        shake(peft, k)
+        peft.save_pretrained(tmp_path / f"a{k}")
+        merged = peft.double().merge_and_unload()
+        states.append({n: p.detach().clone() for n, p in merged.state_dict().items()})
+        branches.append(Branch(tmp_path / f"a{k}", COUNTS[k], f"adapter {k}"))
+    return branches, states
+
+
+def mean(states, counts=COUNTS):
+    return {
+        n: sum(c * s[n] for c, s in zip(counts, states, strict=False)) / sum(counts[: len(states)]) for n in states[0]
+    }
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_full_merge_is_the_mean_of_pefts_own_merges(tmp_path, kind):
+    tiny(tmp_path)
+    branches, states = adapters(tmp_path, kind)
+    result = run_merge(plan_adapter_merge(tmp_path / "base", branches, output=tmp_path / "out"))
+    merged, base, want = (
+        load_file(tmp_path / "out/model.safetensors"),
+        load_file(tmp_path / "base/model.safetensors"),
+        mean(states),
+    )
+    assert merged.keys() == base.keys()
+    changed = [n for n in merged if not torch.equal(merged[n], base[n])]
+    assert changed == [n for n in merged if not torch.allclose(want[n], base[n].double(), atol=1e-12, rtol=0)]
+    assert changed
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor.double(), want[name], rtol=2e-7, atol=1e-9)
+    assert result.record["adapters"]["mode"] == "full"
+    assert [b["fingerprint"] for b in result.record["branches"]] == [checkpoint.fingerprint(b.path) for b in branches]
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_concatenated_adapter_loads_in_peft_and_is_exact(tmp_path, kind):
+    from peft import PeftModel
+    from transformers import Qwen2ForCausalLM
+
+    tiny(tmp_path)
+    branches, states = adapters(tmp_path, kind)
+    record = merge_adapters_to_adapter(tmp_path / "base", branches, tmp_path / "out")
+    peft = PeftModel.from_pretrained(Qwen2ForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "out")
+    got, want = peft.double().merge_and_unload().state_dict(), mean(states)
+    for name, tensor in want.items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-6, atol=1e-7)
+    rank = KINDS[kind]["r"]
+    assert max(record["ranks"].values()) == 3 * rank
+    assert record["relative_error"] == 0
+    assert record["output"]["fingerprint"] == checkpoint.fingerprint(tmp_path / "out")
+
+
+def test_ranks_may_differ_between_adapters_and_modules(tmp_path):
+    from peft import PeftModel
+    from transformers import Qwen2ForCausalLM
+
+    tiny(tmp_path)
+    branches, states = adapters(tmp_path, "patterns", ranks=[2, 5, 3])
+    record = merge_adapters_to_adapter(tmp_path / "base", branches, tmp_path / "out")
+    assert set(record["ranks"].values()) == {10, 6}
+    peft = PeftModel.from_pretrained(Qwen2ForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "out")
+    got = peft.double().merge_and_unload().state_dict()
+    for name, tensor in mean(states).items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 12, 40])
+def test_recompression_is_the_best_of_its_rank_and_reports_its_error(tmp_path, rank):
+    from peft import PeftModel
+    from transformers import Qwen2ForCausalLM
+
+    model = tiny(tmp_path)
+    start = {n: p.detach().double().clone() for n, p in model.state_dict().items()}
+    branches, states = adapters(tmp_path, "plain")
+    record = merge_adapters_to_adapter(tmp_path / "base", branches, tmp_path / "out", mode="recompress", rank=rank)
+    peft = PeftModel.from_pretrained(Qwen2ForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "out")
+    got = peft.double().merge_and_unload().state_dict()
+    dropped, whole = 0.0, 0.0
+    for name, tensor in mean(states).items():
+        delta = (tensor - start[name]).numpy()
+        if not np.abs(delta).max() > 1e-9:
+            continue
+        u, s, vt = np.linalg.svd(delta, full_matrices=False)
+        best = (u[:, :rank] * s[:rank]) @ vt[:rank]
+        np.testing.assert_allclose((got[name] - start[name]).numpy(), best, atol=1e-6)
+        error = np.linalg.norm(s[rank:]) / np.linalg.norm(s)
+        assert record["relative_errors"][name] == pytest.approx(error, abs=1e-6)
+        dropped, whole = dropped + np.sum(s[rank:] ** 2), whole + np.sum(s**2)
+    assert record["relative_error"] == pytest.approx((dropped / whole) ** 0.5, abs=1e-6)
+    assert (record["relative_error"] < 1e-6) == (rank >= 12)
+
+
+def test_a_common_frozen_a_keeps_the_rank(tmp_path):
+    tiny(tmp_path)
+    branches, _ = adapters(tmp_path, "plain")
+    first = load_file(branches[0].path / "adapter_model.safetensors")
+    wants = []
+    for b in branches:
+        tensors = load_file(b.path / "adapter_model.safetensors")
+        tensors |= {n: t.clone() for n, t in first.items() if "lora_A" in n}
+        save_file(tensors, b.path / "adapter_model.safetensors", {"format": "pt"})
+        name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+        wants.append(2.0 * tensors[name.format("B")].double() @ tensors[name.format("A")].double())
+    record = merge_adapters_to_adapter(tmp_path / "base", branches, tmp_path / "out")
+    assert set(record["ranks"].values()) == {4}
+    out = load_file(tmp_path / "out/adapter_model.safetensors")
+    got = out[name.format("B")].double() @ out[name.format("A")].double()
+    torch.testing.assert_close(got, sum(c * w for c, w in zip(COUNTS, wants, strict=True)) / 12, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("operator", ["uniform", "task_arithmetic", "star", "tsv"])
+def test_operators_act_on_the_full_update(tmp_path, operator):
+    from merit.merge import OPERATORS
+
+    model = tiny(tmp_path)
+    start = {n: p.detach().double().numpy() for n, p in model.state_dict().items()}
+    branches, states = adapters(tmp_path, "plain")
+    run_merge(plan_adapter_merge(tmp_path / "base", branches, operator, scale="0.5", output=tmp_path / "out"))
+    merged = load_file(tmp_path / "out/model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    deltas = [s[name].numpy() - start[name] for s in states]
+    if operator in ("star", "tsv"):
+        tau = OPERATORS[operator].function(deltas)[0]
+    else:
+        weights = [1, 1, 1] if operator == "uniform" else COUNTS
+        tau = sum(w * d for w, d in zip(weights, deltas, strict=True)) / sum(weights)
+    np.testing.assert_allclose(merged[name].double().numpy(), start[name] + 0.5 * tau, rtol=3e-7, atol=1e-8)
+
+
+def test_fan_in_fan_out_of_gpt2(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2)).save_pretrained(
+        tmp_path / "base"
+    )
+    branches, states = [], []
+    for k in range(2):
+        config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+        peft = get_peft_model(GPT2LMHeadModel.from_pretrained(tmp_path / "base"), config)
+        shake(peft, k)
+        peft.save_pretrained(tmp_path / f"a{k}")
+        states.append({n: p.clone() for n, p in peft.double().merge_and_unload().state_dict().items()})
+        branches.append(Branch(tmp_path / f"a{k}", COUNTS[k], f"a{k}"))
+    run_merge(plan_adapter_merge(tmp_path / "base", branches, output=tmp_path / "out"))
+    merged, want = load_file(tmp_path / "out/model.safetensors"), mean(states, COUNTS[:2])
+    for name, tensor in merged.items():
+        torch.testing.assert_close(
+            tensor.double(), want[name if name in want else f"transformer.{name}"], rtol=2e-7, atol=1e-9
+        )
+
+
+def edit(folder, **settings):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | settings))
+
+
+def test_what_cannot_be_merged_is_refused_with_the_reason(tmp_path):
+    tiny(tmp_path)
+    branches, _ = adapters(tmp_path, "plain")
+    base, out = tmp_path / "base", tmp_path / "out"
+    with pytest.raises(MergeError, match="is not the average"):
+        merge_adapters_to_adapter(base, branches, out, mode="factors")
+    with pytest.raises(MergeError, match="needs a rank"):
+        merge_adapters_to_adapter(base, branches, out, mode="recompress")
+    with pytest.raises(MergeError, match="takes none"):
+        merge_adapters_to_adapter(base, branches, out, mode="concat", rank=4)
+    with pytest.raises(MergeError, match="full weights first"):
+        plan_adapter_merge(base, branches, "ties", output=out)
+    for settings, message in (
+        ({"use_dora": True}, "DoRA"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changes the base"),
+        ({"peft_type": "IA3"}, "'IA3'"),
+        ({"target_modules": ["q_proj"]}, "differ in target_modules"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+    ):
+        original = (branches[1].path / "adapter_config.json").read_text()
+        edit(branches[1].path, **settings)
+        with pytest.raises(MergeError, match=message):
+            plan_adapter_merge(base, branches, output=out)
+        (branches[1].path / "adapter_config.json").write_text(original)
+    tensors = load_file(branches[1].path / "adapter_model.safetensors")
+    name = next(n for n in tensors if "lora_B" in n)
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, branches[1].path / "adapter_model.safetensors")
+    with pytest.raises(MergeError, match="NaN or infinity in adapter 1"):
+        merge_adapters_to_adapter(base, branches, out)
+    with pytest.raises(MergeError, match="NaN or infinity in adapter 1"):
+        run_merge(plan_adapter_merge(base, branches, output=out))
+    save_file(
+        {n.replace("layers.1", "layers.7"): t for n, t in tensors.items()},
+        branches[1].path / "adapter_model.safetensors",
+    )
+    with pytest.raises(MergeError, match=r"layers\.7.*no counterpart"):
+        plan_adapter_merge(base, branches, output=out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a0", "a1", "a2", "base"]
