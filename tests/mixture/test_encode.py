@@ -80,12 +80,59 @@ def test_a_known_familys_template_gets_its_training_variant(byte_level):
     from trl.chat_template_utils import qwen3_chat_template
 
     encoder = ChatEncoder(with_template(byte_level, qwen3_chat_template), 1000)
-    assert encoder.template_source == "training variant"
+    assert encoder.template.source == "training variant"
     [row] = encoder.encode([Chat(chat("one", "two", "three", "four"))])
     read = target_text(row, byte_level)
     assert "two<|im_end|>" in read
     assert "four<|im_end|>" in read
     assert "three" not in read
+
+
+FAMILIES = [
+    "qwen2_5",
+    "qwen3",
+    "qwen3_5_think",
+    "llama3",
+    "llama3_1",
+    "gemma3",
+    "phi3",
+    "deepseekv3",
+    "gptoss",
+    "smolvlm",
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_familys_answers_are_targets_and_its_prompt_is_none(byte_level, family):
+    import trl.chat_template_utils
+
+    tokenizer = with_template(byte_level, getattr(trl.chat_template_utils, f"{family}_chat_template"))
+    conversation = chat("the question", "one answer", "another", "two answers")
+    row = encode_chat(conversation, tokenizer, 10_000)
+    read = target_text(row, tokenizer)
+    assert read.index("one answer") < read.index("two answers")
+    assert "question" not in read
+    assert "another" not in read
+    assert "ssistant" not in read
+    assert row.answer == "two answers"
+    encoder = ChatEncoder(tokenizer, 10_000)
+    text, _ = encoder.template.apply(conversation)
+    prompt, _ = encoder.template.apply(conversation[:-1], prompt=True)
+    if text.startswith(prompt):  # not so where generation is to begin with thinking
+        expected = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        assert row.input_ids[: row.prompt_length].tolist() == expected
+
+
+def test_markers_that_do_not_match_the_turns_are_refused(byte_level):
+    one_block = "{% generation %}{% for m in messages %}{{ m.content }}{% endfor %}<|im_end|>{% endgeneration %}"
+    with pytest.raises(MixtureError, match=r"1 stretches .* 2 assistant turns"):
+        encode_chat(chat("a", "b", "c", "d"), with_template(byte_level, one_block), 1000)
+
+
+def test_a_template_that_leaves_the_answer_out_is_refused(byte_level):
+    silent = "{% for m in messages %}{% generation %}<|im_end|>{% endgeneration %}{% endfor %}"
+    with pytest.raises(MixtureError, match=r"cannot render|stretches"):
+        encode_chat(chat("a", "b"), with_template(byte_level, silent), 1000)
 
 
 def test_a_template_that_rewrites_history_is_refused_with_the_way_out(byte_level):
@@ -183,7 +230,7 @@ def test_template_refusals_are_told_apart(byte_level):
     rows = encoder.encode([Chat(chat("a", "b", system="s")), Chat(chat("a", "b"))])
     assert rows[0] == "refused_by_template"
     assert isinstance(rows[1], EncodedRow)
-    assert "no system" in encoder.refusal(Chat(chat("a", "b", system="s")))
+    assert "no system" in encoder.template.refusal(chat("a", "b", system="s"))
 
 
 def test_unknown_characters_are_found(unknowing, byte_level):

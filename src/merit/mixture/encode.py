@@ -1,14 +1,7 @@
 """From chats to token ids with a mask of the tokens that the loss predicts, and the file that keeps them.
 
-It renders the chat template, finds the assistant's characters, tokenises once and maps characters to tokens. It does
-not read source files, count lost characters or draw samples; those are the modules beside it.
-
-Which characters are the assistant's:
-
-1. A template with ``{% generation %}`` markers says so itself.
-2. For a known family without markers TRL's training variant of the same template is used.
-3. Otherwise the conversation is rendered turn by turn: what turn i adds to ``messages[:i]`` with the generation prompt is
-   its text, end of turn included. A template whose output is not a growing prefix is refused.
+It tokenises a rendered conversation once and maps the assistant's characters to tokens. It does not render
+(:mod:`merit.mixture.template`), read source files, count lost characters or draw samples; those are the modules beside it.
 """
 
 from __future__ import annotations
@@ -26,11 +19,10 @@ import numpy as np
 
 from merit.errors import MixtureError
 from merit.mixture.formats import Chat, Message
+from merit.mixture.template import ChatTemplate, Span
 
 DropReason = Literal["no_target_after_truncation", "answer_lost", "refused_by_template"]
-TemplateSource = Literal["generation markers", "training variant", "turn by turn"]
 
-_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _BATCH_ROWS = 512
 
 
@@ -71,7 +63,8 @@ class ChatEncoder:
     """Encodes chats in batches with one tokenizer and template.
 
     Attributes:
-        template_source: How the assistant's characters are found (module docstring).
+        template: The chat template in use.
+        inventory: What the tokenizer can represent.
     """
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
@@ -86,11 +79,10 @@ class ChatEncoder:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.inventory = CharacterInventory(tokenizer)
-        self.template, self.template_source = _training_template(tokenizer)
+        self.template = ChatTemplate(tokenizer)
         added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self._added = "|".join(re.escape(token) for token in added) or r"(?!)"
         self._pattern, self._pattern_size = re.compile(r"(?!)"), 0
-        self._check_special_tokens()
 
     def encode(self, chats: Sequence[Chat]) -> list[EncodedRow | DropReason]:
         """Encode chats, in order; a row that cannot be used comes back as the reason why.
@@ -126,87 +118,23 @@ class ChatEncoder:
     def _tokenize(self, texts: list[str]) -> list[Any]:
         return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).encodings
 
-    # -- rendering ------------------------------------------------------------------------------------------------
-
-    def _render(self, chat: Chat) -> tuple[str, list[tuple[int, int]]] | None:
+    def _render(self, chat: Chat) -> tuple[str, list[Span]] | None:
         """The rendered text and the character spans of its target turns; None where the template refuses the row."""
         import jinja2
 
         try:
-            if self.template_source == "turn by turn":
-                text, spans = self._turn_by_turn(chat.messages)
-            else:
-                text, spans = self._marked(chat.messages)
+            text, spans = self.template.render(chat.messages)
         except jinja2.TemplateError:
             return None
         wanted = sum(turn["role"] == "assistant" for turn in chat.messages[chat.first_target :])
         return text, spans[-wanted:]
 
-    def refusal(self, chat: Chat) -> str:
-        """What the template says about a chat that it refuses (for an error message)."""
-        import jinja2
-
-        try:
-            self._apply(chat.messages, markers=self.template_source != "turn by turn")
-        except jinja2.TemplateError as error:
-            return str(error)
-        return "it renders the conversation, but not its beginning"
-
     def template_characters_lost(self) -> str:
         """Characters of the template's own text (role markers) that the tokenizer cannot represent."""
-        text, _ = self._apply([{"role": "user", "content": ""}, {"role": "assistant", "content": ""}])
+        text, _ = self.template.apply([{"role": "user", "content": ""}, {"role": "assistant", "content": ""}])
         return "".join(sorted(self.inventory.lost([re.sub(self._added, "", text)])))
 
-    def _check_special_tokens(self) -> None:
-        """The template's end-of-turn must be read as the special token that ends generation, not as its letters."""
-        text, _ = self._apply([{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}])
-        [encoding] = self._tokenize([text])
-        for token in self.tokenizer.all_special_tokens:
-            if token in text and self.tokenizer.convert_tokens_to_ids(token) not in encoding.ids:
-                raise MixtureError(
-                    f"The chat template writes {token!r}, but the tokenizer does not read it as that special token "
-                    f"(it reads {encoding.tokens}), so a model could not learn to end its turn.",
-                    "Correct the base's tokenizer (the added token's `normalized` flag), or set model.chat_template.",
-                )
-
-    def _apply(self, messages: list[Message], *, prompt: bool = False, markers: bool = False) -> tuple[str, list]:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        # Declared to return a string; it returns the texts and the spans, one per conversation.
-        rendered: Any = render_jinja_template(
-            conversations=[messages],
-            chat_template=self.template,
-            add_generation_prompt=prompt,
-            return_assistant_tokens_mask=markers,
-            **self.tokenizer.special_tokens_map,
-        )
-        texts, spans = rendered
-        return texts[0], spans[0] if markers else []
-
-    def _marked(self, messages: list[Message]) -> tuple[str, list[tuple[int, int]]]:
-        text, spans = self._apply(messages, markers=True)
-        return text, [(start, end) for start, end in spans if end > start]
-
-    def _turn_by_turn(self, messages: list[Message]) -> tuple[str, list[tuple[int, int]]]:
-        whole, _ = self._apply(messages)
-        spans = []
-        for index, turn in enumerate(messages):
-            if turn["role"] != "assistant":
-                continue
-            before, _ = self._apply(messages[:index], prompt=True) if index else ("", [])
-            upto, _ = self._apply(messages[: index + 1])
-            if not (whole.startswith(upto) and upto.startswith(before)) or len(upto) == len(before):
-                raise MixtureError(
-                    "The base's chat template has no {% generation %} markers, and its text for the first turns changes "
-                    f"when later turns follow (turn {index} of {len(messages)}), so the assistant's tokens cannot be "
-                    "told apart.",
-                    "Set model.chat_template to a file with a template that has {% generation %} markers around the "
-                    "assistant's text and end-of-turn token.",
-                )
-            spans.append((len(before), len(upto)))
-        return whole, spans
-
-    def _without_dropped(self, text: str, spans: list[tuple[int, int]]) -> tuple[str, list[tuple[int, int]]]:
+    def _without_dropped(self, text: str, spans: list[Span]) -> tuple[str, list[Span]]:
         """Take out characters for which the tokenizer yields no token at all.
 
         The ids stay the same, but such a tokenizer's character offsets count only what it kept: with the characters
@@ -231,9 +159,7 @@ class ChatEncoder:
         pieces.append(pattern.sub(lambda match: match.group(1) or "", text[position:]))
         return "".join(pieces), new_spans
 
-    # -- tokens ---------------------------------------------------------------------------------------------------
-
-    def _row(self, chat: Chat, text: str, spans: list[tuple[int, int]], encoding: Any) -> EncodedRow | DropReason:
+    def _row(self, chat: Chat, text: str, spans: list[Span], encoding: Any) -> EncodedRow | DropReason:
         ids = encoding.ids
         ranges = [_token_range(encoding, start, end) for start, end in spans]
         crossing = any(
@@ -259,7 +185,7 @@ class ChatEncoder:
         return EncodedRow(input_ids, targets, prompt_length, truncated, answer)
 
     def _piecewise(
-        self, text: str, spans: list[tuple[int, int]], joint: list[int]
+        self, text: str, spans: list[Span], joint: list[int]
     ) -> tuple[list[int], list[tuple[int, int] | None]] | None:
         """Tokenise prompt and answer apart where one token would span both.
 
@@ -284,31 +210,6 @@ class ChatEncoder:
             if clean and self.tokenizer.decode(ids) == self.tokenizer.decode(joint):
                 return ids, ranges
         return None
-
-
-def _training_template(tokenizer: Any) -> tuple[str, TemplateSource]:
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    if not template:
-        raise MixtureError(
-            "The base's tokenizer has no chat template.",
-            "Set model.chat_template to a Jinja file, or use the package's default (merit.mixture.default_chat_template).",
-        )
-    if _MARKER.search(template):
-        return template, "generation markers"
-    from trl.chat_template_utils import get_training_chat_template
-
-    try:
-        variant = get_training_chat_template(tokenizer)
-    except Exception:  # a template that TRL does not know, or that its probes make fail
-        variant = None
-    return (variant, "training variant") if variant else (template, "turn by turn")
-
-
-def default_chat_template() -> str:
-    """Text of the template for a base that has none (docs/mixture.md shows what it renders)."""
-    return (Path(__file__).parent / "default_chat_template.jinja").read_text(encoding="utf-8")
 
 
 def _token_range(encoding: Any, start: int, end: int) -> tuple[int, int] | None:

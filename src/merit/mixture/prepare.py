@@ -185,8 +185,8 @@ class _Stage:
 
     def description(self) -> dict[str, Any]:
         return {
-            "template_source": self.encoder.template_source,
-            "chat_template": self.encoder.template,
+            "template_source": self.encoder.template.source,
+            "chat_template": self.encoder.template.text,
             "template_characters_lost": self.encoder.template_characters_lost(),
             "max_length": self.max_length,
             "tokenizer": type(self.tokenizer).__name__,
@@ -299,8 +299,9 @@ class _Stage:
                     if _reached(len(used), targets, samples, tokens):
                         break
                 elif row == "refused_by_template" and self.settings.bad_rows == "error":
-                    text = f"the base's chat template refuses the row: {self.encoder.refusal(chats[index])}"
-                    raise bad_row_error(source.name, found.places[index], BadRow(row, text))
+                    said = self.encoder.template.refusal(chats[index].messages)
+                    bad = BadRow(row, f"the base's chat template refuses the row: {said}")
+                    raise bad_row_error(source.name, found.places[index], bad)
                 else:
                     dropped[row] += 1
         used.sort(key=lambda item: item[0])
