@@ -210,7 +210,7 @@ def _finish(pipeline: Any, *, as_json: bool) -> None:
     if (folder / "evaluation" / "record.json").is_file():
         from merit.evaluation.tables import render
 
-        _out(render(json.loads((folder / "evaluation" / "summary.json").read_text(encoding="utf-8"))))
+        _out(*render(folder / "evaluation"))
     merged = folder / "merged" / "model"
     if merged.is_dir():
         _out(f"Merged model: {merged}")

@@ -55,7 +55,10 @@ def _branch_rows(folder: Path, root: Path, recipe: Recipe, prefix: str) -> list[
             )
         )
         branches[k] = Stage(f"branch {k}", path, {})
-    rows.append(_row(f"{prefix}merged", root / "merged", lambda: stages.merged_stage(recipe, root, branches, base="")))
+    if not prefix or recipe.split.method != "joint":  # a joint baseline's branch is its model
+        rows.append(
+            _row(f"{prefix}merged", root / "merged", lambda: stages.merged_stage(recipe, root, branches, base=""))
+        )
     return rows
 
 
@@ -99,7 +102,7 @@ def _progress(path: Path) -> str:
 
 
 def _detail(record: dict[str, Any]) -> str:
-    if "target_tokens" in record:
+    if "steps" in record:
         return f"{record['steps']:,} steps, {record['target_tokens']:,} target tokens"
     return ""
 

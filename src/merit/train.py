@@ -167,7 +167,16 @@ def train_branch(
     from datasets import Dataset
 
     from merit.models import limit_threads, load_model, save_branch, trainable_parameters
-    from merit.trainer import LOG, EpochOrder, GroupRows, GroupTrainer, StepCollator, StopRequest, newest_checkpoint
+    from merit.trainer import (
+        CPU_OVERHEAD,
+        LOG,
+        EpochOrder,
+        GroupRows,
+        GroupTrainer,
+        StepCollator,
+        StopRequest,
+        newest_checkpoint,
+    )
 
     threads = limit_threads(threads)
     rows = GroupRows(datasets)
@@ -203,7 +212,12 @@ def train_branch(
             args=args,
             processing_class=tokenizer,
             train_dataset=Dataset.from_dict({"row": range(len(rows))}),
-            data_collator=StepCollator(rows, train.micro_batch_size or train.batch_size, tokenizer.pad_token_id),
+            data_collator=StepCollator(
+                rows,
+                train.micro_batch_size or train.batch_size,
+                tokenizer.pad_token_id,
+                overhead=CPU_OVERHEAD if device.type == "cpu" else None,
+            ),
         )
         trainer.train(resume_from_checkpoint=str(start) if start else None)
         step, steps = trainer.state.global_step, trainer.state.max_steps

@@ -108,6 +108,7 @@ def _decode_batch(
     positions = (mask[:, :width].cumsum(dim=1) - 1).clamp(min=0)
     left = torch.from_numpy(limits).to(device)
     rows = torch.arange(len(prompts), device=device)
+    going = torch.ones(len(prompts), dtype=torch.bool, device=device)
     options: dict[str, Any] = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
     takes_positions = accepts(model, "position_ids")
     cache = None
@@ -130,15 +131,17 @@ def _decode_batch(
         logits = output.logits[:, -1]
         chosen = logits.argmax(dim=-1) if numbers is None else _inverse_cdf(logits, numbers[rows, step])
         tokens[rows, step] = chosen
-        going = ~torch.isin(chosen, ends) & (left > step + 1)
+        going = going & ~torch.isin(chosen, ends) & (left > step + 1)
         count = int(going.sum())
         if not count:
             break
-        inputs, positions = chosen[:, None], positions[:, -1:] + 1
+        # A row that has ended and is still in the batch stays where it is: its next position may not exist.
+        inputs, positions = chosen[:, None], positions[:, -1:] + going[:, None]
         if 2 * count <= len(rows):  # at least half have ended: go on with the others only
             kept = going.nonzero().squeeze(1)
             cache.batch_select_indices(kept)
-            inputs, positions, mask, left, rows = (t[kept] for t in (inputs, positions, mask, left, rows))
+            state = (inputs, positions, mask, left, rows, going)
+            inputs, positions, mask, left, rows, going = (tensor[kept] for tensor in state)
     return tokens.cpu().numpy()
 
 

@@ -123,7 +123,7 @@ def evaluate_models(
         raise ValueError(f"models must hold 'base'; found {sorted(models)}")
     names = [name for name in model_order(models) if settings.branches or not name.startswith("branch-")]
     parts = {"mixture": dict(test) if settings.heldout else {}, "kept": dict(kept)}
-    sets = [_draw(part, name, rows, recipe) for part, sets in parts.items() for name, rows in sets.items()]
+    sets = [_draw(part, name, rows, recipe) for part, sets in parts.items() for name, rows in sets.items() if len(rows)]
     job = _Job(recipe, sets, tokenizer, device, folder, progress)
     measured: dict[str, Any] = {f"{item.part}/{item.name}": item.rows for item in sets}
     job.ends = heldout.end_tokens(measured or dict(test), tokenizer)
@@ -151,7 +151,7 @@ def _limit(part: str, lengths: np.ndarray, settings: EvaluateSettings) -> int | 
     Under ``auto`` a dataset of the mixture must have short answers (``short_answer``); for a kept set it is enough that
     its answers fit ``max_new_tokens``, since a verbose sentence that is no longer reproduced shows a lost style.
     """
-    if not len(lengths) or settings.exact_match == "never":
+    if settings.exact_match == "never":
         return None
     longest = settings.short_answer if part == "mixture" else settings.max_new_tokens
     if settings.exact_match == "auto" and not heldout.is_short_answer(lengths, longest):
@@ -284,7 +284,7 @@ def _measure(job: _Job, name: str, model: Any) -> dict[str, Any]:
         stop = start + len(item.rows)
         loss = _mean_loss(losses[start:stop], counts[start:stop], name, item)
         matched: float | None = None
-        if item.limit is not None and item.rows:
+        if item.limit is not None:
             matched = float(np.mean(matches[start_asked : start_asked + len(item.rows)]))
             start_asked += len(item.rows)
         figures[item.part][item.name] = {

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ class Reader:
         self.digests = [TensorDigest() for _ in self.folders]
         linear = all(t.kind == "exact" or (t.kind == "linear" and not t.coefficients[0]) for t in tensors)
         self.with_base = plan.base_fingerprint is None or not linear
-        self._descriptors: dict[tuple[int, str], int] = {}
+        self._files: dict[tuple[int, str], tuple[int, Path]] = {}
         for tensor in tensors:
             for digest, source in zip(self.digests, tensor.sources, strict=False):
                 digest.add_tensor(source)
@@ -48,18 +49,19 @@ class Reader:
         """Keep the files that hold the sources of ``tensors`` open."""
         try:
             for k, name in sorted({(k, s.file) for t in tensors for k, s in enumerate(t.sources)}):
-                self._descriptors[k, name] = os.open(self.folders[k] / name, os.O_RDONLY)
+                path = self.folders[k] / name
+                self._files[k, name] = os.open(path, os.O_RDONLY), path
             yield
         finally:
-            while self._descriptors:
-                os.close(self._descriptors.popitem()[1])
+            while self._files:
+                os.close(self._files.popitem()[1][0])
 
     def read(self, k: int, source: TensorInfo, block: int, buffer: memoryview) -> np.ndarray:
         """Raw values of one block of source ``k``, in ``buffer``."""
         step = BLOCK * source.dtype.itemsize
         part = buffer[: min(step, source.nbytes - block * step)]
-        path = self.folders[k] / source.file
-        pread_into(self._descriptors[k, source.file], part, source.start + block * step, path)
+        descriptor, path = self._files[k, source.file]
+        pread_into(descriptor, part, source.start + block * step, path)
         self.digests[k].add_block(source.name, block, part)
         return np.frombuffer(part, source.dtype.raw)
 
@@ -115,16 +117,17 @@ class Worker:
             return self._whole(tensor)
         n = min(SPAN * BLOCK, tensor.out.size - first * BLOCK)
         result = np.frombuffer(self._space, tensor.out.dtype.raw, n)
+        used, kernel = self._kernel(tensor) if tensor.kind == "linear" else ([], None)
         for block in range(first, min(first + SPAN, tensor.out.blocks)):
             out = result[(block - first) * BLOCK : (block - first + 1) * BLOCK]
-            if tensor.kind == "linear":
-                self._linear(tensor, block, out)
+            if kernel is not None:
+                self._linear(tensor, block, out, used, kernel)
             elif tensor.kind == "exact":
                 self._exact(tensor, block, out)
             else:
                 self._entries(tensor, block, out)
-        if tensor.kind == "linear" and n:
-            self._kernel(tensor)[1].settle()
+        if kernel is not None:
+            kernel.settle()
         return result
 
     def _raws(self, tensor: TensorPlan, block: int) -> dict[int, np.ndarray]:
@@ -139,8 +142,7 @@ class Worker:
             self._kernels[key] = Combination(coefficients, [tensor.sources[k].dtype for k in used], tensor.out.dtype)
         return used, self._kernels[key]
 
-    def _linear(self, tensor: TensorPlan, block: int, out: np.ndarray) -> None:
-        used, kernel = self._kernel(tensor)
+    def _linear(self, tensor: TensorPlan, block: int, out: np.ndarray, used: list[int], kernel: Combination) -> None:
         raws = self._raws(tensor, block)
         try:
             kernel([raws[k] for k in used], out)

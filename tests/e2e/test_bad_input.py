@@ -1,0 +1,249 @@
+"""What a user can get wrong: exit code 2, one message that says what and where, and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tests.e2e.conftest import Case, make_base, make_case, task_rows, write_rows
+
+
+def refused(merit, case: Case, *words: str, command: str = "run", extra: tuple[str, ...] = ()) -> str:
+    result = merit(command, case.recipe, "--output", case.run, "--quiet", *extra)
+    assert result.code == 2, (result.code, result.err)
+    assert "Traceback" not in result.err
+    for word in words:
+        assert word in result.err, (word, result.err)
+    return result.err
+
+
+def nothing_made(run: Path) -> bool:
+    """No stage's results stand, and nothing that looks like a model."""
+    return not list(run.rglob("record.json")) and not list(run.rglob("*.safetensors"))
+
+
+def test_unknown_recipe_key(case: Case, merit) -> None:
+    case.write(trian={"epochs": 1})
+    refused(merit, case, "trian", "'train'")
+    assert not case.run.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, ["upper"]),
+        ("", ["upper", "empty"]),
+        ('{"messages": [\n', ["train.jsonl", "line 1"]),
+        (json.dumps(task_rows("upper", 1, 0)[0]) + '\n{"messages": [}\n', ["train.jsonl", "line 2"]),
+        ('{"messages": [{"role": "user", "content": "hello"}]}\n', ["upper", "assistant", "mixture.bad_rows"]),
+        ('{"text": "hello"}\n', ["upper", "text"]),
+    ],
+    ids=["missing", "empty", "malformed", "malformed line 2", "no assistant turn", "unknown format"],
+)
+def test_a_bad_dataset_is_named_with_its_place(case: Case, merit, content: str | None, words: list[str]) -> None:
+    file = case.folder / "mixture" / "upper" / "train.jsonl"
+    if content is None:
+        file.unlink()
+    else:
+        file.write_text(content)
+    refused(merit, case, *words)
+    assert nothing_made(case.run)
+
+
+def test_malformed_json_past_the_first_rows_stops_before_anything_expensive(case: Case, merit) -> None:
+    rows = [json.dumps(row) for row in task_rows("upper", 40, 0)]
+    rows[29] = rows[29][:-4]
+    (case.folder / "mixture" / "upper" / "train.jsonl").write_text("\n".join(rows))
+    refused(merit, case, "line 30")
+    assert nothing_made(case.run)
+
+
+def test_a_dataset_whose_rows_all_lose_their_targets(case: Case, merit) -> None:
+    long = [{"messages": [{"role": "user", "content": "x" * 500}, {"role": "assistant", "content": "y"}]}] * 4
+    write_rows(case.folder / "mixture" / "upper" / "train.jsonl", long)
+    refused(merit, case, "upper", "max_length")
+    assert nothing_made(case.run)
+
+
+def test_duplicate_dataset_names(case: Case, merit) -> None:
+    path = str(case.folder / "mixture" / "upper" / "train.jsonl")
+    case.write(mixture={"datasets": [{"name": "a", "path": path}, {"name": "a", "path": path}]})
+    refused(merit, case, "'a'")
+
+
+def test_fewer_datasets_than_groups(case: Case, merit) -> None:
+    refused(merit, case, "6 datasets cannot fill 8 groups", extra=("--set", "split.axes=3"))
+    assert not case.run.exists()
+
+
+def test_an_unknown_dataset_name_in_a_pattern(case: Case, merit) -> None:
+    refused(merit, case, "uper", "upper", extra=("--set", "mixture.exclude=[uper]"))
+
+
+def test_longer_rows_than_the_base_was_made_for(case: Case, merit) -> None:
+    refused(merit, case, "train.max_length", "128", extra=("--set", "train.max_length=4096"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda base: (base / "config.json").unlink(), ["config.json"]),
+        (lambda base: _edit(base, model_type="vit", architectures=["ViTModel"]), ["causal language model", "ViTModel"]),
+        (lambda base: _edit(base, architectures=["LlamaForSequenceClassification"]), ["causal language model"]),
+        (lambda base: _edit(base, quantization_config={"bits": 4}), ["quantized"]),
+        (
+            lambda base: (base / "model.safetensors").rename(base / "pytorch_model.bin"),
+            ["pytorch_model.bin", "safetensors"],
+        ),
+        (lambda base: os.truncate(base / "model.safetensors", 5000), ["model.safetensors"]),
+        (lambda base: [file.unlink() for file in base.glob("tokenizer*")], ["tokenizer"]),
+        (lambda base: shutil.rmtree(base), ["no folder"]),
+    ],
+    ids=["no config", "another kind", "classifier", "quantized", "pickle", "truncated", "no tokenizer", "missing"],
+)
+def test_a_base_that_cannot_be_trained(tmp_path: Path, merit, damage, words: list[str]) -> None:
+    base = make_base(tmp_path / "base")
+    damage(base)
+    case = make_case(tmp_path / "case", base)
+    refused(merit, case, *words)
+    assert nothing_made(case.run)
+
+
+def _edit(base: Path, **changes: object) -> None:
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def _poison(base: Path) -> None:
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = np.nan
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("method", ["pca", "joint"])
+def test_non_finite_gradients_and_losses(tmp_path: Path, merit, method: str) -> None:
+    base = make_base(tmp_path / "base")
+    _poison(base)
+    case = make_case(tmp_path / "case", base, split={"method": method, "axes": 1})
+    refused(merit, case, "finite")
+    assert not list(case.run.glob("branches/*/record.json"))
+    assert not (case.run / "conflict" / "record.json").exists()
+
+
+def test_two_runs_at_once(finished: Case, merit, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished.run, run)
+    holder = (
+        "import sys, time\nfrom pathlib import Path\nfrom merit.run_folder import lock\n"
+        "with lock(Path(sys.argv[1]), 'this run'):\n    print('held', flush=True)\n    time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", holder, str(run)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        result = merit("run", finished.recipe, "--output", run, "--quiet")
+        other.send_signal(signal.SIGKILL)
+    assert result.code == 2
+    assert "in use" in result.err
+    assert str(other.pid) in result.err
+
+
+def damaged_run(finished: Case, folder: Path) -> Path:
+    run = folder / "run"
+    shutil.copytree(finished.run, run)
+    shutil.rmtree(run / "merged")
+    return run
+
+
+def test_a_truncated_branch(finished: Case, merit, tmp_path: Path) -> None:
+    run = damaged_run(finished, tmp_path)
+    os.truncate(run / "branches" / "1" / "model" / "model.safetensors", 9000)
+    result = merit("merge", run)
+    assert result.code == 2
+    assert "branches/1/model/model.safetensors" in result.err
+    assert not (run / "merged" / "model").exists()
+
+
+def test_a_branch_with_a_flipped_bit(finished: Case, merit, tmp_path: Path) -> None:
+    run = damaged_run(finished, tmp_path)
+    file = run / "branches" / "0" / "model" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+    result = merit("merge", run)
+    assert result.code == 2
+    assert "branch 0" in result.err
+    assert not (run / "merged" / "model").exists()
+
+
+def test_a_branch_of_another_shape(finished: Case, merit, tmp_path: Path) -> None:
+    other = make_base(tmp_path / "other", hidden=24)
+    output = tmp_path / "out"
+    result = merit(
+        "merge", "--base", finished.settings["model"]["base"], "--checkpoint", f"{other}=3",
+        "--checkpoint", f"{finished.run / 'branches' / '0' / 'model'}=5", "--output", output,
+    )  # fmt: skip
+    assert result.code == 2
+    assert str(other) in result.err
+    assert "24" in result.err
+    assert not output.exists()
+
+
+def test_a_branch_that_came_from_another_base(finished: Case, merit, tmp_path: Path) -> None:
+    run = damaged_run(finished, tmp_path)
+    other = make_base(tmp_path / "other", seed=1)
+    result = merit("merge", run, "--set", f"model.base={other}")
+    assert result.code == 2
+    assert "input.base" in result.err
+    assert not (run / "merged" / "model").exists()
+
+
+def test_branches_that_are_missing(finished: Case, merit, tmp_path: Path) -> None:
+    run = damaged_run(finished, tmp_path)
+    shutil.rmtree(run / "branches" / "1")
+    result = merit("merge", run)
+    assert result.code == 2
+    assert "--branch 1" in result.err
+    assert "--allow-missing" in result.err
+    assert not (run / "merged" / "model").exists()
+
+
+FULL_DISK = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+import signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+sys.argv = ["merit", "merge", sys.argv[1], "--quiet"]
+from merit.cli import main
+main()
+"""
+
+
+def test_a_disk_that_fills_up_while_merging(finished: Case, tmp_path: Path) -> None:
+    """No file may pass 20 kB here, as on a full disk: the kernel refuses the write."""
+    run = damaged_run(finished, tmp_path)
+    result = subprocess.run([sys.executable, "-c", FULL_DISK, str(run)], capture_output=True, text=True, check=False)
+    assert result.returncode == 2, result.stderr
+    assert "disk" in result.stderr.lower()
+    assert "Traceback" not in result.stderr
+    assert not (run / "merged" / "model").exists()
+    assert not list((run / "merged").glob(".model*"))
+
+
+def test_words_that_make_no_command(merit, case: Case) -> None:
+    assert merit("rnu").code == 2
+    assert merit("run").code == 2
+    assert "no such stage" in refused(merit, case, extra=("--until", "trian"))
+    assert "'train'" in refused(merit, case, extra=("--until", "trian"))
+    result = merit("train", case.recipe, "--branch", "x", "--output", case.run)
+    assert result.code == 2
+    result = merit("status", case.folder)
+    assert result.code == 2
+    assert "recipe.yaml" in result.err or "run folder" in result.err

@@ -1,0 +1,132 @@
+"""`merit merge`: operators on a run and outside it, partial merges, and the scale search."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.e2e.conftest import Case
+from tests.e2e.test_run import read, weights
+from transformers import AutoModelForCausalLM
+
+
+def inputs(finished: Case) -> tuple[Path, list[Path], list[int]]:
+    folders = [finished.run / "branches" / str(k) / "model" for k in range(2)]
+    tokens = [read(folder.parent / "record.json")["target_tokens"] for folder in folders]
+    return Path(finished.settings["model"]["base"]), folders, tokens
+
+
+def test_outside_a_run_gives_the_run_s_bits(finished: Case, merit, tmp_path: Path) -> None:
+    base, folders, tokens = inputs(finished)
+    words = [f"--checkpoint={folder}={count}" for folder, count in zip(folders, tokens, strict=True)]
+    result = merit("merge", "--base", base, *words, "--output", tmp_path / "out", "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["weights"] == pytest.approx([n / sum(tokens) for n in tokens])
+    mine, theirs = weights(tmp_path / "out"), weights(finished.run / "merged" / "model")
+    assert all(np.array_equal(mine[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("operator", ["uniform", "task_arithmetic", "ties", "star", "tsv", "iso_cts"])
+def test_every_operator_on_a_run(finished: Case, merit, tmp_path: Path, operator: str) -> None:
+    before = (finished.run / "merged" / "record.json").read_bytes()
+    result = merit("merge", finished.run, "--operator", operator, "--output", tmp_path / "out", "--quiet")
+    assert result.code == 0, result.err
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert read(tmp_path / "out" / "merge.json")["operator"] == operator
+    assert (finished.run / "merged" / "record.json").read_bytes() == before, "the run's own merge stays"
+
+
+def test_another_operator_does_not_replace_the_run_s_merge_unasked(finished: Case, merit) -> None:
+    result = merit("merge", finished.run, "--operator", "ties")
+    assert result.code == 2
+    assert "merge.operator" in result.err
+
+
+def test_an_unknown_operator_or_option_names_the_nearest(finished: Case, merit, tmp_path: Path) -> None:
+    base, folders, _ = inputs(finished)
+    one = f"--checkpoint={folders[0]}=1"
+    wrong = merit("merge", "--base", base, one, "--output", tmp_path / "o", "--operator", "tiess")
+    assert wrong.code == 2
+    assert "'ties'" in wrong.err
+    wrong = merit(
+        "merge", "--base", base, one, "--output", tmp_path / "o", "--operator", "ties", "--option", "densty=0.5"
+    )
+    assert wrong.code == 2
+    assert "'density'" in wrong.err
+    assert not (tmp_path / "o").exists()
+
+
+def test_exclude_and_allow_missing_renormalise_and_say_so(finished: Case, merit, tmp_path: Path) -> None:
+    result = merit("merge", finished.run, "--exclude", 0, "--output", tmp_path / "out")
+    assert result.code == 0, result.err
+    mine, theirs = weights(tmp_path / "out"), weights(finished.run / "branches" / "1" / "model")
+    assert all(np.array_equal(mine[name], theirs[name]) for name in theirs)
+    assert "branch 0" in (tmp_path / "out" / "README.md").read_text()
+    run = tmp_path / "run"
+    shutil.copytree(finished.run, run)
+    shutil.rmtree(run / "merged")
+    shutil.rmtree(run / "branches" / "0")
+    assert merit("merge", run, "--allow-missing").code == 0
+    record = read(run / "merged" / "record.json")
+    assert record["excluded"] == ["branch 0"]
+    assert record["weights"] == [1.0]
+
+
+def test_scale_zero_is_the_base_and_the_line_is_straight(finished: Case, merit, tmp_path: Path) -> None:
+    base, folders, tokens = inputs(finished)
+    words = [f"--checkpoint={folder}={count}" for folder, count in zip(folders, tokens, strict=True)]
+    for scale in ("0", "0.5"):
+        assert merit("merge", "--base", base, *words, "--output", tmp_path / scale, "--scale", scale).code == 0
+    zero, half, one = weights(tmp_path / "0"), weights(tmp_path / "0.5"), weights(finished.run / "merged" / "model")
+    for name, start in weights(base).items():
+        assert np.array_equal(zero[name], start)
+        middle = (start.astype(np.float64) + one[name].astype(np.float64)) / 2
+        np.testing.assert_allclose(half[name], middle, rtol=0, atol=1e-7)
+
+
+def test_scale_auto_shows_the_curve_and_merges_the_chosen_point(finished: Case, merit, tmp_path: Path) -> None:
+    words = (
+        "merge",
+        finished.run,
+        "--scale",
+        "auto",
+        "--set",
+        "merge.scales=[0, 0.5, 1]",
+        "--set",
+        "merge.rule=learned",
+    )
+    result = merit(*words, "--output", tmp_path / "out", "--json")
+    assert result.code == 0, result.err
+    record = json.loads(result.out)
+    points = {point["scale"]: point for point in record["scale_search"]["points"]}
+    assert set(points) == {0.0, 0.5, 1.0}
+    assert points[0.0]["kept"] == pytest.approx(0, abs=1e-6), "no drift from the base at the base"
+    assert points[1.0]["learned"] < points[0.0]["learned"]
+    chosen = record["scale_search"]["chosen"]
+    assert chosen == min(points, key=lambda scale: points[scale]["learned"])
+    assert record["scale"] == chosen
+    assert record["scale_search"]["rows_shared_with_evaluation"], "six test rows leave none to spare"
+    shown = merit(
+        "merge", finished.run, "--scale", "auto", "--set", "merge.scales=[0, 1]", "--output", tmp_path / "again"
+    )
+    assert "chosen" in shown.out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("merge",),
+        ("merge", "--base", "b", "--output", "o"),
+        ("merge", "--base", "b", "--checkpoint", "noweight", "--output", "o"),
+        ("merge", "--base", "b", "--checkpoint", "a=1", "--output", "o", "--scale", "auto"),
+    ],
+)
+def test_incomplete_words_say_what_is_missing(merit, words: tuple[str, ...], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = merit(*words)
+    assert result.code == 2
+    assert "merge" in result.err
+    assert not list(tmp_path.iterdir())
