@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import training_cases as cases
 from merit.errors import RecipeError, ResourceError, RunFolderError, TrainingError
 from merit.train import PASSED_ON, RECIPE_KEYS, check_trainer_options, steps_for
-from merit.trainer import newest_checkpoint
+from merit.trainer import GroupRows, StepCollator, cut_by_length, newest_checkpoint
 
 SCRIPT = Path(cases.__file__)
 
@@ -377,3 +380,46 @@ def test_a_distributed_launcher_is_refused(root: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ResourceError, match="WORLD_SIZE says 2"):
         cases.train(root)
+
+
+# -- micro-batches ----------------------------------------------------------------------------------------------------
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=7).map(lambda item: sorted(item, reverse=True)),
+    most=st.integers(1, 7),
+    overhead=st.integers(0, 60),
+)
+def test_cut_is_the_cheapest_of_all_cuts(lengths: list[int], most: int, overhead: int) -> None:
+    def cost(sizes: Sequence[int]) -> int:
+        starts = np.cumsum([0, *sizes])
+        return sum(lengths[start] * size + overhead for start, size in zip(starts, sizes, strict=False))
+
+    sizes = cut_by_length(lengths, most, overhead)
+    assert sum(sizes) == len(lengths)
+    assert max(sizes) <= most
+    count = len(lengths)
+    for cuts in itertools.product((False, True), repeat=count - 1):
+        ends = [i + 1 for i, cut in enumerate(cuts) if cut] + [count]
+        other = np.diff([0, *ends]).tolist()
+        if max(other) <= most:
+            assert cost(sizes) <= cost(other)
+
+
+def test_collator_keeps_every_row_and_counts_it() -> None:
+    rows = GroupRows(cases.make_group())
+    items = [{"row": i} for i in range(len(rows))]
+    for overhead, expected in ((None, 3), (0, None)):
+        step = StepCollator(rows, 8, 0, overhead)(items)
+        assert expected is None or len(step["micro"]) == expected
+        micro = [
+            tuple(ids[mask.bool()].tolist())
+            for batch in step["micro"]
+            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        ]
+        assert sorted(micro) == sorted(tuple(rows[i].input_ids.tolist()) for i in range(len(rows)))
+        assert step["counts"].tolist() == [
+            sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in step["micro"]),
+            sum(len(ids) for ids in micro),
+            21,
+        ]
