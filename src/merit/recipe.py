@@ -237,7 +237,7 @@ class TrainSettings(Settings):
 class MergeSettings(Settings):
     """How the branches become one model (paper §4 step 6)."""
 
-    operator: Literal["average", "task_arithmetic", "ties", "star", "tsv", "iso_cts"] = "average"
+    operator: Literal["average", "uniform", "task_arithmetic", "ties", "star", "tsv", "iso_cts"] = "average"
     """average: the paper's weighted average; the others as in docs/merge.md."""
     weights: Literal["tokens", "samples", "uniform"] = "tokens"
     """Branch weights w_k: trained target tokens N_k (the paper's), trained samples, or 1/K."""

@@ -116,17 +116,17 @@ def test_scale_auto_shows_the_curve_and_merges_the_chosen_point(finished: Case, 
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "said"),
     [
-        ("merge",),
-        ("merge", "--base", "b", "--output", "o"),
-        ("merge", "--base", "b", "--checkpoint", "noweight", "--output", "o"),
-        ("merge", "--base", "b", "--checkpoint", "a=1", "--output", "o", "--scale", "auto"),
+        (("merge",), "--checkpoint DIR=WEIGHT"),
+        (("merge", "--base", "b", "--output", "o"), "--checkpoint DIR=WEIGHT"),
+        (("merge", "--base", "b", "--checkpoint", "noweight", "--output", "o"), "expected DIR=WEIGHT"),
+        (("merge", "--base", "b", "--checkpoint", "a=1", "--output", "o", "--scale", "auto"), "held-out data"),
     ],
 )
-def test_incomplete_words_say_what_is_missing(merit, words: tuple[str, ...], tmp_path: Path, monkeypatch) -> None:
+def test_incomplete_words_say_what_is_missing(merit, words, said: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = merit(*words)
     assert result.code == 2
-    assert "merge" in result.err
+    assert said in result.err
     assert not list(tmp_path.iterdir())
