@@ -6,14 +6,26 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from merit.mixture import EncodedDataset, EncodedRow
 
 SPECIAL = ["<pad>", "<eos>", "<end>", "<user>", "<bot>", "<unk>"]
 VOCABULARY = [*SPECIAL, *"abcdefghijklmnopqrstuvwxyz0123456789 |-+"]
 END = SPECIAL.index("<end>")
-FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "gpt2": (GPT2Config, GPT2LMHeadModel),  # absolute positions: a shift by the left padding would show
+}
 
 
 def tiny_model(family: str = "qwen2", seed: int = 0, context: int = 64, sharpness: float = 6.0):
@@ -24,10 +36,9 @@ def tiny_model(family: str = "qwen2", seed: int = 0, context: int = 64, sharpnes
         config(
             vocab_size=len(VOCABULARY),
             hidden_size=32,
-            intermediate_size=48,
+            **({} if family == "gpt2" else {"intermediate_size": 48, "num_key_value_heads": 2}),
             num_hidden_layers=2,
             num_attention_heads=4,
-            num_key_value_heads=2,
             max_position_embeddings=context,
             initializer_range=0.25,
             tie_word_embeddings=False,

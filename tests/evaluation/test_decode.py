@@ -38,7 +38,7 @@ def prompts():
     ]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
 @pytest.mark.parametrize("batch_tokens", [1, 120, 10_000])
 def test_greedy_equals_unbatched(family, batch_tokens, prompts):
     model = tiny_model(family)
@@ -107,3 +107,15 @@ def test_model_without_cache_is_refused():
 
     with pytest.raises(CheckpointError, match="no key-value cache"):
         decode(NoCache(), [np.asarray([3, 4])], [4], end_tokens=ENDS, pad_id=0, device=CPU, batch_tokens=100)
+
+
+def test_the_batch_stops_when_its_last_row_has_ended(prompts):
+    model, ends = tiny_model("qwen2"), (*ENDS, 10, 20, 30)
+    passes = []
+    handle = model.register_forward_hook(lambda *_: passes.append(1))
+    try:
+        options = {"end_tokens": ends, "pad_id": 0, "device": CPU, "batch_tokens": 10_000}
+        found = decode(model, prompts[2:5], [40] * 3, **options)
+    finally:
+        handle.remove()
+    assert len(passes) == max(map(len, found)) < 40
