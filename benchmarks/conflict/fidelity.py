@@ -1,0 +1,48 @@
+"""Cosine fidelity: sketches of several sizes and strides against exact gradients of the default calibration sample."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from benchmarks.conflict.blocks import BLOCK
+
+from merit.conflict.compare import agreement, compress
+from merit.conflict.geometry import cosine_matrix, gram_matrix
+
+SKETCHES = [2**k for k in range(14, 21)]
+STRIDES = [5, 50]
+SEEDS = range(3)
+
+
+def sample_gradients(work: Path, examples: int = 200) -> dict[str, np.ndarray]:
+    """Mean gradient of the first ``examples`` drawn rows of every dataset, (parameters,) float32."""
+    import json
+
+    found = {}
+    for file in sorted((work / "blocks").glob("*.json")):
+        blocks = np.load(file.with_suffix(".npy"), mmap_mode="r")
+        rows = json.loads(file.read_text())["rows"]
+        count = min(len(blocks), examples // BLOCK)
+        total = np.asarray(blocks[:count]).sum(axis=(0, 1), dtype=np.float64)
+        found[file.stem] = (total / min(rows, examples)).astype(np.float32)
+    return found
+
+
+def fidelity(work: Path, layout: dict[str, int]) -> list[dict[str, Any]]:
+    """One entry per representation; a sketch's figures are means over seeds."""
+    vectors = list(sample_gradients(work).values())
+    true = cosine_matrix(gram_matrix(vectors))
+    table = []
+    for kind, settings in (("sketch", SKETCHES), ("stride", STRIDES)):
+        for setting in settings:
+            runs = []
+            for seed in SEEDS if kind == "sketch" else (0,):
+                rows = [compress(vector, layout, kind, setting, seed) for vector in vectors]
+                runs.append(agreement(cosine_matrix(gram_matrix(rows)), true))
+            mean = {key: float(np.mean([run[key] for run in runs])) for key in runs[0]}
+            table.append(
+                {"representation": kind, "setting": setting, "bytes": 4 * len(rows[0]), "seeds": len(runs), **mean}
+            )
+    return table
