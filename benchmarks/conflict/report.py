@@ -145,8 +145,8 @@ def _sensitivity(rows: list[dict[str, Any]]) -> str:
     return f"""## Calibration sensitivity
 
 Cosine of the gradient of n examples with that of all (at most 1,000) rows, really computed, and the expected cosine that
-half-samples give without it; mean over {calibration.DRAWS} draws. Left: the {len(full)} datasets with 1,000 rows or more. Right:
-errors of the mean estimate over all datasets with at least n rows.
+half-samples give without it; mean over {calibration.DRAWS} draws. Left: the {len(full)} datasets with 1,000 rows.
+Right: errors of the mean estimate over all datasets with at least n rows.
 
 {table(head, shown)}"""
 

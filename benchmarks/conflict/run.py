@@ -3,7 +3,8 @@
     python -m benchmarks.conflict.run --base CHECKPOINT --mixture FOLDER --work SCRATCH [--part NAME]...
 
 Parts: time, memory, gram, blocks (exact gradients of the mixture on disk, by far the longest; the last two need them),
-fidelity, calibration. Results go to ``benchmarks/results/conflict.json`` and, as tables, ``conflict.md``. Set OMP_NUM_THREADS=1.
+fidelity, calibration. Results go to ``benchmarks/results/conflict.json`` and, as tables, ``conflict.md``. Set
+OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
