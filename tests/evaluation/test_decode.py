@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import END, SPECIAL, VOCABULARY, tiny_model
+from evaluation_cases import END, SPECIAL, VOCABULARY, tiny_model
 
 from merit.errors import CheckpointError
 from merit.evaluation.decode import decode

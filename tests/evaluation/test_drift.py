@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import END, VOCABULARY, tiny_model
+from evaluation_cases import END, VOCABULARY, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -13,7 +13,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from conftest import END, make_dataset, tiny_model
+from evaluation_cases import END, make_dataset, tiny_model
 
 from merit.errors import CheckpointError
 from merit.evaluation import evaluate as module

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import END, VOCABULARY, make_dataset, tiny_model
+from evaluation_cases import END, VOCABULARY, make_dataset, tiny_model
 
 from merit.evaluation.heldout import (
     answer_lengths,
