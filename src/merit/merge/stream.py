@@ -16,6 +16,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,12 +135,13 @@ class _Run:
             self._check_twins(k, one, other)
         for tensor in (t for f in plan.files for t in f.tensors):
             self.written.add_tensor(tensor.out)
-        blockwise = any(t.kind == "block" for f in plan.files for t in f.tensors)
+        kinds = {t.kind for f in plan.files for t in f.tensors}
         try:
-            entries = TrimmedEntries(self.reader, plan, self.statistics) if blockwise else None
+            entries = TrimmedEntries(self.reader, plan, self.statistics) if "block" in kinds else None
         except NonFiniteError as error:
             raise self._not_finite(str(error.tensor), "", error.source) from None
-        files = {file.name: self._write_file(file, entries) for file in plan.files}
+        with _one_blas_thread() if kinds & {"matrix", "compute"} else nullcontext():
+            files = {file.name: self._write_file(file, entries) for file in plan.files}
         inputs = self._input_fingerprints()
         self._write_side_files(inputs)
         outputs = {
@@ -315,6 +317,13 @@ class _Run:
             "warnings": list(plan.warnings),
             **plan.notes,
         }
+
+
+def _one_blas_thread() -> AbstractContextManager[Any]:
+    """One BLAS thread per worker: the workers already fill the cores, and results do not depend on the thread count."""
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(1)
 
 
 def _pwrite(descriptor: int, data: memoryview, offset: int) -> None:
