@@ -6,7 +6,6 @@ maths. Everything a stage needs comes from the recipe and from earlier stages' f
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, partial
@@ -103,7 +102,9 @@ class Pipeline:
             if not self.redo:
                 raise
             self.reporter.note(f"{stage.name}: made with other settings; made again (--redo)")
-            shutil.rmtree(stage.path)
+            stage.clear(
+                keep=("partial",)
+            )  # gradients there are keyed by content, so unchanged datasets' are used again
             return False
         stage.verify()
         return True

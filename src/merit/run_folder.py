@@ -198,6 +198,13 @@ class Stage:
                     f"The {self.name} stage's output was damaged after it was made. Remove {self.path} and run it again.",
                 )
 
+    def clear(self, keep: Sequence[str] = ()) -> None:
+        """Remove the record first, then everything but the children named in ``keep``."""
+        self.record_file.unlink(missing_ok=True)
+        for child in self.path.iterdir():
+            if child.name not in (*keep, *_OWN_FILES):
+                shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
+
     @contextlib.contextmanager
     def writing(self, *, seed: int, keep: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
         """Hold the stage's lock while its outputs are made; write the record at the end.
@@ -214,10 +221,7 @@ class Stage:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with lock(self.path, self.name):
-            self.record_file.unlink(missing_ok=True)
-            for child in self.path.iterdir():
-                if child.name not in (*keep, *_OWN_FILES):
-                    shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
+            self.clear(keep)
             started, clock = datetime.now(UTC), time.monotonic()
             extra: dict[str, Any] = {}
             yield extra

@@ -55,9 +55,7 @@ def test_killed_and_stopped_at_many_points(finished: Case, tmp_path: Path, base:
         assert one.get("target_tokens") == other.get("target_tokens"), folder
     mine, theirs = (read(run / "evaluation" / "results.json") for run in (case.run, finished.run))
     assert mine == theirs
-    left = [
-        str(path) for path in case.run.rglob("*") if ".partial" in path.name or path.name in ("checkpoints", "partial")
-    ]
+    left = [str(path) for path in case.run.rglob("*") if ".part" in path.name or path.name == "checkpoints"]
     assert not left
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from tests.e2e.conftest import TASKS, Case, make_case
+from tests.e2e.conftest import TASKS, Case, make_case, task_rows, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -199,6 +199,21 @@ def test_a_branch_refuses_other_rows_than_the_split_was_made_from(
     assert "not those that the split was made from" in result.err
 
 
+def test_an_added_dataset_costs_one_gradient(finished: Case, merit, tmp_path: Path, base: Path) -> None:
+    case = make_case(tmp_path, base)
+    write_rows(case.folder / "mixture" / "another" / "train.jsonl", task_rows("upper", 20, seed=9))
+    shutil.copytree(finished.run / "conflict", case.run / "conflict")
+    words = ("gradients", case.recipe, "--output", case.run, "--quiet")
+    refused = merit(*words)
+    assert refused.code == 2
+    assert "input.mixture" in refused.err
+    assert merit(*words, "--redo").code == 0
+    assert read(case.run / "conflict" / "record.json")["reused_datasets"] == len(TASKS)
+    old, new = (np.load(run / "conflict" / "geometry.npz") for run in (finished.run, case.run))
+    places = [list(new["names"]).index(name) for name in old["names"]]
+    np.testing.assert_array_equal(new["gram"][np.ix_(places, places)], old["gram"])
+
+
 @pytest.mark.parametrize("method", ["joint", "kmeans"])
 def test_other_methods_are_settings(method: str, case: Case, merit) -> None:
     case.write(split={"method": method, "axes": 1}, evaluate={"drift": {"prompts": 0}, "exact_match": "never"})
@@ -233,8 +248,6 @@ def test_lora_branches_merge_into_a_full_model(case: Case, merit) -> None:
 
 
 def test_kept_sets_and_one_file_with_a_column(case: Case, merit) -> None:
-    from tests.e2e.conftest import task_rows, write_rows
-
     rows = [{**row, "task": task} for task in TASKS for row in task_rows(task, 12, seed=0)]
     write_rows(case.folder / "all.jsonl", rows)
     write_rows(case.folder / "kept" / "echo" / "test.jsonl", task_rows("upper", 5, seed=3))
