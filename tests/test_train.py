@@ -207,6 +207,12 @@ def test_lora_writes_an_adapter_that_starts_alike_in_every_branch(root: Path) ->
         torch.testing.assert_close(tensor, first[name], rtol=0, atol=1e-7)
 
 
+def test_an_adapter_on_the_output_layer_is_refused(tmp_path: Path) -> None:
+    cases.make_base(tmp_path / "base", tied=False)
+    with pytest.raises(RecipeError, match="lm_head"):
+        cases.train(tmp_path, "model.trainable=lora", 'model.lora.target_modules=["lm_head", "q_proj"]')
+
+
 def test_progress_is_reported_to_the_end(root: Path) -> None:
     seen: list[tuple[int, int, dict]] = []
     cases.train(root, progress=lambda *args: seen.append(args))

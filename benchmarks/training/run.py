@@ -294,6 +294,9 @@ def write(facts: dict[str, Any], output: Path) -> None:
         "",
         "The loss at the last step is taken before that step's update, TRL's after it (and TRL's warm-up starts at a "
         "learning rate of 0), so TRL's differs; the others agree to rounding because they do the same work.",
+        "",
+        "The gain over the bare loop is padding that is not computed; what the trainer itself costs is the fourth row "
+        "against the second. Wall times were taken on a machine with other work on it.",
     ]
     run_folder.write_text(output / "training.md", "\n".join(lines) + "\n")
     print("\n".join(lines))

@@ -357,6 +357,10 @@ def _plain_errors(folder: Path) -> Iterator[None]:
             raise
         raise _disk_full(folder, error) from None
     except Exception as error:  # safetensors and torch.save wrap the system's error in their own
+        if isinstance(error, ValueError) and "`lm_head` is not supported" in str(error):
+            raise RecipeError(
+                "model.lora.target_modules: an adapter on lm_head cannot be trained.", "Leave lm_head out."
+            ) from None
         if "No space left on device" not in str(error):
             raise
         raise _disk_full(folder, error) from None
