@@ -31,12 +31,16 @@ def render(folder: Path, comparison: Sequence[Mapping[str, Any]] | None = None) 
         table,
         "expected cosine: of this gradient to the one of all the dataset's rows; reliability: of one half sample's to the "
         "other's, raised to the whole sample.",
-        f"cosines: {cosine['min']:.2f} to {cosine['max']:.2f}, mean {cosine['mean']:.2f}; "
-        f"{summary['negative_share']:.0%} of the pairs are negative. Variance on the first axes: {shares}.",
         f"suggested axes: {summary['suggestion']}",
         *(f"[yellow]note:[/] {warning}" for warning in summary["warnings"]),
     ]
-    if summary["most_conflicting"]:
+    lines += [f"[yellow]left out:[/] {why}" for why in summary["left_out"].values()]
+    if summary["most_conflicting"]:  # two datasets or more
+        lines.insert(
+            2,
+            f"cosines: {cosine['min']:.2f} to {cosine['max']:.2f}, mean {cosine['mean']:.2f}; "
+            f"{summary['negative_share']:.0%} of the pairs are negative. Variance on the first axes: {shares}.",
+        )
         worst = "; ".join(f"{p['a']} / {p['b']} {p['cosine']:.2f}" for p in summary["most_conflicting"][:3])
         lines.insert(3, f"most conflicting: {worst}")
     if comparison:
