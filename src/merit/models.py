@@ -398,7 +398,7 @@ def target_losses(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.
     labels = batch["labels"][:, 1:]
     positions = (labels != IGNORE).any(dim=0).nonzero().squeeze(1)
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    if _takes_positions(model):
+    if accepts(model, "logits_to_keep"):
         logits = model(**inputs, use_cache=False, logits_to_keep=positions).logits
     else:
         logits = model(**inputs, use_cache=False).logits[:, positions]
@@ -409,15 +409,16 @@ def target_losses(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.
     return losses.sum(dim=1), (kept != IGNORE).sum(dim=1)
 
 
-def _takes_positions(model: Any) -> bool:
+def accepts(model: Any, argument: str) -> bool:
+    """Whether the model class's own ``forward`` names this argument (wrappers such as PEFT's and DDP's hide it)."""
+    import inspect
+
     while hasattr(model, "module"):
         model = model.module
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
-    import inspect
-
     # Trainers wrap `forward` on the instance; the class's own signature is the one that counts.
-    return "logits_to_keep" in inspect.signature(type(model).forward).parameters
+    return argument in inspect.signature(type(model).forward).parameters
 
 
 def length_sorted_batches(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[np.ndarray]:

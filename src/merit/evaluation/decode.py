@@ -10,19 +10,18 @@ uniform numbers.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from merit.errors import CheckpointError
-from merit.models import length_sorted_batches
+from merit.models import accepts, length_sorted_batches
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["accepts", "context_length", "decode"]
+__all__ = ["context_length", "decode"]
 
 
 def decode(
@@ -167,12 +166,3 @@ def context_length(model: Any) -> int | None:
     config = model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None)
     return int(context) if context else None
-
-
-def accepts(model: Any, argument: str) -> bool:
-    """Whether the model's own ``forward`` names this argument (wrappers such as PEFT's hide it)."""
-    while hasattr(model, "module"):
-        model = model.module
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    return argument in inspect.signature(type(model).forward).parameters
