@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count
@@ -157,9 +157,7 @@ def read_headers(folder: str | os.PathLike[str], stem: str | None = None) -> Che
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder} is not a folder; a checkpoint folder with config.json and *.safetensors is expected."
-        )
+        raise CheckpointError(f"{folder} is not a folder; one with config.json and *.safetensors is expected.")
     if stem is None:
         stem = ADAPTER_STEM if not _weights(folder, MODEL_STEM) and _weights(folder, ADAPTER_STEM) else MODEL_STEM
     found = _weights(folder, stem)
@@ -176,9 +174,7 @@ def read_headers(folder: str | os.PathLike[str], stem: str | None = None) -> Che
     for name in sorted(files):
         for tensor in files[name].tensors:
             if tensor.name in tensors:
-                raise CheckpointError(
-                    f"{folder}: tensor {tensor.name} is in both {tensors[tensor.name].file} and {name}."
-                )
+                raise CheckpointError(f"{folder}: {tensor.name} is in both {tensors[tensor.name].file} and {name}.")
             tensors[tensor.name] = tensor
     if not tensors:
         raise CheckpointError(f"{folder} holds no tensors.")
@@ -248,7 +244,9 @@ def _read_file(folder: Path, name: str) -> WeightFile:
         raise bad("its header is not an object")
     metadata = header.pop("__metadata__", {}) or {}
     data = 8 + length
-    tensors = sorted((_tensor_info(key, value, name, data, bad) for key, value in header.items()), key=_by_start)
+    tensors = sorted(
+        (_tensor_info(key, value, name, data, bad) for key, value in header.items()), key=lambda t: (t.start, t.nbytes)
+    )
     end = data
     for tensor in tensors:
         if tensor.start != end:
@@ -258,10 +256,6 @@ def _read_file(folder: Path, name: str) -> WeightFile:
     if end != size:
         raise bad(f"its header describes {end} bytes, found {size}" + (": it is truncated" if size < end else ""))
     return WeightFile(name, size, {str(k): str(v) for k, v in metadata.items()}, tuple(tensors))
-
-
-def _by_start(tensor: TensorInfo) -> tuple[int, int]:
-    return tensor.start, tensor.nbytes
 
 
 def _tensor_info(name: str, entry: Any, file: str, data: int, bad: Callable[[str], CheckpointError]) -> TensorInfo:
@@ -326,13 +320,6 @@ def to_float(raw: np.ndarray, dtype: DType, out: type = np.float64) -> np.ndarra
     if dtype.tag == "BF16":
         raw = (raw.astype(np.uint32) << 16).view(np.float32)
     return raw.astype(out)
-
-
-def iter_tensors(checkpoint: Checkpoint) -> Iterator[tuple[TensorInfo, np.ndarray]]:
-    """Yield every tensor's header entry and raw values, one at a time, in file order (see ``read_tensor``)."""
-    for file in checkpoint.files.values():
-        for tensor in file.tensors:
-            yield tensor, read_tensor(checkpoint, tensor.name)
 
 
 # ---- fingerprint ---------------------------------------------------------------------------------------------------
@@ -405,7 +392,7 @@ def weights_digest(checkpoint: Checkpoint, memo: MutableMapping[str, str] | None
     Returns:
         64 hexadecimal characters; ``TensorDigest`` gives the definition.
     """
-    stats = [(name, *_size_and_time(checkpoint.folder / name)) for name in checkpoint.files]
+    stats = [(n, (s := (checkpoint.folder / n).stat()).st_size, s.st_mtime_ns) for n in checkpoint.files]
     key = json.dumps([str(checkpoint.folder.resolve()), stats])
     if memo is not None and key in memo:
         return memo[key]
@@ -435,11 +422,6 @@ def weights_digest(checkpoint: Checkpoint, memo: MutableMapping[str, str] | None
     if memo is not None:
         memo[key] = result
     return result
-
-
-def _size_and_time(path: Path) -> tuple[int, int]:
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
 
 
 def fingerprint(folder: str | os.PathLike[str], memo: MutableMapping[str, str] | None = None) -> str:
