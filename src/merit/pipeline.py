@@ -16,7 +16,7 @@ from merit import stages
 from merit.branches import BranchId, train_branches
 from merit.errors import ConflictError, RecipeError, RunFolderError
 from merit.merging import merge_run
-from merit.plan import Plan, make_plan
+from merit.plan import Plan, check_groups, make_plan
 from merit.progress import Reporter, duration
 from merit.recipe import Recipe, dump_recipe
 from merit.run_folder import Stage, StaleStageError, fingerprint, lock, read_json, write_json, write_text
@@ -173,9 +173,16 @@ class Pipeline:
         detail = f"{len(counts)} datasets, {rows:,} rows, {targets:,} target tokens"
         detail += f", {dropped:,} rows dropped" if dropped else ""
         self.reporter.stage("mixture", detail + self._ending(stage, again))
-        for item in counts:
-            for warning in item["warnings"]:
-                self.reporter.note(f"{item['name']}: {warning}")
+        cut = [item for item in counts if item["rows_truncated"]]
+        if cut:
+            total = sum(item["rows_truncated"] for item in cut)
+            length = self.recipe.train.max_length
+            self.reporter.note(f"{total:,} rows of {len(cut)} datasets were cut at {length} tokens (train.max_length)")
+        said = [f"{item['name']}: {text}" for item in counts for text in item["warnings"] if "were cut at" not in text]
+        for warning in said[:_SHOWN]:
+            self.reporter.note(warning)
+        if len(said) > _SHOWN:
+            self.reporter.note(f"and {len(said) - _SHOWN} more in {stage.path / 'datasets.json'}")
         left_out = read_json(stage.path / "encoding.json")["left_out"]
         if left_out:
             names = ", ".join(item["name"] for item in left_out)
@@ -443,6 +450,7 @@ class Pipeline:
         with self.held():
             self.write_recipe()
             self.mixture()
+            check_groups(self.recipe, len(stages.train_rows(self.run_folder)))
             if last >= 1 and any(needs_conflict(method) for method in self._methods()):
                 self.gradients()
             if last >= 2:
@@ -468,6 +476,7 @@ class Pipeline:
                 self.baseline(method).merge()
 
 
+_SHOWN = 8  # notes on datasets that are printed; all are in the files
 _NEXT = "`merit run` does every stage in order; `merit status RUN` shows what is done."
 
 

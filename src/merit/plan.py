@@ -129,7 +129,7 @@ def make_plan(recipe: Recipe, run: Path, *, base: BaseInfo | None, tokenizer: Ca
     summaries = check_sources(recipe)
     datasets = tuple(item for item in summaries if not item.kept)
     kept = tuple(item for item in summaries if item.kept)
-    _check_groups(recipe, len(datasets))
+    check_groups(recipe, len(datasets))
     if recipe.train.trainer:
         check_trainer_options(recipe)
     without = [item.name for item in datasets if item.test is None]
@@ -179,7 +179,12 @@ def estimate(recipe: Recipe, base: BaseInfo) -> tuple[int, int]:
     return base.parameters * (stored * models + 12), base.parameters * 16
 
 
-def _check_groups(recipe: Recipe, count: int) -> None:
+def check_groups(recipe: Recipe, count: int) -> None:
+    """Refuse a split of ``count`` datasets into more groups than there are datasets.
+
+    Raises:
+        RecipeError: Some method of the recipe, baselines included, cannot be filled.
+    """
     for method in (recipe.split.method, *recipe.baselines):
         groups = 1 if method == "joint" else 2**recipe.split.axes
         if count < groups:
