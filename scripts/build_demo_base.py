@@ -1,8 +1,9 @@
 """Pretrain the demo's base checkpoint and write it as package data, with the record of how it was made.
 
 The base is a Qwen2-architecture model of 0.9M parameters that reads single bytes. It learns sixteen procedural skills
-(`merit.demo.mixture.BASE_STYLE`), each answered by a full friendly sentence, on cases that no test ever uses. Same
-arguments, thread count and versions give the same bytes. It does not fine-tune and knows nothing of the mixture.
+(`merit.demo.mixture.BASE_STYLE`), answered by a full friendly sentence unless the question begins with "Briefly:", on
+cases that no test ever uses. Same arguments, thread count and versions give the same bytes. It does not fine-tune and
+knows nothing of the mixture.
 
 Example:
     python scripts/build_demo_base.py --output src/merit/demo/base
@@ -183,7 +184,7 @@ def pretrain(args: argparse.Namespace) -> None:
     reloaded = AutoTokenizer.from_pretrained(args.output)
     if reloaded(probe)["input_ids"] != tokenizer(probe)["input_ids"]:
         raise AssertionError("The saved tokenizer gives other ids than the one that was trained with.")
-    scores = heldout_scores(AutoModelForCausalLM.from_pretrained(args.output), reloaded, args.seed, 128)
+    scores = heldout_scores(AutoModelForCausalLM.from_pretrained(args.output), reloaded, args.seed, args.score_rows)
     record = {
         "command": f"python scripts/build_demo_base.py --seed {args.seed} --steps {args.steps}"
         f" --batch-size {args.batch_size} --learning-rate {args.learning_rate} --hidden {args.hidden}"
@@ -197,7 +198,7 @@ def pretrain(args: argparse.Namespace) -> None:
         "final_loss": round(running, 4),
         "heldout_exact_match": {name: round(score, 3) for name, score in scores.items()},
         "heldout_exact_match_mean": round(sum(scores.values()) / len(scores), 3),
-        "heldout_rows_per_skill": 128,
+        "heldout_rows_per_skill": args.score_rows,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -220,13 +221,13 @@ pipeline_tag: text-generation
 # The demo's base
 
 A Qwen2-architecture language model of {record["parameters"]:,} parameters that reads single bytes. It answers sixteen
-procedural skills (reverse a word, add two numbers, ...) in full sentences and knows nothing else. It exists so that
-`merit demo` can run offline; it is of no other use.
+procedural skills (reverse a word, add two numbers, ...) in full sentences, or barely when the question begins with
+"Briefly:", and knows nothing else. It exists so that `merit demo` can run offline; it is of no other use.
 
 - Data: {record["rows"]:,} generated rows ({record["tokens"]:,} tokens), `merit.demo.mixture.base_stream({record["seed"]})`.
   The loss is on the answers only. One case in eight of each skill was held out for good.
 - Rebuild: `{record["command"]}`
-- Time: {record["seconds"]} s on one CPU thread. Figures and versions: `training.json`.
+- Time: {record["seconds"]} s on one CPU thread of a shared machine. Figures and versions: `training.json`.
 
 Exact match of greedy answers on {record["heldout_rows_per_skill"]} held-out cases per skill
 (mean {record["heldout_exact_match_mean"]:.3f}):
@@ -237,7 +238,7 @@ Exact match of greedy answers on {record["heldout_rows_per_skill"]} held-out cas
 """
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Parse the command line and build."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="checkpoint folder (default: package data)")
@@ -255,7 +256,10 @@ def main() -> None:
     parser.add_argument(
         "--check-every", type=int, default=0, help="print held-out scores every N steps (default: never)"
     )
-    pretrain(parser.parse_args())
+    parser.add_argument(
+        "--score-rows", type=int, default=128, help="held-out rows per skill in the record (default 128)"
+    )
+    pretrain(parser.parse_args(argv))
 
 
 if __name__ == "__main__":
