@@ -15,9 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, MutableMapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ import numpy as np
 import xxhash
 
 from merit.errors import CheckpointError
+from merit.parallel import parallel, threads
 
 BLOCK = 1 << 16
 """Elements per block of a tensor: the unit of hashing and of streaming. Part of the fingerprint's definition."""
@@ -366,19 +365,6 @@ class TensorDigest:
             part = hashlib.sha256(self._blocks[name]).hexdigest()
             total.update(json.dumps([name, tensor.dtype.tag, list(tensor.shape), part]).encode())
         return total.hexdigest()
-
-
-def threads() -> int:
-    """Threads for reading, hashing and merging: one per core that this process may use, at most 8."""
-    return max(1, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
-
-
-def parallel(work: Callable[[Callable[[], int]], None], workers: int) -> None:
-    """Run ``work(take)`` in ``workers`` threads; ``take()`` hands out 0, 1, 2, ... once each. The first error is raised."""
-    counter = count()
-    with ThreadPoolExecutor(workers) as pool:
-        for future in [pool.submit(work, counter.__next__) for _ in range(workers)]:
-            future.result()
 
 
 def weights_digest(checkpoint: Checkpoint, memo: MutableMapping[str, str] | None = None) -> str:

@@ -30,10 +30,8 @@ from merit.checkpoint import (
     combine_fingerprint,
     copy_side_files,
     fingerprint,
-    parallel,
     pread_into,
     read_config,
-    threads,
     weights_digest,
 )
 from merit.errors import CheckpointError, MergeError, ResourceError
@@ -41,6 +39,7 @@ from merit.merge import card
 from merit.merge.arithmetic import NonFiniteError
 from merit.merge.plan import MergePlan, OutputFile, TensorPlan, check_output, check_space, index_json
 from merit.merge.worker import SPAN, Reader, Statistics, TrimmedEntries, Worker
+from merit.parallel import parallel, threads
 
 __all__ = ["MergeResult", "run_merge"]
 

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from merit.checkpoint import BLOCK, TensorDigest, TensorInfo, parallel, pread_into, threads, to_float
+from merit.checkpoint import BLOCK, TensorDigest, TensorInfo, pread_into, to_float
 from merit.errors import MergeError
 from merit.merge.arithmetic import Combination, NonFiniteError, round_to
 from merit.merge.operators import ties
 from merit.merge.plan import MergePlan, TensorPlan
+from merit.parallel import parallel, threads
 
 __all__ = ["SPAN", "Reader", "Statistics", "TrimmedEntries", "Worker"]
 
