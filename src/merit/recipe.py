@@ -199,7 +199,8 @@ class TrainSettings(Settings):
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Examples per optimizer step, over all devices of the branch."""
     micro_batch_size: Annotated[int, Field(ge=1)] | None = None
-    """Examples per forward pass and device; gradients are accumulated up to ``batch_size``. Default: ``batch_size``."""
+    """Most examples per forward pass; gradients are accumulated up to ``batch_size``. On a CPU a step's rows are cut
+    further, by length, which changes no gradient beyond rounding. Default: ``batch_size``."""
     max_length: Annotated[int, Field(ge=8)] = 2048
     """Longest example in tokens; longer ones are cut at the end, and rows that lose all targets by it are dropped and
     counted."""
@@ -224,7 +225,9 @@ class TrainSettings(Settings):
     save_dtype: Literal["base", "float32"] = "base"
     """Dtype of the branch's checkpoint: the base's own, or float32."""
     trainer: dict[str, Any] = {}
-    """Further settings passed on to TRL's SFTConfig as they are (report_to, fsdp, deepspeed ...)."""
+    """Further settings passed on to TRL's SFTConfig as they are (report_to, adam_beta2, logging_steps, torch_compile ...).
+    Keys that have a place of their own in the recipe are refused, and so are those that one branch on one device cannot
+    use (fsdp, deepspeed)."""
 
     @model_validator(mode="after")
     def _micro_divides(self) -> Self:
