@@ -1,4 +1,4 @@
-"""Threads for work on files and blocks, whose heavy parts release the interpreter lock. No processes, no results, no order."""
+"""Threads for work on files and blocks whose heavy parts release the interpreter lock. No processes, no order."""
 
 from __future__ import annotations
 

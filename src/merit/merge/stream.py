@@ -139,7 +139,7 @@ class _Run:
             entries = TrimmedEntries(self.reader, plan, self.statistics) if "block" in kinds else None
         except NonFiniteError as error:
             raise self._not_finite(str(error.tensor), "", error.source) from None
-        with _one_blas_thread() if kinds & {"matrix", "compute"} else nullcontext():
+        with nullcontext() if kinds <= {"linear", "exact"} else _one_blas_thread():
             files = {file.name: self._write_file(file, entries) for file in plan.files}
         inputs = self._input_fingerprints()
         self._write_side_files(inputs)

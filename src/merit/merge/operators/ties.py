@@ -14,7 +14,11 @@ import numpy as np
 
 def trim(deltas: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     """Zero the entries of δ_k (K, n) below branch k's threshold (K,); a threshold of 0 keeps all."""
-    return np.where(np.abs(deltas.astype(np.float32)) >= thresholds[:, None], deltas, 0)
+    kept = np.empty_like(deltas)
+    for delta, threshold, out in zip(deltas, thresholds, kept, strict=True):
+        single = delta.astype(np.float32)
+        np.multiply(delta, np.abs(single, out=single) >= threshold, out=out)
+    return kept
 
 
 def elected_signs(trimmed: np.ndarray) -> np.ndarray:
@@ -36,13 +40,18 @@ def merge_entries(trimmed: np.ndarray, majority: float, weights: np.ndarray | No
     Returns:
         τ (n,) float64: the (weighted) mean of the non-zero values with the elected sign, 0 where there is none.
     """
-    scaled = trimmed if weights is None else trimmed * weights[:, None]
-    sign = elected_signs(scaled)
-    sign = np.where(sign == 0, majority, sign)
-    agree = (trimmed * sign > 0).astype(np.float64)
-    count = agree if weights is None else agree * weights[:, None]
-    total, share = (scaled * agree).sum(axis=0), count.sum(axis=0)
-    return np.divide(total, share, out=np.zeros_like(total), where=share > 0)
+    share = np.ones(len(trimmed)) if weights is None else weights
+    sign = elected_signs(trimmed if weights is None else trimmed * weights[:, None])
+    sign[sign == 0] = majority
+    total, count, part = np.zeros_like(sign), np.zeros_like(sign), np.empty_like(sign)
+    for row, w in zip(trimmed, share, strict=True):
+        np.multiply(row, sign, out=part)  # positive where the value agrees
+        count += np.multiply(part > 0, w)
+        np.maximum(part, 0, out=part)
+        part *= w
+        total += part
+    np.divide(total, count, out=total, where=count > 0)
+    return np.multiply(total, sign, out=total)
 
 
 class Threshold:
