@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from merit import checkpoint
-from merit.errors import MergeError
+from merit.errors import CheckpointError, MergeError
 from merit.merge import Branch, run_merge
 from merit.merge.lora import merge_adapters_to_adapter, plan_adapter_merge
 
@@ -218,6 +218,18 @@ def test_fan_in_fan_out_of_gpt2(tmp_path):
         torch.testing.assert_close(
             tensor.double(), want[name if name in want else f"transformer.{name}"], rtol=2e-7, atol=1e-9
         )
+
+
+def test_an_adapter_that_changed_since_training_is_found(tmp_path):
+    tiny(tmp_path)
+    branches, _ = adapters(tmp_path, "plain", count=1)
+    recorded = [Branch(b.path, b.tokens, b.name, checkpoint.fingerprint(b.path)) for b in branches]
+    tensors = load_file(branches[0].path / "adapter_model.safetensors")
+    tensors[next(iter(tensors))][0, 0] += 1
+    save_file(tensors, branches[0].path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"adapter 0 .* is not what was recorded"):
+        run_merge(plan_adapter_merge(tmp_path / "base", recorded, output=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def edit(folder, **settings):

@@ -32,7 +32,6 @@ from merit.checkpoint import (
     fingerprint,
     pread_into,
     read_config,
-    weights_digest,
 )
 from merit.errors import CheckpointError, MergeError, ResourceError
 from merit.merge import card
@@ -262,25 +261,25 @@ class _Run:
 
     def _input_fingerprints(self) -> list[str]:
         """Fingerprints of base and branches, from what streamed by; compared with the recorded ones."""
-        plan = self.plan
-        recorded = [plan.base_fingerprint, *(b.fingerprint for b in plan.branches)]
-        names = ["the base", *(b.name for b in plan.branches)]
-        heads = [plan.base, *plan.heads]
+        plan, reader = self.plan, self.reader
+        sources = [(plan.base.folder, plan.base_fingerprint, "the base")]
+        sources += [(b.path, b.fingerprint, b.name) for b in plan.branches]
         result = []
-        for k, head in enumerate(heads):
-            if k == 0 and not self.reader.with_base:
-                result.append(str(recorded[0]))
+        for k, (folder, recorded, name) in enumerate(sources):
+            if k == 0 and recorded is not None and not reader.with_base:
+                result.append(recorded)
                 continue
-            streamed = self.reader.digests[k]
-            weights = streamed.hexdigest() if streamed.covers(head.tensors) else weights_digest(head)
-            found = combine_fingerprint(head.folder, weights)
-            if recorded[k] is not None and recorded[k] != found:
+            head = (plan.base, *plan.heads)[k] if k <= len(plan.heads) else None
+            if head is not None and reader.digests[k].covers(head.tensors):
+                found = combine_fingerprint(folder, reader.digests[k].hexdigest())
+            else:  # an adapter, or a branch with a tied copy that did not stream
+                found = fingerprint(folder)
+            if recorded is not None and recorded != found:
                 raise CheckpointError(
-                    f"{names[k]} ({head.folder}) is not what was recorded: fingerprint {recorded[k]}, found {found}.",
+                    f"{name} ({folder}) is not what was recorded: fingerprint {recorded}, found {found}.",
                     "Its files changed or were damaged since. Copy it again or retrain it. Nothing was left behind.",
                 )
             result.append(found)
-        result += [fingerprint(b.path) for b in plan.branches[len(plan.heads) :]]  # adapters, which do not stream
         return result
 
     def _write_side_files(self, inputs: Sequence[str]) -> None:
