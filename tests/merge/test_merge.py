@@ -2,12 +2,15 @@
 
 import json
 import math
+import shutil
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from merge_cases import TORCH, near, nearest, random_tensors, write_checkpoint
 from safetensors.torch import load_file, save_file
 
@@ -71,6 +74,38 @@ def test_average_is_correctly_rounded_in_every_element(tmp_path, dtype):
             for i, got in enumerate(tensor.flatten().double().tolist()):
                 terms = [c * Fraction(p[name].flatten()[i].item()) for c, p in zip(COUNTS, parts, strict=True)]
                 assert got == nearest(sum(terms) / sum(COUNTS), tag), name
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_any_shapes_shards_and_dtypes(tmp_path_factory, data):
+    """Tensors of any shape, also longer than a block, dealt out over files differently in every checkpoint."""
+    folder = tmp_path_factory.mktemp("any")
+    shapes = data.draw(
+        st.lists(st.lists(st.sampled_from([0, 1, 2, 3, 7, 300, 1031]), max_size=2), min_size=3, max_size=5)
+    )
+    dtypes = data.draw(st.lists(st.sampled_from(list(TORCH.values())), min_size=len(shapes), max_size=len(shapes)))
+    g = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    start = {f"t{i}.w": torch.randn(s, generator=g).to(d) for i, (s, d) in enumerate(zip(shapes, dtypes, strict=True))}
+    base = write_checkpoint(folder / "base", start, shards=data.draw(st.integers(1, 3)))
+    counts = data.draw(st.lists(st.integers(1, 10**6), min_size=1, max_size=3))
+    branches = [
+        Branch(write_checkpoint(folder / f"b{k}", near(start, k, 0.1), shards=data.draw(st.integers(1, 3))), c, f"b{k}")
+        for k, c in enumerate(counts)
+    ]
+    merge(base, branches, folder / "out")
+    merged, parts = read(folder / "out"), [read(b.path) for b in branches]
+    for name, tensor in merged.items():
+        assert (tensor.shape, tensor.dtype) == (start[name].shape, start[name].dtype)
+        mean = sum(c * p[name].double() for c, p in zip(counts, parts, strict=True)) / sum(counts)
+        odd = (tensor != mean.to(tensor.dtype)).flatten().nonzero().flatten().tolist()  # torch rounds some ties twice
+        tag = next(t for t, d in TORCH.items() if d == tensor.dtype)
+        for i in odd:
+            exact = sum(c * Fraction(p[name].flatten()[i].item()) for c, p in zip(counts, parts, strict=True)) / sum(
+                counts
+            )
+            assert tensor.flatten()[i].item() == nearest(exact, tag)
+    shutil.rmtree(folder)
 
 
 def test_record_and_card(tmp_path, base, branches):

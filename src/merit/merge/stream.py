@@ -183,7 +183,8 @@ class _Run:
             for first in ((0,) if tensor.kind in ("matrix", "compute") else range(0, max(1, tensor.out.blocks), SPAN))
         ]
         try:
-            os.posix_fallocate(output, 0, file.size)
+            reserve = getattr(os, "posix_fallocate", lambda fd, start, size: os.ftruncate(fd, start + size))  # macOS
+            reserve(output, 0, file.size)
             with self.reader.open(file.tensors):
                 parallel(lambda take: self._work(take, spans, output, entries), min(threads(), len(spans)))
             digest = self._verify(file, output, path)
