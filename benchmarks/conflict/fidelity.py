@@ -30,8 +30,8 @@ def sample_gradients(work: Path, examples: int = 200) -> dict[str, np.ndarray]:
     return found
 
 
-def fidelity(work: Path, layout: dict[str, int]) -> list[dict[str, Any]]:
-    """One entry per representation; a sketch's figures are means over seeds."""
+def fidelity(work: Path, layout: dict[str, int]) -> dict[str, Any]:
+    """One entry per representation (a sketch's figures are means over seeds), and how uneven the gradients are."""
     vectors = list(sample_gradients(work).values())
     true = cosine_matrix(gram_matrix(vectors))
     table = []
@@ -45,4 +45,5 @@ def fidelity(work: Path, layout: dict[str, int]) -> list[dict[str, Any]]:
             table.append(
                 {"representation": kind, "setting": setting, "bytes": 4 * len(rows[0]), "seeds": len(runs), **mean}
             )
-    return table
+    shares = [np.sort(v.astype(np.float64) ** 2)[-100:].sum() / (v.astype(np.float64) ** 2).sum() for v in vectors]
+    return {"datasets": len(vectors), "top_100_share": float(np.mean(shares)), "representations": table}

@@ -46,11 +46,12 @@ def time_part(recipe: Any, work: Path) -> dict[str, Any]:
     table = []
     for share in (0.1, 0.5, 0.9):
         dataset = by_length[int(share * len(by_length))]
-        rows = [dataset[i] for i in range(min(len(dataset), 100))]
+        rows = [dataset[i] for i in range(min(len(dataset), 60))]
         label = f"{Path(recipe.model.base).name}, {dataset.name}"
         table.append(cost.time_ratio(model, rows, recipe, label))
-    large = cost.random_qwen2(512, 8, 8192, 2048)
-    table.append(cost.time_ratio(large, cost.random_rows(64, 128, 8192), recipe, "Qwen2 architecture, random weights"))
+        print(table[-1], flush=True)
+    large = cost.random_qwen2(384, 6, 8192, 1536)
+    table.append(cost.time_ratio(large, cost.random_rows(24, 128, 8192), recipe, "Qwen2 architecture, random weights"))
     return {"ratios": table, **cost.fold_rate()}
 
 

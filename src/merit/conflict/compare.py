@@ -126,7 +126,7 @@ def compress(
         return np.concatenate(whole)
     sketch, start = Sketch(setting, seed), 0
     for name, entries in layout.items():
-        sketch.add(name, torch.from_numpy(np.ascontiguousarray(vector[slice(start, start + entries)])))
+        sketch.add(name, torch.from_numpy(np.array(vector[slice(start, start + entries)], dtype=np.float32)))
         start += entries
     return sketch.vector().float().numpy()
 
