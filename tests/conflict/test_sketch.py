@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from merit.conflict.sketch import BLOCK, Sketch, _add_chunk, _sign_words, buckets, fold, signs
+from merit.conflict import sketch as module
+from merit.conflict.sketch import BLOCK, Sketch, buckets, fold, signs
 
 MASK = 2**64 - 1
 
@@ -135,15 +136,17 @@ def test_parameters_add_in_any_order_and_names_matter():
     assert not torch.allclose(one.vector(), swapped.vector())
 
 
-@pytest.mark.parametrize("chunk", [256, 1024, 2**16])
-def test_chunks_and_threads_change_nothing(chunk):
+@pytest.mark.parametrize(("chunk", "piece"), [(2**10, 2**8), (2**12, 2**12), (2**20, 2**15)])
+def test_chunks_and_threads_change_nothing(chunk, piece, monkeypatch):
     values = torch.randn(70_001, generator=torch.Generator().manual_seed(0))
     expected, found = (torch.zeros(4096, dtype=torch.float64) for _ in range(2))
-    fold(expected, "w", values, 1)
+    expected.index_add_(0, buckets("w", 0, 70_001, 4096, 1), (signs("w", 0, 70_001, 1) * values).double())
+    monkeypatch.setattr(module, "_CPU_CHUNK", chunk)
+    monkeypatch.setattr(module, "_CPU_PIECE", piece)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        fold(found, "w", values, 1, chunk=chunk)
+        fold(found, "w", values, 1)
     finally:
         torch.set_num_threads(threads)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
@@ -165,12 +168,17 @@ def test_non_contiguous_gradients_are_read_in_their_logical_order():
     assert torch.equal(found, expected)
 
 
-def test_the_kernel_that_gpus_compile_is_the_plain_one_traced():
-    """The traced graph (what torch.compile lowers on CUDA) computes the same; the lowering itself needs a GPU."""
-    values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    words, places = _sign_words("w", 0, 0, 1000, values.device), buckets("w", 0, 1000, 256, 0)
-    shifts = 31 - torch.arange(32, dtype=torch.int32)
-    expected, found = (torch.zeros(256, dtype=torch.float64) for _ in range(2))
-    _add_chunk(expected, values, words, places, shifts)
-    torch.compile(_add_chunk, dynamic=True, backend="aot_eager")(found, values, words, places, shifts)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+@pytest.mark.parametrize("count", [1, 31, 1000, 2**15 + 5])
+@pytest.mark.parametrize("size", [64, 2048])
+def test_every_kernel_computes_the_same(count, size):
+    """The CPU's in pieces, the plain one (CUDA without a compiler), and the plain one traced, which is what torch.compile
+    lowers on CUDA; the lowering itself needs a GPU."""
+    values = torch.randn(count, generator=torch.Generator().manual_seed(0))
+    device = values.device
+    words, offsets = module._sign_words("w", 0, 0, count, device), module._offsets("w", 0, 0, count, size, device)
+    totals = [torch.zeros(size, dtype=torch.float64) for _ in range(3)]
+    traced = torch.compile(module._add, dynamic=True, backend="aot_eager")
+    for total, kernel in zip(totals, (module._add_on_cpu, module._add, traced), strict=True):
+        kernel(total, values, words, offsets)
+    torch.testing.assert_close(totals[0], totals[1], rtol=0, atol=1e-12)
+    torch.testing.assert_close(totals[2], totals[1], rtol=0, atol=1e-12)

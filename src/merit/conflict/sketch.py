@@ -31,7 +31,7 @@ __all__ = ["BLOCK", "Sketch", "buckets", "fold", "signs"]
 BLOCK = 256
 """Entries that share one offset hash (fewer where the sketch itself is smaller)."""
 
-_CPU_CHUNK = 2**16
+_CPU_CHUNK, _CPU_PIECE = 2**20, 2**15
 _CUDA_CHUNK = 2**24
 _GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _SIGN_BIT = -(2**31)
@@ -63,6 +63,18 @@ def _sign_words(name: str, seed: int, start: int, count: int, device: torch.devi
     return _hash(counters, _key(seed, name, "sign")).view(torch.int32)
 
 
+def _offsets(name: str, seed: int, start: int, count: int, size: int, device: torch.device) -> torch.Tensor:
+    """First bucket of every block of entries ``start`` .. ``start + count`` (start a multiple of the block), int32."""
+    block = min(BLOCK, size)
+    counters = torch.arange(start // block, -(-(start + count) // block), dtype=torch.int64, device=device)
+    return (_hash(counters, _key(seed, name, "bucket")) & (size - 1)).to(torch.int32)
+
+
+def _shifts(device: torch.device) -> torch.Tensor:
+    """Moves sign bit k of a word to bit 31."""
+    return 31 - torch.arange(32, dtype=torch.int32, device=device)
+
+
 def signs(name: str, start: int, count: int, seed: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """Signs ±1 (count,) float32 of entries ``start`` .. ``start + count`` of parameter ``name``."""
     begin = start - start % 64
@@ -74,32 +86,18 @@ def signs(name: str, start: int, count: int, seed: int, device: torch.device | s
 def buckets(
     name: str, start: int, count: int, size: int, seed: int, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
-    """Buckets (count,) int64 in [0, size) of entries ``start`` .. ``start + count`` of parameter ``name``."""
+    """Buckets (count,) int32 in [0, size) of entries ``start`` .. ``start + count`` of parameter ``name``."""
     block = min(BLOCK, size)
-    first, stop = start // block, -(-(start + count) // block)
-    counters = torch.arange(first, stop, dtype=torch.int64, device=device)
-    offsets = _hash(counters, _key(seed, name, "bucket"))
-    inside = torch.arange(block, dtype=torch.int64, device=device)
-    return ((offsets[:, None] + inside) & (size - 1)).flatten()[start - first * block :][:count]
+    begin = start - start % block
+    offsets = _offsets(name, seed, begin, start - begin + count, size, torch.device(device))
+    inside = torch.arange(block, dtype=torch.int32, device=device)
+    return ((offsets[:, None] + inside) & (size - 1)).flatten()[start - begin :][:count]
 
 
-def _add_chunk(
-    total: torch.Tensor, chunk: torch.Tensor, words: torch.Tensor, places: torch.Tensor, shifts: torch.Tensor
-) -> torch.Tensor:
-    flips = ((words[:, None] << shifts) & _SIGN_BIT).flatten()[: chunk.numel()]
-    signed = (chunk.view(torch.int32) ^ flips).view(torch.float32)
-    return total.index_add_(0, places, signed.to(total.dtype))
-
-
-@lru_cache(maxsize=1)
-def _compiled_add_chunk() -> Any:
-    return torch.compile(_add_chunk, dynamic=True)
-
-
-def fold(total: torch.Tensor, name: str, values: torch.Tensor, seed: int, *, chunk: int | None = None) -> None:
+def fold(total: torch.Tensor, name: str, values: torch.Tensor, seed: int) -> None:
     """Add a parameter's gradient to a sketch, in place.
 
-    Scratch memory is a few MB whatever the parameter's size (a few hundred on CUDA). Entries are added in float64, so
+    Scratch memory is about 2 MB whatever the parameter's size (a few hundred on CUDA). Entries are added in float64, so
     that the order of addition, which differs between devices and micro-batch sizes, does not show in float32.
 
     Args:
@@ -107,37 +105,67 @@ def fold(total: torch.Tensor, name: str, values: torch.Tensor, seed: int, *, chu
         name: The parameter's name: part of the hash.
         values: The gradient, any shape, any floating dtype (cast to float32 first).
         seed: Part of the hash.
-        chunk: Entries per step, a multiple of 256. Default: by device.
     """
     size = total.numel()
     assert size & (size - 1) == 0, "the sketch size must be a power of two"
     flat = values.detach().reshape(-1)
-    cuda = flat.device.type == "cuda"
-    step = chunk or (_CUDA_CHUNK if cuda else _CPU_CHUNK)
-    assert step % BLOCK == 0
-    add = _add_chunk
-    if cuda and _compile_works(flat.device):
-        add = _compiled_add_chunk()
-    shifts = 31 - torch.arange(32, dtype=torch.int32, device=flat.device)
+    on_cpu = flat.device.type == "cpu"
+    add = _add_on_cpu if on_cpu else _add_compiled if _compile_works(flat.device) else _add
+    step = _CPU_CHUNK if on_cpu else _CUDA_CHUNK
     for start in range(0, flat.numel(), step):
         part = flat[start : start + step].float().contiguous()
         words = _sign_words(name, seed, start, part.numel(), flat.device)
-        add(total, part, words, buckets(name, start, part.numel(), size, seed, flat.device), shifts)
+        add(total, part, words, _offsets(name, seed, start, part.numel(), size, flat.device))
+
+
+def _add(total: torch.Tensor, part: torch.Tensor, words: torch.Tensor, offsets: torch.Tensor) -> None:
+    """Add ``part`` with the signs of ``words`` to runs of buckets that begin at ``offsets``."""
+    size, count = total.numel(), part.numel()
+    flips = ((words[:, None] << _shifts(part.device)) & _SIGN_BIT).flatten()[:count]
+    signed = (part.view(torch.int32) ^ flips).view(torch.float32)
+    inside = torch.arange(min(BLOCK, size), dtype=torch.int32, device=part.device)
+    places = ((offsets[:, None] + inside) & (size - 1)).flatten()[:count]
+    total.index_add_(0, places, signed.to(total.dtype))
+
+
+def _add_on_cpu(total: torch.Tensor, part: torch.Tensor, words: torch.Tensor, offsets: torch.Tensor) -> None:
+    """:func:`_add` in pieces that stay in the processor's cache, with reused scratch: twice as fast."""
+    size, block = total.numel(), min(BLOCK, total.numel())
+    flips = torch.empty((_CPU_PIECE // 32, 32), dtype=torch.int32)
+    places = torch.empty((_CPU_PIECE // block, block), dtype=torch.int32)
+    signed = torch.empty(_CPU_PIECE, dtype=torch.float64)
+    shifts, inside = _shifts(part.device), torch.arange(block, dtype=torch.int32)
+    for start in range(0, part.numel(), _CPU_PIECE):
+        piece = part[start : start + _CPU_PIECE]
+        count, word, run = piece.numel(), start // 32, start // block
+        words_here, offsets_here = words[word : word + len(flips)], offsets[run : run + len(places)]
+        bits = torch.bitwise_left_shift(words_here[:, None], shifts, out=flips[: len(words_here)]).view(-1)[:count]
+        bits.bitwise_and_(_SIGN_BIT).bitwise_xor_(piece.view(torch.int32))
+        at = torch.add(offsets_here[:, None], inside, out=places[: len(offsets_here)]).view(-1)[:count]
+        at.bitwise_and_(size - 1)
+        total.index_add_(0, at, signed[:count].copy_(bits.view(torch.float32)))
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Any:
+    return torch.compile(_add, dynamic=True)
+
+
+def _add_compiled(total: torch.Tensor, part: torch.Tensor, words: torch.Tensor, offsets: torch.Tensor) -> None:
+    _compiled()(total, part, words, offsets)
 
 
 @lru_cache(maxsize=4)
 def _compile_works(device: torch.device) -> bool:
     """Whether torch.compile gives what eager gives on this device (a machine may lack a compiler)."""
     values = torch.linspace(-1, 1, 1000, device=device)
-    words = _sign_words("probe", 0, 0, 1000, device)
-    places = buckets("probe", 0, 1000, 256, 0, device)
-    shifts = 31 - torch.arange(32, dtype=torch.int32, device=device)
+    words, offsets = _sign_words("probe", 0, 0, 1000, device), _offsets("probe", 0, 0, 1000, 256, device)
     totals = [torch.zeros(256, dtype=torch.float64, device=device) for _ in range(2)]
     try:
-        _compiled_add_chunk()(totals[0], values, words, places, shifts)
+        _add_compiled(totals[0], values, words, offsets)
     except Exception:  # whatever the compiler stack raises, eager is right
         return False
-    _add_chunk(totals[1], values, words, places, shifts)
+    _add(totals[1], values, words, offsets)
     return bool(torch.allclose(totals[0], totals[1], rtol=0, atol=1e-12))
 
 
