@@ -203,8 +203,12 @@ class _Run:
         entries: TrimmedEntries | None,
     ) -> None:
         worker = Worker(self.reader, self.plan, self.statistics, entries)
+        ahead = 0
         while (i := take()) < len(spans):
             tensor, first = spans[i]
+            for later in spans[max(i, ahead) : i + threads() + 1]:
+                self.reader.prefetch(*later)
+            ahead = i + threads() + 1
             try:
                 result = worker.merge(tensor, first)
             except NonFiniteError as error:

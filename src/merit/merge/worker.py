@@ -57,6 +57,19 @@ class Reader:
             while self._files:
                 os.close(self._files.popitem()[1][0])
 
+    def prefetch(self, tensor: TensorPlan, first: int) -> None:
+        """Ask the system to read a span ahead in one large request, whatever its own read-ahead window is."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for k, source in list(enumerate(tensor.sources))[not self.with_base :]:
+            step = BLOCK * source.dtype.itemsize
+            length = source.nbytes if tensor.kind in ("matrix", "compute") else SPAN * step
+            start = first * step
+            if start < source.nbytes:
+                descriptor, _ = self._files[k, source.file]
+                length = min(length, source.nbytes - start)
+                os.posix_fadvise(descriptor, source.start + start, length, os.POSIX_FADV_WILLNEED)
+
     def read(self, k: int, source: TensorInfo, block: int, buffer: memoryview) -> np.ndarray:
         """Raw values of one block of source ``k``, in ``buffer``."""
         step = BLOCK * source.dtype.itemsize
