@@ -37,6 +37,12 @@ def test_every_format_gives_the_same_chat_form(row, name, expected):
     assert pairs(to_chat(row, name)) == expected
 
 
+def test_text_parts_are_joined():
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two", "image": None}]
+    row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": parts[1:]}]}
+    assert pairs(to_chat(row, "messages")) == [("user", "one two"), ("assistant", "two")]
+
+
 def test_a_list_valued_prompt_is_context():
     row = {
         "prompt": [
@@ -65,7 +71,21 @@ def test_turns_after_the_last_answer_are_cut():
         ({"messages": []}, "messages", "no_assistant_turn", "roles"),
         ({"messages": None}, "messages", "not_text", "messages"),
         ({"messages": [{"role": "assitant", "content": "a"}]}, "messages", "unknown_role", "Did you mean 'assistant'"),
-        ({"messages": [{"role": "user", "content": ["q"]}]}, "messages", "not_text", "list"),
+        ({"messages": [{"role": "user", "content": ["q"]}]}, "messages", "not_text", "part 0, must be a text part"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "see"}, {"type": "image_url"}]}]},
+            "messages",
+            "not_text",
+            "messages[0] (user), part 1, must be a text part (type 'text'); found a part of type 'image_url'",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages", "not_text", "null or missing"),
+        (
+            {"messages": [{"role": "user", "content": []}, {"role": "assistant", "content": "a"}]},
+            "messages",
+            "empty_prompt",
+            "turn 0",
+        ),
+        ({"prompt": "q", "completion": "\ud83d"}, "prompt_completion", "not_text", "surrogate pair ('\\ud83d'"),
         ({"prompt": "q", "completion": 5}, "prompt_completion", "not_text", "int 5"),
         ({"prompt": "q", "completion": " "}, "prompt_completion", "empty_answer", "turn 1"),
         ({"instruction": "", "output": "a"}, "alpaca", "empty_prompt", "turn 0"),

@@ -53,6 +53,63 @@ def test_text_comes_back_as_it_was_written(recipe, tmp_path, suffix):
     assert read(one(recipe, path).train) == rows
 
 
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        ("prompt,completion\nSay hi, bob,Hello\nSay ho, tim,Hallo\n", 2, ["expected 2 fields", "found 3"]),
+        ("prompt,completion\nhi,ho\nSay hi\n", 3, ["expected 2 fields", "found 1"]),
+        ('prompt,completion\n"two\nlines",ho\n\na,b,c\n', 5, ["expected 2 fields", "found 3"]),
+        ('prompt,completion\nhi,ho\nSay,"bob" or tim\n', 3, ["malformed CSV"]),
+        ('prompt,completion\nhi,ho\nSay,"never closed\nx,y\n', 3, ["malformed CSV"]),
+    ],
+)
+def test_csv_rows_that_do_not_fit_the_header_are_refused(recipe, tmp_path, text, line, words):
+    path = tmp_path / "x.csv"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(MixtureError) as caught:
+        read(one(recipe, path).train)
+    for word in [f"x.csv, line {line}:", *words]:
+        assert word in str(caught.value)
+
+
+def test_csv_as_pandas_and_spreadsheets_write_it(recipe, tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_bytes('\ufeff,prompt,completion\r\n0,"a\r\nb, ""c""",007\r\n\r\n1,null,\r\n'.encode())
+    assert list(one(recipe, path).train.read()) == [
+        (f"{path}, line 2", {"prompt": 'a\r\nb, "c"', "completion": "007"}),
+        (f"{path}, line 5", {"prompt": "null", "completion": ""}),
+    ]
+    path.write_text("prompt,completion,\nq,a,\n", encoding="utf-8")
+    with pytest.raises(MixtureError, match="column 3 of 3 has no name"):
+        read(one(recipe, path).train)
+
+
+def test_a_long_csv_cell_is_read(recipe, tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text(f"prompt,completion\nq,{'a' * 200_000}\n", encoding="utf-8")
+    assert len(read(one(recipe, path).train)[0]["completion"]) == 200_000
+
+
+@pytest.mark.parametrize(("suffix", "text"), [("parquet", "no parquet"), ("csv", "prompt,completion\na,b,c\n")])
+def test_a_file_that_cannot_be_read_gives_one_message(recipe, tmp_path, suffix, text):
+    import logging
+
+    class Said(logging.Handler):
+        def emit(self, record):
+            said.append(record.getMessage())
+
+    said, handler, logger = [], Said(), logging.getLogger("datasets")
+    path = tmp_path / f"x.{suffix}"
+    path.write_text(text, encoding="utf-8")
+    logger.addHandler(handler)
+    try:
+        with pytest.raises(MixtureError, match=f"x.{suffix}"):
+            read(one(recipe, path).train)
+    finally:
+        logger.removeHandler(handler)
+    assert said == []
+
+
 def test_columns_of_dates_stay_text(recipe, tmp_path):
     rows = [{"prompt": "when?", "completion": f"2020-01-0{day}"} for day in range(1, 4)]
     assert read(one(recipe, lines(tmp_path / "x.jsonl", rows)).train) == rows
@@ -159,6 +216,8 @@ def broken(tmp_path, name):
         lines(folder / "alpha" / "train.json", [ROW])
     if name == "bad_folder_name":
         lines(folder / "be ta" / "train.jsonl", [ROW])
+    if name == "letters_of_other_scripts":
+        lines(folder / "데이터" / "train.jsonl", [ROW])
     if name == "no_train":
         lines(folder / "beta" / "trian.jsonl", [ROW])
     if name == "case_twins":
@@ -186,6 +245,11 @@ def broken(tmp_path, name):
         "wrong_format": lambda: listed(good, format="messages"),
         "not_an_object": lambda: file("[1, 2]\n"),
         "no_assistant": lambda: file(json.dumps(ROW) + "\n" + json.dumps({"prompt": "q", "completion": None})),
+        "half_a_pair": lambda: file(json.dumps(ROW) + '\n{"prompt": "q", "completion": "\\ud83d"}\n'),
+        "half_a_pair_in_a_name": lambda: {
+            "path": lines(tmp_path / "pair.jsonl", [{"task": "\ud83d", **ROW}]),
+            "split_by": "task",
+        },
         "null_name": lambda: {"path": tasks, "split_by": "task"},
         "no_column": lambda: {"path": tasks, "split_by": "tusk"},
         "colliding_names": lambda: {"path": clash, "split_by": "task"},
@@ -221,7 +285,10 @@ def broken(tmp_path, name):
         ("pattern_exclude", ["exclude", "'beta*'"]),
         ("nothing_left", ["no dataset"]),
         ("two_suffixes", ["train", ".json", ".jsonl"]),
-        ("bad_folder_name", ["'be ta'"]),
+        ("bad_folder_name", ["'be ta'", "letters A-Z and a-z"]),
+        ("letters_of_other_scripts", ["'데이터'", "mixture.datasets", "path:"]),
+        ("half_a_pair", ["line 2", "completion", "surrogate", "bad_rows: drop"]),
+        ("half_a_pair_in_a_name", ["line 1", "task", "surrogate"]),
         ("no_train", ["beta", "no train.jsonl", "trian.jsonl"]),
         ("case_twins", ["ALPHA", "alpha"]),
         ("link_out", ["beta", "leads out"]),

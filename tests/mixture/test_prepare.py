@@ -14,7 +14,7 @@ def messages(question, answer):
 
 def write(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
@@ -108,6 +108,7 @@ def test_bad_rows_stop_or_are_counted(recipe, byte_level, tmp_path):
         {"messages": [{"role": "user", "content": "q"}]},
         messages("q", ""),
         {"messages": [{"role": "robot", "content": "q"}]},
+        messages("q", "smile \ud83d"),
     ]
     path = write(tmp_path / "x.jsonl", rows)
     mixture = {"datasets": [{"name": "d", "path": str(path)}]}
@@ -115,8 +116,8 @@ def test_bad_rows_stop_or_are_counted(recipe, byte_level, tmp_path):
         prepare_mixture(recipe(mixture), byte_level, tmp_path / "out")
     assert not list((tmp_path / "out").rglob("*.*"))
     [entry] = prepare_mixture(recipe({**mixture, "bad_rows": "drop"}), byte_level, tmp_path / "out")
-    assert entry.rows_dropped == {"no_assistant_turn": 1, "empty_answer": 1, "unknown_role": 1}
-    assert (entry.rows, entry.source_rows) == (1, 4)
+    assert entry.rows_dropped == {"no_assistant_turn": 1, "empty_answer": 1, "unknown_role": 1, "not_text": 1}
+    assert (entry.rows, entry.source_rows) == (1, 5)
 
 
 def test_rows_without_target_are_dropped_and_counted(recipe, byte_level, tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -36,6 +37,9 @@ _ROLES: dict[RowFormat, dict[str, str]] = {
         "assistant": "assistant",
     },
 }
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +128,36 @@ def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         found = "null or missing" if value is None else f"{type(value).__name__} {_shown(value)}"
         raise BadRow("not_text", f"{where} must be text; found {found}")
+    refuse_surrogates(value, where)
     return value
+
+
+def refuse_surrogates(text: str, where: str) -> None:
+    """Half of a surrogate pair (a cut emoji in JSON) is no character: no tokenizer and no file takes it.
+
+    Raises:
+        BadRow: ``text`` has one.
+    """
+    if not text.isascii() and (found := _SURROGATE.search(text)):
+        raise BadRow(
+            "not_text",
+            f"{where} holds half of a surrogate pair ({found.group()!r} at character {found.start() + 1}), "
+            "which is no character",
+        )
+
+
+def _content(value: Any, where: str) -> str:
+    """The text of a turn; a list of text parts is joined."""
+    if not isinstance(value, list):
+        return _text(value, where)
+    texts = []
+    for index, part in enumerate(value):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if not isinstance(part, Mapping) or kind != "text":
+            found = f"a part of type {kind!r}" if kind is not None else _shown(part)
+            raise BadRow("not_text", f"{where}, part {index}, must be a text part (type 'text'); found {found}")
+        texts.append(_text(part.get("text"), f"{where}, part {index},"))
+    return "".join(texts)
 
 
 def _turns(value: Any, row_format: RowFormat, where: str) -> list[Message]:
@@ -143,7 +176,7 @@ def _turns(value: Any, row_format: RowFormat, where: str) -> list[Message]:
             hint = nearest(role, list(roles)) if isinstance(role, str) else ""
             raise BadRow("unknown_role", f"{where}[{index}] has role {role!r}; known: {', '.join(roles)}.{hint}")
         content = item.get("value") if item.get("value") is not None else item.get("content")
-        turns.append(_turn(roles[role], _text(content, f"the content of {where}[{index}] ({role})")))
+        turns.append(_turn(roles[role], _content(content, f"the content of {where}[{index}] ({role})")))
     return turns
 
 

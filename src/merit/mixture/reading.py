@@ -2,7 +2,8 @@
 
 Nothing is copied into anybody's cache for a local file, and text stays as it stands in the file: JSON Lines are read as
 lines and CSV cells as text, because type inference turns answers such as ``2020-01-01``, ``007`` or ``None`` into other
-things. It finds no files (:mod:`merit.mixture.sources`) and does not know what a row means.
+things. CSV goes through Python's own reader: pandas, which the library uses, shifts the columns without a word where rows
+have more fields than the header. It finds no files (:mod:`merit.mixture.sources`) and does not know what a row means.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import csv
 import glob
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -56,6 +58,8 @@ def _datasets() -> Any:
     import datasets
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    # Its readers log every error that they raise, too: the user gets one message, ours.
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL + 1)
     return datasets
 
 
@@ -65,8 +69,11 @@ def _read_file(file: Path) -> Iterator[tuple[str, Any]]:
             yield from _json_lines(file, _lines(file))
         elif file.suffix == ".json":
             yield from _json_document(file)
-        else:
-            yield from _table(file)
+        elif file.suffix == ".csv":
+            yield from _csv(file)
+        elif file.stat().st_size:
+            for number, row in enumerate(_stream(file.suffix[1:], file), start=1):
+                yield f"{file}, row {number}", row
     except (MixtureError, GeneratorExit):
         raise
     except UnicodeDecodeError as error:
@@ -132,25 +139,44 @@ def _json_document(file: Path) -> Iterator[tuple[str, Any]]:
         yield f"{file}, row {number}", row
 
 
-def _table(file: Path) -> Iterator[tuple[str, Any]]:
-    if not file.stat().st_size:
-        return
-    options: dict[str, Any] = {}
-    if file.suffix == ".csv":
-        datasets = _datasets()
-        with file.open(encoding="utf-8-sig", newline="") as handle:
-            header = next(csv.reader(handle), [])
-        twice = sorted({column for column in header if header.count(column) > 1})
-        if twice:
-            raise MixtureError(f"{file}: the column {twice[0]!r} stands twice in the header.")
-        options = {
-            "features": datasets.Features({column: datasets.Value("string") for column in header}),
-            "keep_default_na": False,
-            "na_filter": False,
-            "encoding": "utf-8-sig",
-        }
-    for number, row in enumerate(_stream(file.suffix[1:], file, **options), start=1):
-        yield f"{file}, row {number}", row
+def _csv(file: Path) -> Iterator[tuple[str, Any]]:
+    """Rows of a CSV file: every row must have as many fields as the header; a field may hold quoted commas and lines."""
+    csv.field_size_limit(2**31 - 1)
+    with file.open(encoding="utf-8-sig", newline="") as handle:
+        reader = csv.reader(handle, strict=True)
+        header, start = None, 1
+        try:
+            for fields in reader:
+                start, line = reader.line_num + 1, start
+                if not fields:
+                    continue
+                if header is None:
+                    header = _csv_header(file, fields)
+                elif len(fields) != len(header):
+                    raise MixtureError(
+                        f"{file}, line {line}: expected {len(header)} fields, as in the header; found {len(fields)}.",
+                        'Put a text that holds a comma, a quote or a line end into quotes: "Say hi, bob".',
+                    )
+                else:
+                    first = int(not header[0])  # an index that somebody's export wrote along
+                    yield f"{file}, line {line}", dict(zip(header[first:], fields[first:], strict=True))
+        except csv.Error as error:
+            raise MixtureError(
+                f"{file}, line {start}: malformed CSV: {error}.",
+                'A text in quotes ends at its closing quote; a quote inside it is written twice: "a ""word"" here".',
+            ) from None
+
+
+def _csv_header(file: Path, header: list[str]) -> list[str]:
+    if "" in header[1:]:
+        raise MixtureError(
+            f"{file}: column {header.index('', 1) + 1} of {len(header)} has no name in the header.",
+            "Name it, or remove it (a comma at the end of every line makes such a column).",
+        )
+    twice = sorted({column for column in header if header.count(column) > 1})
+    if twice:
+        raise MixtureError(f"{file}: the column {twice[0]!r} stands twice in the header.")
+    return header
 
 
 def _read_hub(name: str, subset: str | None, split: str) -> Iterator[tuple[str, Any]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from merit.errors import MixtureError, nearest
-from merit.mixture.formats import BadRow, RowFormat, describe_formats, recognise, to_chat
+from merit.mixture.formats import BadRow, RowFormat, describe_formats, recognise, refuse_surrogates, to_chat
 from merit.mixture.reading import Part
 from merit.recipe import DataFormat, DatasetSettings, EvaluateSettings, MixtureSettings, Recipe
 
@@ -224,9 +224,12 @@ def _from_folder(
             continue
         if not _NAME.fullmatch(name):
             raise MixtureError(
-                f"{key}: the sub-folder {name!r} cannot be a dataset name: letters, digits and . _ + - only, at most 120, "
-                "beginning with a letter or digit.",
-                "Rename it, or leave it out with mixture.exclude.",
+                f"{key}: the sub-folder {name!r} cannot be a dataset name. A name holds the letters A-Z and a-z, the digits "
+                "0-9 and . _ + - only, at most 120 of them, and begins with a letter or digit.",
+                "Rename it, or move it out of the folder and list it under evaluate.kept with a name of its own."
+                if kept
+                else f"Rename it; or list every dataset under mixture.datasets, this one as {{name: my-name, path: "
+                f"{folder / name}}}; or leave it out with mixture.exclude.",
             )
         sub = _confined(folder / name, folder)
         parts = {}
@@ -292,6 +295,10 @@ def _groups(part: Part, column: str) -> dict[str, Part]:
                 f"{place}: {column} (mixture.split_by) is null, so the row belongs to no dataset.",
                 "Name it, or remove the row.",
             )
+        try:
+            refuse_surrogates(str(value), f"{column} (mixture.split_by)")
+        except BadRow as bad:
+            raise MixtureError(f"{place}: {bad.detail}.", "Correct the row, or remove it.") from None
         groups.setdefault(str(value), []).append((place, row))
     if not groups:
         raise MixtureError(f"{part.where} has no rows.")
