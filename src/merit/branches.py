@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from merit.errors import RecipeError, ResourceError, RunFolderError
+from merit.plan import estimate
 from merit.progress import duration, size
 from merit.run_folder import Stage, read_json
 
@@ -146,18 +147,16 @@ def _train_side_by_side(pipeline: Pipeline, waiting: Sequence[BranchId], workers
         run_branches(jobs, workers, progress=tick)
     for branch in waiting:
         stage = _stage(pipeline, branch)
-        if not pipeline.done(stage):
+        if not stage.is_done():
             raise RunFolderError(f"branch {branch} ended without a record.", f"See {pipeline.run_folder / 'logs'}.")
         _say(pipeline, branch, stage)
 
 
 def _check_disk(pipeline: Pipeline, branches: int) -> None:
     """Room for every branch still to come, one merge, and the training checkpoints of those that run at once."""
-    base = pipeline.base
-    if pipeline.recipe.model.trainable == "lora":
-        return
-    stored = max(2 if dtype in ("BF16", "F16") else 4 for dtype in base.dtypes.values())
-    need = int(base.parameters * (stored * (branches + 1) + 12 * min(pipeline.jobs, branches)))
+    need, _ = estimate(
+        pipeline.recipe, pipeline.base, branches=branches, merges=1, at_once=min(pipeline.jobs, branches)
+    )
     free = shutil.disk_usage(pipeline.run_folder).free
     if free < need:
         raise ResourceError(

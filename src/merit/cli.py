@@ -6,8 +6,10 @@ interrupted, run the same command again to go on. ML libraries are imported insi
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -18,6 +20,25 @@ from typer.core import TyperGroup
 
 from merit import __version__
 from merit.errors import Interrupted, MeritError, RecipeError
+
+_PLACES = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+}
+
+
+def _closed_pipe(error: OSError) -> int:
+    """Code 0 where the reader of our output (such as head) has seen enough; anything else is raised on."""
+    if not isinstance(error, BrokenPipeError):
+        raise error
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 class _Commands(TyperGroup):
@@ -38,9 +59,14 @@ class _Commands(TyperGroup):
         except KeyboardInterrupt:
             print("merit: interrupted. Run the same command again to go on.", file=sys.stderr)
             code = Interrupted.exit_code
-        except BrokenPipeError:  # the reader of our output (such as head) has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            code = 0
+        except OSError as error:
+            if isinstance(error, BrokenPipeError) or error.errno not in _PLACES:
+                code = _closed_pipe(error)
+            else:
+                where = f"{error.filename}: " if error.filename else ""
+                print(f"merit: {where}{error.strerror}.", file=sys.stderr)
+                print("  Check the place's permissions and free space, or use another (--output DIR).", file=sys.stderr)
+                code = 2
         raise typer.Exit(code)
 
 
@@ -61,7 +87,9 @@ app = typer.Typer(
 Target = Annotated[
     Path, typer.Argument(metavar="RECIPE|RUN", help="A recipe (YAML file), or the folder of a run that was begun.")
 ]
-Output = Annotated[Path | None, typer.Option("--output", help="Run folder. Default: runs/<recipe name>.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", help="Run folder. Default: runs/NAME, after the recipe's name.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a recipe key; may be repeated.")
 ]
@@ -76,11 +104,12 @@ Redo = Annotated[
 def _open(target: Path, output: Path | None, overrides: list[str] | None) -> tuple[Any, Path]:
     """Recipe and run folder for a RECIPE or RUN argument."""
     from merit.recipe import load_recipe
+    from merit.run_folder import is_run_folder
 
     recipe_file = target / "recipe.yaml" if target.is_dir() else target
-    if target.is_dir() and not recipe_file.is_file():
+    if target.is_dir() and not (recipe_file.is_file() and is_run_folder(target)):
         raise RecipeError(
-            f"{target} is a folder without recipe.yaml, so it is no run folder.",
+            f"{target} is a folder, but no run folder (a run folder holds recipe.yaml and what `merit` made of it).",
             "Give a recipe file, or the folder of a run that was begun with one.",
         )
     recipe = load_recipe(recipe_file, overrides or ())
@@ -174,6 +203,7 @@ def demo(
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Branches side by side. Default: one per core, at most 4.")
     ] = None,
+    overrides: Overrides = None,
     redo: Redo = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -185,11 +215,15 @@ def demo(
     Example: `merit demo --output runs/demo`
     """
     from merit.demo import write_demo
+    from merit.recipe import load_recipe
+    from merit.run_folder import claim
 
-    material = output / "demo"
-    recipe = material / "recipe.yaml" if (material / "recipe.yaml").is_file() else write_demo(material, seed)
+    claim(output)
+    recipe = output / "demo" / "recipe.yaml"
+    if not recipe.is_file() or load_recipe(recipe).seed != seed:
+        write_demo(output / "demo", seed)
     jobs = jobs or max(1, min(4, os.cpu_count() or 1))
-    pipeline = _pipeline(recipe, output, [f"seed={seed}"], quiet=quiet, jobs=jobs, redo=redo)
+    pipeline = _pipeline(recipe, output, overrides, quiet=quiet, jobs=jobs, redo=redo)
     pipeline.run()
     _finish(pipeline, as_json=as_json)
 
@@ -214,7 +248,7 @@ def _finish(pipeline: Any, *, as_json: bool) -> None:
     merged = folder / "merged" / "model"
     if merged.is_dir():
         _out(f"Merged model: {merged}")
-    _out(f"Run folder: {folder}  (`merit status {folder}` shows every stage)")
+    _out(f"Run folder: {folder}  (`merit status {shlex.quote(str(folder))}` shows every stage)")
 
 
 # ---- before a run ---------------------------------------------------------------------------------------------------
@@ -224,6 +258,8 @@ def _finish(pipeline: Any, *, as_json: bool) -> None:
 def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("recipe.yaml"),
     force: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write a commented starter recipe.
 
@@ -238,7 +274,10 @@ def init(
     path.write_text(
         resources.files("merit").joinpath("starter_recipe.yaml").read_text(encoding="utf-8"), encoding="utf-8"
     )
-    _out(f"Wrote {path}. Next: set model.base and mixture in it, then `merit check {path}`.")
+    if as_json:
+        _print_json({"recipe": str(path)})
+    elif not quiet:
+        _out(f"Wrote {path}. Next: set model.base and mixture in it, then `merit check {shlex.quote(str(path))}`.")
 
 
 @app.command()
@@ -296,8 +335,7 @@ def gradients(
     """
     pipeline = _pipeline(target, output, overrides, quiet=quiet, jobs=jobs, redo=redo)
     pipeline.check()
-    with pipeline.held():
-        pipeline.write_recipe()
+    with pipeline.begun("gradients"):
         pipeline.mixture()
         stage = pipeline.gradients()
         comparison = pipeline.compare_gradients() if compare else None
@@ -324,7 +362,7 @@ def split(
     Example: `merit split runs/my-run`
     """
     pipeline = _pipeline(target, output, overrides, quiet=quiet, redo=redo)
-    with pipeline.held():
+    with pipeline.begun("split"):
         pipeline.mixture()
         pipeline.split_all()
     facts = json.loads((pipeline.root / "split" / "split.json").read_text(encoding="utf-8"))
@@ -365,8 +403,7 @@ def train(
 
     pipeline = _pipeline(target, output, overrides, quiet=quiet, jobs=jobs, redo=redo)
     branches = [BranchId.parse(text) for text in branch] if branch else None
-    pipeline.prepare_branches()
-    pipeline.train(branches)
+    pipeline.train_alone(branches)
     if as_json:
         from merit.status import run_status
 
@@ -460,7 +497,7 @@ def evaluate(
     Example: `merit evaluate runs/my-run`
     """
     pipeline = _pipeline(target, output, overrides, quiet=quiet, redo=redo)
-    with pipeline.held():
+    with pipeline.begun("evaluate"):
         pipeline.mixture()
         pipeline.evaluate()
     _finish(pipeline, as_json=as_json)
@@ -470,7 +507,9 @@ def evaluate(
 def status(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     watch: Annotated[bool, typer.Option(help="Show again every two seconds until interrupted.")] = False,
+    overrides: Overrides = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """What is done, stale, running or missing in a run, with sizes and times.
 
@@ -478,14 +517,14 @@ def status(
     """
     from merit.status import render_status, run_status, watch_status
 
-    recipe, folder = _open(run_folder, None, None) if run_folder.is_dir() else (None, run_folder)
+    recipe, folder = _open(run_folder, None, overrides) if run_folder.is_dir() else (None, run_folder)
     if recipe is None:
         raise RecipeError(f"{run_folder} is no run folder.", "Give the folder that `merit run` wrote (runs/<name>).")
     if as_json:
         _print_json(run_status(folder, recipe))
     elif watch:
         watch_status(folder, recipe)
-    else:
+    elif not quiet:
         _out(*render_status(run_status(folder, recipe)))
 
 
@@ -509,4 +548,7 @@ def _root(
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:  # before a command was entered
+        sys.exit(Interrupted.exit_code)

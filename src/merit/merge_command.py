@@ -39,9 +39,10 @@ def merge_target(
     from merit.merging import choose_branches, make_merge
 
     if output is None:
-        with pipeline.held():
+        with pipeline.begun("merge"):
             record = pipeline.merge(exclude=exclude, allow_missing=allow_missing).record()
         return {**record, "output_folder": str(pipeline.root / "merged" / "model")}
+    pipeline.refuse_stale("merge")
     taking, left_out = choose_branches(pipeline, exclude, allow_missing)
     pipeline.reporter.stage("merge", f"{len(taking)} branches, {pipeline.recipe.merge.operator}")
     record = make_merge(pipeline, taking, left_out, output)
@@ -117,7 +118,10 @@ def _setting(text: str) -> tuple[str, Any]:
     key, separator, value = text.partition("=")
     if not separator:
         raise MergeError(f"--option {text}: expected KEY=VALUE, such as density=0.2.")
-    return key, yaml.safe_load(value)
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise MergeError(f"--option {text}: {value!r} cannot be read as a value.") from None
 
 
 def render_merge(record: dict[str, Any]) -> list[Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from merit import stages
 from merit.errors import MergeError
-from merit.run_folder import Stage
+from merit.run_folder import Stage, write_text
 
 if TYPE_CHECKING:
     from merit.merge import MergePlan
@@ -125,15 +125,17 @@ def make_merge(
             return run_merge(plan_run(pipeline, taking, left_out, folder, scale), progress=tick).record
 
     scale = pipeline.recipe.merge.scale
-    search = None
+    search, curve = None, ""
     if scale == "auto":
         from merit.scale_search import choose_scale
 
         with tempfile.TemporaryDirectory(prefix=".scale-", dir=output.resolve().parent) as scratch:
             merge(Path(scratch) / "model", 1.0)
-            search = choose_scale(pipeline, Path(scratch) / "model", output.parent)
+            search, curve = choose_scale(pipeline, Path(scratch) / "model", Path(scratch))
         scale = float(search["chosen"])
     record = merge(output, scale)
+    if search is not None:
+        write_text(output / "scale.svg", curve)
     record["merge_seconds"] = record.pop("seconds")
     record["model_fingerprint"] = checkpoint.fingerprint(output)
     return record | ({"scale_search": search} if search else {})

@@ -7,19 +7,32 @@ maths. Everything a stage needs comes from the recipe and from earlier stages' f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merit import stages
 from merit.branches import BranchId, train_branches
-from merit.errors import ConflictError, RecipeError, RunFolderError
+from merit.errors import ConflictError, MixtureError, RecipeError, RunFolderError
+from merit.evaluating import evaluate_run
 from merit.merging import merge_run
 from merit.plan import Plan, check_groups, make_plan
 from merit.progress import Reporter, duration
 from merit.recipe import Recipe, dump_recipe
-from merit.run_folder import Stage, StaleStageError, fingerprint, lock, read_json, write_json, write_text
+from merit.run_folder import (
+    Stage,
+    StaleStageError,
+    claim,
+    differences,
+    fingerprint,
+    is_run_folder,
+    lock,
+    read_json,
+    write_json,
+    write_text,
+)
+from merit.status import rank, run_status
 
 if TYPE_CHECKING:
     from merit.split import Split
@@ -62,17 +75,19 @@ class Pipeline:
         """Content of the base; its files are read once per change."""
         from merit import checkpoint
 
-        with self._hashes() as memo:
+        with self.hashes() as memo:
             return checkpoint.fingerprint(self.base.folder, memo)
 
     @contextmanager
-    def _hashes(self) -> Iterator[dict[str, str]]:
+    def hashes(self) -> Iterator[dict[str, str]]:
         """Known hashes of big files by path, size and modification time, kept in the run folder."""
         file = self.run_folder / ".hashes.json"
-        memo: dict[str, str] = read_json(file) if file.is_file() else {}
+        memo: dict[str, str] = {}
+        with suppress(RunFolderError):  # a mere cache: missing or damaged, it is made anew
+            memo = dict(read_json(file))
         known = len(memo)
         yield memo
-        if len(memo) != known:
+        if len(memo) != known and is_run_folder(self.run_folder):
             write_json(file, memo)
 
     @cached_property
@@ -89,9 +104,68 @@ class Pipeline:
 
         return pick_device(self.recipe.train.device)
 
-    def held(self) -> AbstractContextManager[None]:
-        """Hold the run folder for this process."""
-        return lock(self.run_folder, "this run")
+    @contextmanager
+    def begun(self, command: str, until: str | None = None) -> Iterator[None]:
+        """Hold the run folder while a command works in it; what stands there is compared with the recipe first.
+
+        Args:
+            command: ``run`` or one of ``STAGES``.
+            until: For ``run``: the last stage.
+
+        Raises:
+            RunFolderError: The folder is no run folder, is in use, or an earlier stage is stale.
+        """
+        claim(self.run_folder)
+        with lock(self.run_folder, "this run"):
+            self.refuse_stale(command, until)
+            self.write_recipe()
+            yield
+
+    def refuse_stale(self, command: str, until: str | None = None) -> None:
+        """Refuse, before anything is changed, what was made by another recipe.
+
+        A stage command may make its own stage again (``redo``) and no earlier one; ``run`` may make all again.
+
+        Raises:
+            StaleStageError: A stage does not match; the changed fields are named.
+        """
+        last = STAGES.index(until or command) if command == "run" else STAGES.index(command) - 1
+        if command == "run" and self.redo:
+            return
+        known: dict[str, Any] = {"base": self.base_fingerprint}
+        if command != "merge":  # merging needs no tokenizer, and loading one takes longer than many a merge
+            known |= {"tokenizer": tokenizer_fingerprint(self.tokenizer), "sources": self.sources()}
+        rows = run_status(self.run_folder, self.recipe, **known)["stages"]
+        for row in rows:
+            if row["changed"] and rank(row) <= last and row["stage"] != "evaluation":
+                shown = row["changed"][:8] + [f"... and {len(row['changed']) - 8} more"] * (len(row["changed"]) > 8)
+                way = "make it and what follows from it again (`merit run ... --redo`)"
+                raise StaleStageError(
+                    f"{self.run_folder}: {row['stage']} was made with other settings or inputs than those asked for now:",
+                    *shown,
+                    f"Ways out: set these back; or use another run folder (--output DIR); or {way}.",
+                    "Nothing was changed.",
+                )
+
+    def sources(self) -> dict[str, str]:
+        """Content of every dataset's source files; as recorded, where they are no longer there and the rows are.
+
+        Raises:
+            MixtureError: A source is missing, and no finished mixture stage stands in for it.
+        """
+        from merit.mixture.fingerprint import source_fingerprints
+
+        try:
+            with self.hashes() as memo:
+                return source_fingerprints(self.recipe, memo)
+        except MixtureError:
+            record = self.run_folder / "mixture" / "record.json"
+            if not record.is_file():
+                raise
+            inputs = read_json(record)["inputs"]
+            return {
+                key.removeprefix("source of "): value for key, value in inputs.items() if key.startswith("source of ")
+            }
 
     def done(self, stage: Stage) -> bool:
         """Whether a stage stands as asked; a stale one is refused, or removed with ``redo``."""
@@ -101,10 +175,10 @@ class Pipeline:
         except StaleStageError:
             if not self.redo:
                 raise
-            self.reporter.note(f"{stage.name}: made with other settings; made again (--redo)")
+            self.reporter.note(f"{stage.name}: made with other settings or inputs; made again (--redo)")
             stage.clear(
-                keep=("partial",)
-            )  # gradients there are keyed by content, so unchanged datasets' are used again
+                keep=("partial", "models")
+            )  # gradients there are keyed by content: unchanged datasets' are used again
             return False
         stage.verify()
         return True
@@ -149,13 +223,10 @@ class Pipeline:
 
     def mixture(self) -> Stage:
         """Read, encode and count every dataset."""
-        from merit.mixture.fingerprint import source_fingerprint
         from merit.mixture.prepare import prepare_mixture
 
-        with self._hashes() as memo:
-            sources = source_fingerprint(self.recipe, memo)
         tokenizer = tokenizer_fingerprint(self.tokenizer)
-        stage = stages.mixture_stage(self.recipe, self.run_folder, tokenizer=tokenizer, sources=sources)
+        stage = stages.mixture_stage(self.recipe, self.run_folder, tokenizer=tokenizer, sources=self.sources())
         if self.done(stage):
             self._say_mixture(stage, again=False)
             return stage
@@ -334,10 +405,13 @@ class Pipeline:
             if not (root / "split" / "record.json").is_file():
                 raise RunFolderError(f"{root}: there is no split yet.", _NEXT)
         self.mixture()
-        made_from = Stage("split", self.root / "split", {}).record()["inputs"]["mixture"]
-        if made_from != fingerprint(stages.train_rows(self.run_folder)):
+        rows = {f"rows of {name}": value for name, value in stages.train_rows(self.run_folder).items()}
+        inputs = Stage("split", self.root / "split", {}).record()["inputs"]
+        made_from = {key: value for key, value in inputs.items() if key.startswith("rows of ")}
+        if made_from != rows:
             raise RunFolderError(
-                f"{self.run_folder}: the training rows here are not those that the split was made from.",
+                f"{self.run_folder}: the training rows here are not those that the split was made from:",
+                *differences(made_from, rows)[:8],
                 "Use the same data, base tokenizer, train.max_length and mixture settings as where the split was made, or "
                 "split again.",
             )
@@ -366,6 +440,23 @@ class Pipeline:
         """Train the named branches, or all of the run and its baselines, one after another or ``jobs`` side by side."""
         train_branches(self, self.all_branches() if branches is None else branches)
 
+    def train_alone(self, branches: Sequence[BranchId] | None) -> None:
+        """`merit train`: as :meth:`train`, on whatever machine has recipe, split, data and base.
+
+        Named branches take no hold of the whole run folder, so several processes can train different ones.
+        """
+        if branches is None:
+            with self.begun("train"):
+                self.prepare_branches()
+                self.train()
+            return
+        claim(self.run_folder)
+        self.refuse_stale("train")
+        if not (self.run_folder / "recipe.yaml").is_file():
+            self.write_recipe()
+        self.prepare_branches()
+        self.train(branches)
+
     # ---- merged ------------------------------------------------------------------------------------------------------
 
     def merge(self, *, exclude: Sequence[int] = (), allow_missing: bool = False) -> Stage:
@@ -374,70 +465,9 @@ class Pipeline:
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
-    def models(self) -> dict[str, tuple[Path | None, str]]:
-        """Every model there is: name → (folder, content fingerprint); base first, branches last."""
-        found: dict[str, tuple[Path | None, str]] = {"base": (None, self.base_fingerprint)}
-        for method in self.recipe.baselines:
-            root = self.baseline(method).root
-            stage = (
-                Stage("branch 0", root / "branches" / "0", {})
-                if method == "joint"
-                else Stage("merged", root / "merged", {})
-            )
-            if stage.record_file.is_file():
-                found[method] = (stage.path / "model", stages.model_content(stage))
-        merged = Stage("merged", self.root / "merged", {})
-        if merged.record_file.is_file():
-            if self.recipe.split.method == "joint":
-                found["joint"] = (merged.path / "model", stages.model_content(merged))
-            found["merged"] = (merged.path / "model", stages.model_content(merged))
-        if self.recipe.evaluate.branches and self.recipe.group_count > 1:
-            for k, stage in self.branch_stages().items():
-                if stage.record_file.is_file():
-                    found[f"branch-{k}"] = (stage.path / "model", stages.model_content(stage))
-        return found
-
     def evaluate(self) -> Stage:
         """Held-out figures of every model, and what they say."""
-        from merit.mixture.prepare import load_split
-
-        models = self.models()
-        stage = stages.evaluation_stage(
-            self.recipe, self.run_folder, {name: value for name, (_, value) in models.items()}
-        )
-        if self.done(stage):
-            self.reporter.stage("evaluate", f"{len(models)} models{self._ending(stage, False)}")
-            return stage
-        from merit.evaluation import evaluate_models
-
-        self.reporter.stage("evaluate", f"{len(models)} models on held-out rows")
-        with stage.writing(seed=self.recipe.seed, keep=("models",)) as record, self.reporter.progress("models") as tick:
-            record |= evaluate_models(
-                self.recipe,
-                {name: folder for name, (folder, _) in models.items()},
-                load_split(self.run_folder / "mixture", "test"),
-                load_split(self.run_folder / "mixture", "kept"),
-                stage.path,
-                tokenizer=self.tokenizer,
-                device=self.device,
-                fingerprints={name: value for name, (_, value) in models.items()},
-                trained_tokens=self.trained_tokens(),
-                progress=tick,
-            )
-        self.reporter.stage("evaluate", f"{len(models)} models measured{self._ending(stage, True)}")
-        return stage
-
-    def trained_tokens(self) -> dict[str, int]:
-        """Target tokens that each model was trained on, by its name in the results."""
-
-        def of(owner: Pipeline) -> dict[int, int]:
-            done = {k: stage for k, stage in owner.branch_stages().items() if stage.record_file.is_file()}
-            return {k: int(stage.record()["target_tokens"]) for k, stage in done.items()}
-
-        own = of(self)
-        found = {"base": 0, "merged": sum(own.values()), **{f"branch-{k}": count for k, count in own.items()}}
-        found |= {method: sum(of(self.baseline(method)).values()) for method in self.recipe.baselines}
-        return found
+        return evaluate_run(self)
 
     # ---- all of it ---------------------------------------------------------------------------------------------------
 
@@ -446,9 +476,12 @@ class Pipeline:
         from merit.split import needs_conflict
 
         last = STAGES.index(until)
-        self.check()
-        with self.held():
-            self.write_recipe()
+        if self._sources_here():
+            for note in self.check().notes:
+                self.reporter.note(note)
+        else:
+            self.reporter.note("the mixture's source files are gone; the rows that were encoded from them are used")
+        with self.begun("run", until):
             self.mixture()
             check_groups(self.recipe, len(stages.train_rows(self.run_folder)))
             if last >= 1 and any(needs_conflict(method) for method in self._methods()):
@@ -461,6 +494,19 @@ class Pipeline:
                 self.merge_all()
             if last >= 5:
                 self.evaluate()
+
+    def _sources_here(self) -> bool:
+        """Whether the sources are there; False only where a finished mixture stage stands in for them."""
+        from merit.mixture.sources import discover, discover_kept
+
+        try:
+            discover(self.recipe.mixture)
+            discover_kept(self.recipe.evaluate)
+        except MixtureError:
+            if not (self.run_folder / "mixture" / "record.json").is_file():
+                raise
+            return False
+        return True
 
     def split_all(self) -> None:
         """The run's split and every baseline's."""

@@ -6,13 +6,14 @@ dataset and writes nothing.
 
 from __future__ import annotations
 
+import fnmatch
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merit.errors import RecipeError, ResourceError
+from merit.errors import MergeError, RecipeError, ResourceError
 from merit.progress import size
 from merit.recipe import Recipe
 
@@ -132,6 +133,11 @@ def make_plan(recipe: Recipe, run: Path, *, base: BaseInfo | None, tokenizer: Ca
     check_groups(recipe, len(datasets))
     if recipe.train.trainer:
         check_trainer_options(recipe)
+    _check_merge(recipe)
+    if recipe.train.device == "cuda":
+        from merit.models import pick_device
+
+        pick_device("cuda")
     without = [item.name for item in datasets if item.test is None]
     if without and recipe.evaluate.heldout:
         notes.append(
@@ -147,6 +153,7 @@ def make_plan(recipe: Recipe, run: Path, *, base: BaseInfo | None, tokenizer: Ca
             f"train.max_length is {recipe.train.max_length} tokens, but the base was made for at most {base.context}.",
             f"Set train.max_length to {base.context} or less, or choose a base with a longer context.",
         )
+    _check_trainable(recipe, base)
     if tokenizer().merit_template == "default":
         notes.append(
             "the base has no chat template; a plain default one is used, and carried along into the merged model "
@@ -164,19 +171,29 @@ def make_plan(recipe: Recipe, run: Path, *, base: BaseInfo | None, tokenizer: Ca
     return Plan(recipe, run, datasets, kept, base, disk, memory, tuple(notes))
 
 
-def estimate(recipe: Recipe, base: BaseInfo) -> tuple[int, int]:
+def estimate(
+    recipe: Recipe, base: BaseInfo, *, branches: int | None = None, merges: int | None = None, at_once: int = 1
+) -> tuple[int, int]:
     """Disk and memory (bytes) that a run needs, by counting weights.
 
-    Disk: every branch and merge in the stored dtype, and one training checkpoint (float32 weights and two moments).
-    Memory: float32 weights, gradients and two moments of one branch.
+    Disk: branches and merges in the stored dtype, and for each branch that trains at once one checkpoint (float32 weights
+    and two moments). Memory: float32 weights, gradients and two moments of one branch.
+
+    Args:
+        recipe: The recipe.
+        base: Its base.
+        branches: Branches to store. Default: the recipe's.
+        merges: Merges to store. Default: the recipe's.
+        at_once: Branches that train side by side.
     """
+    if merges is None:
+        merges = 1 + sum(method != "joint" for method in recipe.baselines)
     widths = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
     stored = 4 if recipe.train.save_dtype == "float32" else max(widths.get(dtype, 4) for dtype in base.dtypes.values())
-    merges = 1 + sum(method != "joint" for method in recipe.baselines)
-    models = branch_count(recipe) + merges
     if recipe.model.trainable == "lora":
         return base.parameters * stored * merges, base.parameters * 4
-    return base.parameters * (stored * models + 12), base.parameters * 16
+    models = (branch_count(recipe) if branches is None else branches) + merges
+    return base.parameters * (stored * models + 12 * at_once), base.parameters * 16
 
 
 def check_groups(recipe: Recipe, count: int) -> None:
@@ -192,6 +209,37 @@ def check_groups(recipe: Recipe, count: int) -> None:
                 f"split: {count} datasets cannot fill {groups} groups (method {method}, split.axes {recipe.split.axes} "
                 f"makes 2^{recipe.split.axes}).",
                 "Datasets are never cut. Use fewer axes, add datasets, or use split.method: joint.",
+            )
+
+
+def _check_merge(recipe: Recipe) -> None:
+    """Operator options, before any branch is trained for them."""
+    from merit.merge.operators import operator_and_options
+
+    try:
+        operator, _ = operator_and_options(recipe.merge.operator, recipe.merge.options)
+    except MergeError as error:
+        raise RecipeError(f"merge.options: {error.message}", *error.ways_out) from None
+    if recipe.model.trainable == "lora" and operator.kind == "block":
+        raise RecipeError(
+            f"merge.operator {operator.name} ranks all entries of a model and cannot work on LoRA adapters.",
+            "Use average, task_arithmetic, star, tsv or iso_cts, or train full weights.",
+        )
+
+
+def _check_trainable(recipe: Recipe, base: BaseInfo) -> None:
+    """Roles and patterns of ``model.trainable``, against the names in the base's files."""
+    wanted = recipe.model.trainable
+    if wanted in ("projector", "vision"):
+        raise RecipeError(f"model.trainable: {wanted} is a role of vision-language models; this base is text-only.")
+    if isinstance(wanted, str):
+        return
+    names = list(base.dtypes)
+    for pattern in wanted:
+        if not fnmatch.filter(names, pattern):
+            raise RecipeError(
+                f"model.trainable: pattern {pattern!r} matches none of the {len(names)} tensors of the base.",
+                f"Names look like {names[0]} and {names[-1]}.",
             )
 
 

@@ -157,7 +157,7 @@ class Stage:
         if changed:
             shown = changed[:8] + ([f"... and {len(changed) - 8} more"] if len(changed) > 8 else [])
             raise StaleStageError(
-                f"{self.path}: the {self.name} stage was made with other settings than those asked for now:",
+                f"{self.path}: the {self.name} stage was made with other settings or inputs than those asked for now:",
                 *shown,
                 "Ways out: set these back; or use another run folder (--output DIR); or remove this stage and what "
                 "follows from it (--redo).",
@@ -173,6 +173,14 @@ class Stage:
         old = {**record.get("settings", {}), "input": record.get("inputs", {})}
         new = {**json.loads(canonical(dict(self.settings))), "input": dict(self.inputs)}
         return differences(old, new)
+
+    def matches(self) -> bool:
+        """Whether the record is what is asked for now."""
+        return not self.changes()
+
+    def settings_match(self) -> bool:
+        """Whether the record differs in its inputs at most."""
+        return not [change for change in self.changes() if not change.startswith("input.")]
 
     def record(self) -> dict[str, Any]:
         """The record of a done stage."""
@@ -219,6 +227,12 @@ class Stage:
         Raises:
             RunFolderError: Another process is writing this stage.
         """
+        foreign = self.path.is_dir() and any(self.path.iterdir()) and not (self.path / ".lock").exists()
+        if foreign and not self.record_file.is_file():
+            raise RunFolderError(
+                f"{self.path} holds files that the {self.name} stage did not make, and would have to remove.",
+                "Use another run folder (--output DIR), or move these files. Nothing was changed.",
+            )
         self.path.mkdir(parents=True, exist_ok=True)
         with lock(self.path, self.name):
             self.clear(keep)
@@ -251,6 +265,35 @@ class Stage:
         return found
 
 
+MARKER = ".merit"
+"""Empty file that tells a run folder from any other folder."""
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Whether ``merit`` made this folder, or a copy of one with at least one finished stage."""
+    return (folder / MARKER).exists() or any(
+        (folder / name / "record.json").is_file() for name in ("mixture", "conflict", "split", "merged", "evaluation")
+    )
+
+
+def claim(folder: Path) -> None:
+    """Make ``folder`` a run folder, or accept it as one.
+
+    Raises:
+        RunFolderError: It holds other things: nothing of a user's may ever be overwritten or removed.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"{folder} is a file, so it cannot be a run folder.", "Use another --output DIR.")
+    if folder.is_dir() and any(folder.iterdir()) and not is_run_folder(folder):
+        held = ", ".join(sorted(child.name for child in folder.iterdir())[:4])
+        raise RunFolderError(
+            f"{folder} is not empty and no run folder: it holds {held}.",
+            "Use another --output DIR (default: runs/NAME, after the recipe's name). Nothing was changed.",
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).touch()
+
+
 _OWN_FILES = ("record.json", ".lock", "running.json", "progress.json", "log.txt")
 
 
@@ -267,7 +310,7 @@ def lock(folder: Path, what: str) -> Iterator[None]:
 
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "running.json"
-    held = FileLock(folder / ".lock", timeout=0)
+    held = FileLock(folder / ".lock", timeout=1)  # a second, since `merit status` looks for a moment
     try:
         held.acquire()
     except Timeout:
@@ -307,3 +350,5 @@ def is_locked(folder: Path) -> bool:
             return False
     except Timeout:
         return True
+    except OSError:  # a folder that we may not write to: nobody here holds it
+        return False

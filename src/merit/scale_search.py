@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from merit.run_folder import write_text
-
 if TYPE_CHECKING:
     from merit.mixture import EncodedDataset, EncodedRow
     from merit.pipeline import Pipeline
@@ -23,7 +21,7 @@ ROWS = 50
 _SPARE = 8  # fewer unused rows than this are too few to stand for a dataset
 
 
-def choose_scale(pipeline: Pipeline, merged: Path, folder: Path) -> dict[str, Any]:
+def choose_scale(pipeline: Pipeline, merged: Path, folder: Path) -> tuple[dict[str, Any], str]:
     """Measure the recipe's grid of λ in memory and pick one by its rule.
 
     Learned: mean over datasets of the held-out loss per target token. Kept: the same on the kept sets; without such sets,
@@ -32,10 +30,11 @@ def choose_scale(pipeline: Pipeline, merged: Path, folder: Path) -> dict[str, An
     Args:
         pipeline: The run.
         merged: The plain merge (λ = 1).
-        folder: Gets ``scale.svg``.
+        folder: For what is needed meanwhile.
 
     Returns:
-        rule, chosen λ, points (scale, learned, kept), what kept means, and datasets whose rows the evaluation reads too.
+        For the record: rule, chosen λ, points (scale, learned, kept), what kept means, and datasets whose rows the
+        evaluation reads too; and the curve as an SVG drawing.
     """
     from merit.merge.scale import as_record, pick_scale, search_scale, trade_off_svg
     from merit.mixture.prepare import load_split
@@ -65,14 +64,14 @@ def choose_scale(pipeline: Pipeline, merged: Path, folder: Path) -> dict[str, An
 
         points = search_scale(model, base, other, measure, scales)
     chosen = pick_scale(points, recipe.merge.rule)
-    write_text(folder / "scale.svg", trade_off_svg(points, chosen))
-    return {
+    record = {
         **as_record(points, chosen, recipe.merge.rule),
         "kept": "held-out loss on the kept sets"
         if kept
         else "divergence from the base on its own answers (nats per token)",
         "rows_shared_with_evaluation": sorted({*shared, *shared_kept}),
     }
+    return record, trade_off_svg(points, chosen)
 
 
 def spare_rows(

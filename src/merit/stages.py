@@ -24,8 +24,8 @@ def _dataset(item: DatasetSettings) -> dict[str, Any]:
     return _without(item.model_dump(mode="json"), "path", "test")
 
 
-def mixture_stage(recipe: Recipe, run: Path, *, tokenizer: str, sources: str) -> Stage:
-    """Rows → tokens. Inputs: the tokenizer with its chat template, and the source files' content."""
+def mixture_stage(recipe: Recipe, run: Path, *, tokenizer: str, sources: Mapping[str, str]) -> Stage:
+    """Rows → tokens. Inputs: the tokenizer with its chat template, and every dataset's source files' content."""
     mixture = _without(recipe.mixture.model_dump(mode="json"), "folder", "path", "test", "datasets")
     if recipe.mixture.datasets is not None:
         mixture["datasets"] = [_dataset(item) for item in recipe.mixture.datasets]
@@ -35,7 +35,8 @@ def mixture_stage(recipe: Recipe, run: Path, *, tokenizer: str, sources: str) ->
         "evaluate": {"kept": [_dataset(item) for item in recipe.evaluate.kept]},
         "seed": recipe.seed,
     }
-    return Stage(MIXTURE, run / "mixture", settings, {"tokenizer": tokenizer, "sources": sources})
+    inputs = {"tokenizer": tokenizer, **{f"source of {name}": value for name, value in sources.items()}}
+    return Stage(MIXTURE, run / "mixture", settings, inputs)
 
 
 def _model(recipe: Recipe) -> dict[str, Any]:
@@ -50,6 +51,10 @@ def train_rows(run: Path) -> dict[str, str]:
     return {item["name"]: item["fingerprint"] for item in read_json(run / "mixture" / "datasets.json")}
 
 
+def _rows_of(rows: Mapping[str, str]) -> dict[str, str]:
+    return {f"rows of {name}": value for name, value in rows.items()}
+
+
 def conflict_stage(recipe: Recipe, run: Path, *, base: str) -> Stage:
     """Gradients and geometry at the base."""
     conflict = _without(recipe.conflict.model_dump(mode="json"), "batch_tokens", "cache")
@@ -60,7 +65,7 @@ def conflict_stage(recipe: Recipe, run: Path, *, base: str) -> Stage:
     if conflict["examples"] != "auto":
         conflict = _without(conflict, "target_reliability", "max_examples")
     settings = {"conflict": conflict, "model": _model(recipe), "seed": recipe.seed}
-    return Stage(CONFLICT, run / "conflict", settings, {"base": base, "mixture": fingerprint(train_rows(run))})
+    return Stage(CONFLICT, run / "conflict", settings, {"base": base, **_rows_of(train_rows(run))})
 
 
 def split_stage(recipe: Recipe, run: Path, root: Path, *, conflict: Stage | None) -> Stage:
@@ -70,7 +75,7 @@ def split_stage(recipe: Recipe, run: Path, root: Path, *, conflict: Stage | None
         settings["split"] = {"method": "joint"}
     if recipe.split.method in ("random", "kmeans"):
         settings["seed"] = recipe.seed
-    inputs = {"mixture": fingerprint(train_rows(run))}
+    inputs = _rows_of(train_rows(run))
     if conflict is not None:
         inputs["conflict"] = conflict.record()["outputs"]["geometry.npz"]["sha256"]
     return Stage(SPLIT, root / "split", settings, inputs)
@@ -81,7 +86,7 @@ def branch_stage(recipe: Recipe, run: Path, root: Path, k: int, group: list[str]
     train = _without(recipe.train.model_dump(mode="json"), "device", "threads", "checkpoint_minutes", "max_length")
     rows = train_rows(run)
     settings = {"train": train, "model": _model(recipe), "seed": recipe.seed, "group": sorted(group)}
-    inputs = {"base": base, "datasets": fingerprint({name: rows[name] for name in sorted(group)})}
+    inputs = {"base": base, **_rows_of({name: rows[name] for name in sorted(group)})}
     return Stage(f"branch {k}", root / "branches" / str(k), settings, inputs)
 
 
@@ -95,6 +100,14 @@ def merged_stage(
     settings = {"merge": merge, "excluded": sorted(excluded)}
     inputs = {"base": base, **{f"branch {k}": model_content(stage) for k, stage in branches.items()}}
     return Stage(MERGED, root / "merged", settings, inputs)
+
+
+def merged_as_made(recipe: Recipe, root: Path, branches: Mapping[int, Stage], *, base: str) -> Stage:
+    """:func:`merged_stage` for the branches that an existing merge says it took, of the run's ``branches``."""
+    stage = Stage(MERGED, root / "merged", {})
+    excluded = stage.record()["settings"]["excluded"] if stage.record_file.is_file() else []
+    taken = {k: branch for k, branch in branches.items() if k not in excluded}
+    return merged_stage(recipe, root, taken, base=base, excluded=excluded)
 
 
 def model_content(stage: Stage) -> str:

@@ -1,8 +1,8 @@
 """What is done in a run folder: read from records alone, so it is quick and changes nothing.
 
-A stage is *done* (its record matches the recipe), *stale* (made with other settings, or from inputs that changed since),
-*running* (a live process holds it), *partial* (begun, to be gone on from) or *missing*. Hashes of big files are not
-computed again here; `merit run` does that.
+A stage is *done* (its record matches the recipe), *stale* (made with other settings, or from an earlier stage's results that
+are no longer there), *running* (a live process holds it), *partial* (begun, to be gone on from) or *missing*. Source files
+and the base are not read here, so a change of theirs shows when a stage command or `merit run` meets it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +20,45 @@ from merit.progress import duration, size
 from merit.recipe import Recipe
 from merit.run_folder import Stage, differences, is_locked, read_json
 
+COMMANDS = ("mixture", "gradients", "split", "branch", "merged", "evaluation")
+"""The last word of a row's name before its number, in the order of the chain."""
 
-def run_status(folder: Path, recipe: Recipe) -> dict[str, Any]:
+
+def rank(row: Mapping[str, Any]) -> int:
+    """Place of a row's stage in the chain."""
+    return next(place for place, word in enumerate(COMMANDS) if word in row["stage"].split())
+
+
+def run_status(
+    folder: Path, recipe: Recipe, *, base: str = "", tokenizer: str = "", sources: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """State of every stage.
+
+    Args:
+        folder: The run folder.
+        recipe: The recipe to compare the records with.
+        base: Content of the base, where it is known; an empty string compares without.
+        tokenizer: The same of the tokenizer.
+        sources: The same of every dataset's source files.
 
     Returns:
         ``{run, name, running, stages: [{stage, state, changed, seconds, finished, bytes, detail}]}``.
     """
-    rows = [_row("mixture", folder / "mixture", lambda: stages.mixture_stage(recipe, folder, tokenizer="", sources=""))]
-    rows.append(_row("gradients", folder / "conflict", lambda: stages.conflict_stage(recipe, folder, base="")))
+    inputs: dict[str, Any] = {"tokenizer": tokenizer, "sources": sources or {}}
+    rows = [_row("mixture", folder / "mixture", lambda: stages.mixture_stage(recipe, folder, **inputs))]
+    rows.append(_row("gradients", folder / "conflict", lambda: stages.conflict_stage(recipe, folder, base=base)))
     for method in [None, *recipe.baselines]:
         chosen = recipe
         if method:
             split = recipe.split.model_copy(update={"method": method})
             chosen = recipe.model_copy(update={"split": split, "baselines": []})
         root = folder / "baselines" / method if method else folder
-        rows += _branch_rows(folder, root, chosen, f"{method} " if method else "")
+        rows += _branch_rows(folder, root, chosen, f"{method} " if method else "", base)
     rows.append(_row("evaluation", folder / "evaluation", lambda: stages.evaluation_stage(recipe, folder, {})))
     return {"run": str(folder), "name": recipe.name, "running": is_locked(folder), "stages": rows}
 
 
-def _branch_rows(folder: Path, root: Path, recipe: Recipe, prefix: str) -> list[dict[str, Any]]:
+def _branch_rows(folder: Path, root: Path, recipe: Recipe, prefix: str, base: str) -> list[dict[str, Any]]:
     rows = [_row(f"{prefix}split", root / "split", lambda: stages.split_stage(recipe, folder, root, conflict=None))]
     groups: list[list[str]] = [[] for _ in range(recipe.group_count)]
     with contextlib.suppress(RunFolderError):
@@ -51,13 +70,13 @@ def _branch_rows(folder: Path, root: Path, recipe: Recipe, prefix: str) -> list[
             _row(
                 f"{prefix}branch {k}",
                 path,
-                lambda k=k, group=group: stages.branch_stage(recipe, folder, root, k, group, base=""),
+                lambda k=k, group=group: stages.branch_stage(recipe, folder, root, k, group, base=base),
             )
         )
         branches[k] = Stage(f"branch {k}", path, {})
     if not prefix or recipe.split.method != "joint":  # a joint baseline's branch is its model
         rows.append(
-            _row(f"{prefix}merged", root / "merged", lambda: stages.merged_stage(recipe, root, branches, base=""))
+            _row(f"{prefix}merged", root / "merged", lambda: stages.merged_as_made(recipe, root, branches, base=base))
         )
     return rows
 
@@ -83,22 +102,28 @@ def _row(name: str, path: Path, wanted: Any) -> dict[str, Any]:
         row["state"] = "partial" if any(child.name != ".lock" for child in path.iterdir()) else "missing"
     else:
         facts = read_json(record)
-        row |= {"state": "done", "seconds": facts["seconds"], "finished": facts["finished"], "detail": _detail(facts)}
+        row |= {key: facts.get(key) for key in ("seconds", "finished")} | {"state": "done", "detail": _detail(facts)}
         with contextlib.suppress(RunFolderError, KeyError):
             stage = wanted()
             changed = differences(facts["settings"], json.loads(json.dumps(dict(stage.settings))))
-            known = {key: value for key, value in stage.inputs.items() if value and key in facts["inputs"]}
-            changed += differences({key: facts["inputs"][key] for key in known}, known, "input")
+            changed += _changed_inputs(facts["inputs"], stage.inputs)
             row |= {"changed": changed, "state": "stale" if changed else "done"}
     return row
 
 
+def _changed_inputs(old: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
+    """Differences among the inputs that are known now; where one dataset's is known, all of them are."""
+    new = {key: value for key, value in wanted.items() if value}
+    families = {key.partition(" of ")[0] for key in new if " of " in key}
+    held = {key: value for key, value in old.items() if key in new or key.partition(" of ")[0] in families}
+    return differences(held, new, "input")
+
+
 def _progress(path: Path) -> str:
-    try:
-        facts = json.loads((path / "progress.json").read_text(encoding="utf-8"))
-        return f"step {facts['done']:,} of {facts['total']:,}"
-    except (OSError, ValueError, KeyError):
-        return ""
+    from merit.launch.local import read_progress
+
+    facts = read_progress(path / "progress.json")
+    return f"step {facts['step']:,} of {facts['steps']:,}" if facts else ""
 
 
 def _detail(record: dict[str, Any]) -> str:

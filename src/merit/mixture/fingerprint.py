@@ -1,4 +1,4 @@
-"""What the source files hold, as one hash: so that a changed row is noticed before anything is computed from it.
+"""What the source files hold, as one hash per dataset: so that a changed row is noticed before anything is computed from it.
 
 It hashes bytes and parses nothing. Hub datasets count by id, configuration and split: their content is checked by the
 encoded rows' own fingerprints.
@@ -15,8 +15,8 @@ from merit.mixture.sources import Part, discover, discover_kept
 from merit.recipe import Recipe
 
 
-def source_fingerprint(recipe: Recipe, memo: MutableMapping[str, str] | None = None) -> str:
-    """SHA-256 (hex) over every source file's content by dataset; paths play no part.
+def source_fingerprints(recipe: Recipe, memo: MutableMapping[str, str] | None = None) -> dict[str, str]:
+    """SHA-256 (hex) of every dataset's source files, kept sets included; paths play no part.
 
     Args:
         recipe: The recipe.
@@ -26,11 +26,12 @@ def source_fingerprint(recipe: Recipe, memo: MutableMapping[str, str] | None = N
         MixtureError: A source is missing.
     """
     memo = {} if memo is None else memo
-    parts: list[tuple[str, str, Part | None]] = []
+    found = {}
     for source in [*discover(recipe.mixture), *discover_kept(recipe.evaluate)]:
-        parts += [(source.name, "train", source.train), (source.name, "test", source.test)]
-    content = [(name, split, _content(part, recipe, memo)) for name, split, part in parts if part is not None]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        parts = {"train": source.train, "test": source.test}
+        content = {split: _content(part, recipe, memo) for split, part in parts.items() if part is not None}
+        found[source.name] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return found
 
 
 def _content(part: Part, recipe: Recipe, memo: MutableMapping[str, str]) -> object:
