@@ -64,6 +64,26 @@ def unknowing():
     return made
 
 
+WORDS = ["User", "Assistant", "which", "is", "it", "that", "the", "cat", "I"]
+
+
+@pytest.fixture(scope="session", params=["words", "words and signs", "word pieces"])
+def whole_words(request):
+    """Whole words and hardly a single letter; a word that it does not know becomes <unk>, whatever its letters."""
+    tokens = ["<unk>", "</s>", *WORDS, *([] if request.param == "words" else [".", "!", ":"])]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    if request.param == "word pieces":
+        tokenizer = Tokenizer(models.WordPiece({**vocabulary, "##s": len(vocabulary)}, unk_token="<unk>"))
+        tokenizer.decoder = decoders.WordPiece()
+    else:
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.add_special_tokens(["<unk>", "</s>"])
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+    made.chat_template = default_chat_template()
+    return made
+
+
 @pytest.fixture
 def recipe(tmp_path: Path):
     """A function that makes a recipe from ``mixture`` settings (and other blocks by keyword)."""

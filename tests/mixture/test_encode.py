@@ -234,8 +234,20 @@ def test_template_refusals_are_told_apart(byte_level):
 
 
 def test_unknown_characters_are_found(unknowing, byte_level):
-    assert ChatEncoder(unknowing, 100).inventory.lost(["ab 12 é"]) == set("12é")
-    assert ChatEncoder(byte_level, 100).inventory.lost(["ab 12 é 日本 \u200d🙂\t"]) == set()
+    assert ChatEncoder(unknowing, 100).inventory.count_lost(["ab 12 é", "é"]) == {"1": 1, "2": 1, "é": 2}
+    assert ChatEncoder(byte_level, 100).inventory.count_lost(["ab 12 é 日本 \u200d🙂\t"]) == {}
+
+
+def test_whole_words_are_not_judged_by_their_letters(whole_words):
+    inventory = ChatEncoder(whole_words, 100).inventory
+    assert inventory.count_lost(["the cat that", "which is it"]) == {}
+    assert inventory.count_lost(["the dog", "a\u00adx"]) == {"d": 1, "o": 1, "g": 1, "a": 1, "x": 1}
+    assert inventory.kept("the dog is") == "the  is"
+    assert [inventory.nothing_kept(text) for text in ("dogs bark", "the dog", "the cat")] == [True, False, False]
+    row = encode_chat(chat("which cat", "that dog is the cat"), whole_words, 100)
+    assert whole_words.convert_ids_to_tokens(row.input_ids[row.targets].tolist()) == [
+        "that", "<unk>", "is", "the", "cat", "</s>",
+    ]  # fmt: skip
 
 
 def rows_of(seed=0, count=7):

@@ -169,6 +169,19 @@ def test_lost_characters_are_counted_apart_for_prompts_and_answers(recipe, dropp
     assert list(zip(test.answers, test.references, strict=True)) == [("that", "that"), ("한국 is", "is")]
 
 
+def test_whole_words_lose_the_words_they_do_not_know(recipe, whole_words, tmp_path):
+    rows = [messages("which cat", "the cat"), messages("is it", "that dog"), messages("it is", "dogs bark")]
+    path = write(tmp_path / "x.jsonl", rows)
+    known = write(tmp_path / "known.jsonl", [messages("which cat is it", "that is the cat I")])
+    datasets = [{"name": "some", "path": str(path)}, {"name": "known", "path": str(known)}]
+    some, known = prepare_mixture(recipe({"datasets": datasets}), whole_words, tmp_path / "out")
+    assert some.characters_lost == {"prompt": 0.0, "answer": (3 + 8) / (7 + 8 + 9), "all": 11 / (7 + 8 + 9 + 9 + 5 + 5)}
+    assert (some.rows, some.rows_dropped) == (2, {"answer_lost": 1})
+    assert known.characters_lost == {"prompt": 0.0, "answer": 0.0, "all": 0.0}
+    assert known.warnings == []
+    assert not any("read back" in warning for warning in some.warnings)
+
+
 def test_byte_level_tokenizers_lose_nothing(recipe, byte_level, tmp_path):
     mixed, _ = prepare_mixture(recipe(korean(tmp_path)), byte_level, tmp_path / "out")
     assert mixed.characters_lost == {"prompt": 0.0, "answer": 0.0, "all": 0.0}

@@ -112,8 +112,7 @@ class ChatEncoder:
     def _answers_lost(self, chat: Chat) -> bool:
         """Whether nothing but white space is left of every target turn."""
         answers = [turn["content"] for turn in chat.messages[chat.first_target :] if turn["role"] == "assistant"]
-        lost = self.inventory.lost(answers)
-        return bool(lost) and all(set(answer) <= lost or not _keep(answer, lost).strip() for answer in answers)
+        return bool(answers) and all(self.inventory.nothing_kept(answer) for answer in answers)
 
     def _tokenize(self, texts: list[str]) -> list[Any]:
         return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).encodings
@@ -132,7 +131,7 @@ class ChatEncoder:
     def template_characters_lost(self) -> str:
         """Characters of the template's own text (role markers) that the tokenizer cannot represent."""
         text, _ = self.template.apply([{"role": "user", "content": ""}, {"role": "assistant", "content": ""}])
-        return "".join(sorted(self.inventory.lost([re.sub(self._added, "", text)])))
+        return "".join(sorted(self.inventory.count_lost([re.sub(self._added, "", text)])))
 
     def _without_dropped(self, text: str, spans: list[Span]) -> tuple[str, list[Span]]:
         """Take out characters for which the tokenizer yields no token at all.
@@ -221,10 +220,6 @@ def _token_range(encoding: Any, start: int, end: int) -> tuple[int, int] | None:
     while last + 1 < len(encoding) and (o := encoding.token_to_chars(last + 1)) and start <= o[0] < end:
         last += 1  # several tokens can share one character (bytes)
     return first, last + 1
-
-
-def _keep(text: str, lost: set[str]) -> str:
-    return "".join(character for character in text if character not in lost)
 
 
 def _starts_before(encoding: Any, token: int, start: int) -> bool:

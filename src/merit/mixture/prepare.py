@@ -25,6 +25,7 @@ from merit.mixture.formats import BadRow, Chat, RowFormat, to_chat
 from merit.mixture.reading import Part
 from merit.mixture.sources import Source, as_row, bad_row_error, discover, discover_kept, refuse_shared_names
 from merit.recipe import Recipe
+from merit.run_folder import write_json
 
 Split = Literal["train", "test", "kept"]
 
@@ -130,9 +131,9 @@ def prepare_mixture(
                 f"(mixture.unrepresentable.max_share {recipe.mixture.unrepresentable.max_share:g}).",
                 "Use a base with another tokenizer, or raise max_share.",
             )
-        _write_json(unfinished / "kept.json", [asdict(entry) for entry in kept_counts])
-        _write_json(unfinished / "encoding.json", {**stage.description(), "left_out": left_out})
-        _write_json(unfinished / "datasets.json", [asdict(entry) for entry in counts])
+        write_json(unfinished / "kept.json", [asdict(entry) for entry in kept_counts])
+        write_json(unfinished / "encoding.json", {**stage.description(), "left_out": left_out})
+        write_json(unfinished / "datasets.json", [asdict(entry) for entry in counts])
         for name in ("datasets.json", "train", "test", "kept", "kept.json", "encoding.json"):
             _remove(folder / name)
         for name in ("train", "test", "kept", "kept.json", "encoding.json", "datasets.json"):
@@ -341,11 +342,7 @@ class _Stage:
         most: Counter[str] = Counter()
         totals: dict[str, tuple[int, int]] = {}
         for key, parts in texts.items():
-            lost = self.encoder.inventory.lost(parts)
-            tally: Counter[str] = Counter()
-            if lost:
-                for text in parts:
-                    tally.update(c for c in text if c in lost)
+            tally = self.encoder.inventory.count_lost(parts)
             most.update(tally)
             totals[key] = (sum(tally.values()), sum(map(len, parts)))
         totals["all"] = (sum(n for n, _ in totals.values()), sum(n for _, n in totals.values()))
@@ -380,8 +377,7 @@ class _Stage:
         texts = self._read_back([row for row, _ in sample])
         wrong = 0
         for (row, _), text in zip(sample, texts, strict=True):
-            lost = self.encoder.inventory.lost([row.answer])
-            wrong += _plain("".join(c for c in row.answer if c not in lost)) not in _plain(text)
+            wrong += _plain(self.encoder.inventory.kept(row.answer)) not in _plain(text)
         if wrong:
             counts.warnings.append(
                 f"the targets of {wrong} of {len(sample)} rows looked at do not read back as their answers"
@@ -440,10 +436,6 @@ def _quantiles(values: np.ndarray) -> dict[str, int]:
 
 def _listing(dropped: dict[str, int]) -> str:
     return ", ".join(f"{reason} {count}" for reason, count in sorted(dropped.items())) or "no rows"
-
-
-def _write_json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _remove(path: Path) -> None:
