@@ -35,7 +35,7 @@ def run(tmp_path_factory, tokenizer):
     test["long"] = make_dataset("long", 4, longest=60)
     kept = {"known": make_dataset("known", 5)}
 
-    def evaluate(folder, names=tuple(SEEDS), fingerprints=None, test=test, kept=kept, **settings):
+    def evaluate(folder, names=tuple(SEEDS), fingerprints=None, test=test, kept=kept, options=None, **settings):
         seed = settings.pop("seed", 0)
         recipe = parse_recipe(
             {
@@ -55,6 +55,7 @@ def run(tmp_path_factory, tokenizer):
             tokenizer=tokenizer,
             device=torch.device("cpu"),
             fingerprints=fingerprints or {name: f"content of {name}" for name in names},
+            **(options or {}),
         )
 
     evaluate.root, evaluate.test, evaluate.kept = root, test, kept
@@ -209,6 +210,38 @@ def test_settings_choose_what_is_measured(run, tmp_path):
     assert read(tmp_path, "kept.json")["base"]["known"]["exact_match"] is not None
     run(tmp_path, ("base",), test={"long": run.test["long"]}, exact_match="always")
     assert read(tmp_path, "results.json")["base"]["long"]["exact_match"] == 0.0
+
+
+def test_nothing_to_measure_loads_no_model_and_says_so(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "load_model", None)
+    found = run(tmp_path, test={}, kept={})
+    assert found["verdict"][0].startswith("Nothing was measured")
+    assert found["reused"] == []
+    assert read(tmp_path, "results.json") == read(tmp_path, "kept.json") == {name: {} for name in SEEDS}
+    assert read(tmp_path, "drift.json") == {}
+    assert read(tmp_path, "summary.json")["macro"]["merged"]["mixture"] is None
+    assert "Nothing was measured" in (tmp_path / "table.md").read_text(encoding="utf-8")
+
+
+def test_drift_alone_can_be_measured(run, tmp_path):
+    run(tmp_path, ("base", "merged"), kept={}, heldout=False)
+    assert read(tmp_path, "results.json") == {"base": {}, "merged": {}}
+    assert read(tmp_path, "drift.json")["merged"]["kl"] > 0.01
+    assert read(tmp_path, "summary.json")["verdict"][0].startswith("Learned: not measured")
+
+
+def test_what_the_caller_says_of_the_models_is_shown(run, tmp_path):
+    options = {"about": {"merged": "operator ties"}, "trained_tokens": {"base": 0, "joint": 30, "merged": 20}}
+    run(tmp_path, ("base", "joint", "merged"), max_examples=1, options={**options, "method": "kmeans"})
+    summary = read(tmp_path, "summary.json")
+    assert summary["method"] == "kmeans"
+    assert summary["about"] == {"merged": "operator ties"}
+    assert summary["verdict"][0].endswith("average of all branches: operator ties.")
+    page = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert "\nmerged: operator ties.\n" in page
+    assert "Against joint training, at another budget (merged 20 target tokens, joint 30)" in page
+    assert run(tmp_path, ("base", "joint", "merged"), max_examples=1)["reused"] == ["base", "joint", "merged"]
+    assert read(tmp_path, "summary.json")["method"] == "pca"
 
 
 def test_non_finite_loss_names_model_and_dataset(run, tmp_path):

@@ -123,3 +123,17 @@ def test_summary_holds_what_the_tables_show():
 def test_a_joint_run_is_not_compared_with_itself():
     results = {name: figures([1.0] * 8) for name in ("base", "joint", "merged")}
     assert {item["other"] for item in summarise(results, {}, {}, method="joint")["paired"]} == {"base"}
+
+
+def test_another_model_of_the_same_method_is_compared():
+    """A split that was imported can be random beside a random baseline: two models, not one."""
+    results = {name: figures([1.0] * 8) for name in ("base", "random", "merged")}
+    assert {item["other"] for item in summarise(results, {}, {}, method="random")["paired"]} == {"base", "random"}
+
+
+def test_remarks_are_kept_for_the_models_there_are():
+    results = {name: figures([1.0]) for name in ("base", "merged")}
+    assert summarise(results, {}, {}, about={"merged": "scale 0.5", "random": "x", "base": ""})["about"] == {
+        "merged": "scale 0.5"
+    }
+    assert summarise(results, {}, {})["about"] == {}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
+from rich.console import Console
 
 from merit.evaluation.summary import summarise
-from merit.evaluation.tables import dataset_table, markdown, overview, render
+from merit.evaluation.tables import dataset_table, markdown, overview, render, terminal
+from merit.run_folder import write_json
 
 N = 16  # datasets; with 13 or fewer and ties, Wilcoxon's exact p takes half a second
 NOISE = np.random.default_rng(0).normal(0, 0.05, size=(8, N))
@@ -37,7 +41,7 @@ def moved(kl):
     }
 
 
-def sentences(other, mixture, kept=None, drift=None, method="pca", n=N):
+def sentences(other, mixture, kept=None, drift=None, method="pca", n=N, **options):
     """Verdict on base, one other baseline and merged; each pair is (other, merged)."""
     results = {"base": table(3.0, 0.1, n), other: table(mixture[0], 0.5, n, 1), "merged": table(mixture[1], 0.5, n, 2)}
     kepts = {}
@@ -46,7 +50,7 @@ def sentences(other, mixture, kept=None, drift=None, method="pca", n=N):
     drifts = {name: moved(kl) for name, kl in zip((other, "merged"), drift or (), strict=False)}
     if drift:
         drifts["base"] = moved(0.0)
-    return summarise(results, kepts, drifts, method=method)["verdict"]
+    return summarise(results, kepts, drifts, method=method, **options)["verdict"]
 
 
 def against(other, *args, **kwargs):
@@ -104,6 +108,8 @@ def test_drift_stands_in_for_kept_sets_and_says_so():
     found = against("joint", (LOW, HIGH), (LOW, LOW), drift=(0.9, 0.3))
     assert "judged by drift alone; the kept sets show no clear difference." in found
     assert "judged by drift" not in against("joint", (LOW, HIGH), (HIGH, LOW), drift=(0.9, 0.3))
+    found = against("joint", (LOW, HIGH), (LOW, LOW), drift=(0.9, 0.3), n=5)
+    assert "judged by drift alone; the kept sets are too few to compare." in found
 
 
 def test_measures_that_disagree_are_no_verdict():
@@ -148,13 +154,83 @@ def test_what_was_not_measured_is_said():
     assert summarise({"base": table(3.0)}, {}, {})["verdict"] == [
         "No merged model was measured, so nothing is compared."
     ]
-    found = summarise({"base": {}, "merged": {}}, {}, {})["verdict"]
-    assert found[0].startswith("Nothing was measured")
+    assert summarise({"base": {}, "joint": {}}, {}, {})["verdict"][0].startswith("Nothing was measured")
     found = summarise({"base": {}, "merged": {}}, {}, {"base": moved(0.0), "merged": moved(0.5)})["verdict"]
     assert found[0].startswith("Learned: not measured")
     assert "merged 0.5000" in found[1]
     found = summarise({"base": table(3.0), "merged": table(1.0)}, {}, {})["verdict"]
     assert found[1].startswith("Kept: not measured")
+    assert found[2].startswith("Only one of the two columns was measured")
+    assert sentences("joint", (LOW, LOW), (LOW, LOW))[2].startswith("Read both together")
+
+
+def test_nothing_measured_claims_nothing_and_says_what_to_add():
+    models = ("base", "joint", "random", "merged")
+    summary = summarise({name: {} for name in models}, {}, {}, trained_tokens=dict.fromkeys(models, 9))
+    text = " ".join(summary["verdict"])
+    assert text.startswith("Nothing was measured")
+    for advice in ("test.jsonl", "evaluate.kept_folder", "evaluate.drift.prompts"):
+        assert advice in text
+    for claim in ("interval", "seed", "Read both", "difference"):
+        assert claim not in text
+    page = markdown(summary, {}, {})
+    assert "Target tokens:" in page
+    for claim in ("nats", "Drift:", "↓", "↑", "95 %"):
+        assert claim not in page
+    assert "| merged | 9 |" in page
+
+
+def test_intervals_are_spoken_of_only_where_they_are_shown():
+    few = sentences("joint", (HIGH, LOW), n=5)
+    assert "too little was measured for intervals" in few[-1]
+    assert "95 %" not in " ".join(few)
+    one = " ".join(sentences("joint", (HIGH, LOW), n=1))
+    assert "(1 dataset: too few to compare)" in one
+    assert "1 datasets" not in one
+    assert "95 % intervals in brackets are over 16 mixture datasets;" in sentences("joint", (HIGH, LOW))[-1]
+    mixed = sentences("joint", (HIGH, LOW), drift=(0.9, 0.3), n=5)[-1]
+    assert "in brackets are over 16 answers of the base;" in mixed
+
+
+def test_a_merge_that_is_not_plain_is_called_so():
+    about = {"merged": "operator ties, without branch 1", "joint": "half an epoch"}
+    found = sentences("joint", (HIGH, LOW), (HIGH, LOW), about=about)
+    assert found[0] == (
+        "merged is not the plain token-weighted average of all branches: operator ties, without branch 1."
+    )
+    assert found[-2].startswith("Against joint training (half an epoch): the merged model did better on both")
+    assert "plain" not in " ".join(sentences("joint", (HIGH, LOW), about={"joint": "half an epoch"}))
+    nothing = summarise({"base": {}, "merged": {}}, {}, {}, about=about)["verdict"]
+    assert nothing[0].startswith("merged is not the plain")
+
+
+def test_remarks_stand_under_the_tables():
+    results = {"base": table(3.0), "merged": table(1.0)}
+    summary = summarise(results, {}, {}, about={"merged": "operator ties"})
+    assert "\nmerged: operator ties.\n" in markdown(summary, results, {}).split("## Verdict")[0]
+    assert "merged: operator ties." in shown(summary)
+    del summary["about"]  # as an earlier version wrote it
+    assert "merged: operator ties." not in shown(summary)
+
+
+def test_budgets_that_differ_are_said():
+    tokens = {"base": 0, "random": 2000, "merged": 1000}
+    found = against("random", (LOW, HIGH), (LOW, LOW), trained_tokens=tokens)
+    assert found.startswith(
+        "Against the random split, at another budget (merged 1,000 target tokens, random 2,000): the random split learned"
+    )
+    assert "may come from the budget alone" in found
+    assert "nothing here speaks for the PCA split" in found
+    assert "Splitting by conflict" not in found
+    same = against("random", (LOW, HIGH), (LOW, LOW), trained_tokens={**tokens, "random": 1000})
+    assert "budget" not in same
+    assert "Splitting by conflict did not help here" in same
+    assert "budget" not in against("random", (LOW, HIGH), (LOW, LOW), trained_tokens={"merged": 1000})
+
+
+def test_names_cannot_break_a_table():
+    results = {"base": {"a|b": table(1.0)["d0"]}}
+    assert "| a\\|b | 4 | " in markdown(summarise(results, {}, {}), results, {})
 
 
 def test_tables_show_every_model_and_leave_out_what_nobody_has():
@@ -165,27 +241,45 @@ def test_tables_show_every_model_and_leave_out_what_nobody_has():
     assert [row[0] for row in rows] == ["base", "merged"]
     assert rows[0][2:] == ["–", "–"]
     assert rows[1][3] == "12,345"
-    assert dataset_table(results, ["base", "merged"], "exact_match")[1][0][:2] == ["d0", "–"]
+    assert dataset_table(results, ["base", "merged"], "exact_match")[1][0][:3] == ["d0", "4", "–"]
     page = markdown(summary, results, {})
     assert "## Kept" not in page
     assert "| d15 |" in page
-    assert "(1 datasets)" in page
+    assert "short: loss ↓ (1 dataset) | long: loss ↓ (15 datasets)" in page
     widths = {line.count("|") for line in page.split("## Verdict")[0].splitlines() if line.startswith("|")}
     assert widths == {5}
 
 
+def shown(summary, width=120):
+    console = Console(width=width, file=io.StringIO())
+    for item in terminal(summary):
+        console.print(item)
+    return console.file.getvalue()
+
+
 def test_terminal_shows_table_and_verdict(tmp_path):
-    import io
-
-    from rich.console import Console
-
-    from merit.run_folder import write_json
-
     summary = summarise({"base": table(3.0), "merged": table(1.0, 0.5)}, {}, {})
     write_json(tmp_path / "summary.json", summary)
+    text = shown(summary)
+    assert [line.split() for line in text.splitlines()[1:4]] == [
+        ["mixture"],
+        ["mixture", "exact"],
+        ["model", "loss", "↓", "match", "↑"],
+    ]
+    assert "Caution: one training seed." in text
     console = Console(width=120, file=io.StringIO())
     for item in render(tmp_path):
         console.print(item)
-    text = console.file.getvalue()
-    assert "mixture loss ↓" in text
-    assert "Caution: one training seed." in text
+    assert console.file.getvalue() == text
+
+
+def test_eighty_columns_hold_every_column():
+    names = ("base", "joint", "conflict_induced", "merged", "branch-10")
+    results = {name: table(12.0, 0.5) for name in names}
+    drift = {name: moved(0.0 if name == "base" else 1.25) for name in names}
+    text = shown(summarise(results, results, drift, trained_tokens=dict.fromkeys(names, 9_876_543_210)), width=80)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80
+    line = next(line for line in lines if line.startswith("conflict_induced "))
+    assert line.split() == ["conflict_induced", "12.000", "0.500", "12.000", "0.500", "1.2500", "9,876,543,210"]
+    assert "…" not in text

@@ -93,6 +93,8 @@ def evaluate_models(
     device: torch.device,
     fingerprints: Mapping[str, str],
     trained_tokens: Mapping[str, int] | None = None,
+    about: Mapping[str, str] | None = None,
+    method: str | None = None,
     progress: Callable[..., None] | None = None,
 ) -> dict[str, Any]:
     """Measure every model, then write results, summary, verdict and table into ``folder``.
@@ -100,14 +102,19 @@ def evaluate_models(
     Args:
         recipe: Its ``evaluate`` block, ``model`` and ``seed`` are read.
         models: Checkpoint folder by model name, None for the base itself; ``base`` must be among them.
-        test: The mixture's held-out rows by dataset.
-        kept: Held-out rows of what the base already knew, by dataset.
+        test: The mixture's held-out rows by dataset; may be empty.
+        kept: Held-out rows of what the base already knew, by dataset; may be empty. With neither there is nothing to
+            measure: no model is loaded, and the verdict says what to add.
         folder: Where the files go; ``models/`` in it may hold what an earlier, killed call measured.
         tokenizer: The base's tokenizer.
         device: Where to compute.
         fingerprints: Content of every model, by name; a model whose content, settings and rows are unchanged is not
             measured again, and two names with the same content are measured once.
-        trained_tokens: Target tokens that each model was trained on, for the table.
+        trained_tokens: Target tokens that each model was trained on, for the table and for what the verdict says of
+            budgets.
+        about: Short remark by model name on how it was made, where that is not the plain way (``operator ties``,
+            ``scale 0.5``, ``without branch 1``); shown under the table and in the verdict.
+        method: Split method that ``merged`` was made with; ``recipe.split.method`` by default.
         progress: Called as ``progress(done, total, label)``, in rows.
 
     Returns:
@@ -134,7 +141,8 @@ def evaluate_models(
     job.prompts = [(name, row, source[name][row].input_ids[: source[name][row].prompt_length]) for name, row in chosen]
     keys = {name: _key(recipe, parts, source, fingerprints[name], fingerprints["base"]) for name in names}
     found = _measure_all(job, names, models, keys)
-    return _write(job, names, found, trained_tokens)
+    labels = {"trained_tokens": trained_tokens, "about": about, "method": method or recipe.split.method}
+    return _write(job, names, found, labels)
 
 
 def _draw(part: str, name: str, dataset: EncodedDataset, recipe: Recipe) -> _Set:
@@ -193,6 +201,8 @@ def _measure_all(
     job: _Job, names: Sequence[str], models: Mapping[str, Path | None], keys: Mapping[str, str]
 ) -> dict[str, dict[str, Any]]:
     """Figures by model: read where they stand, taken from a model of the same content, or measured now."""
+    if not job.sets and not job.prompts:
+        return {name: {"mixture": {}, "kept": {}, "drift": None, "seconds": 0.0} for name in names}
     found: dict[str, dict[str, Any]] = {}
     for name in names:
         with suppress(RunFolderError):
@@ -346,7 +356,7 @@ def _free(device: torch.device) -> None:
 
 
 def _write(
-    job: _Job, names: Sequence[str], found: Mapping[str, Mapping[str, Any]], trained_tokens: Mapping[str, int] | None
+    job: _Job, names: Sequence[str], found: Mapping[str, Mapping[str, Any]], labels: Mapping[str, Any]
 ) -> dict[str, Any]:
     recipe, folder = job.recipe, job.folder
     results, kept = ({name: found[name][part] for name in names} for part in ("mixture", "kept"))
@@ -356,9 +366,8 @@ def _write(
         kept,
         drifts,
         short={item.name for item in job.sets if item.part == "mixture" and _is_short(item, recipe)},
-        method=recipe.split.method,
         seed=recipe.seed,
-        trained_tokens=trained_tokens,
+        **labels,
     )
     write_json(folder / "results.json", results)
     write_json(folder / "kept.json", kept)

@@ -161,6 +161,7 @@ def summarise(
     method: str = "pca",
     seed: int = 0,
     trained_tokens: Mapping[str, int] | None = None,
+    about: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Everything that tables and verdict show.
 
@@ -172,11 +173,12 @@ def summarise(
         method: The run's own split method (what ``merged`` was made with).
         seed: Seed of the bootstrap.
         trained_tokens: Target tokens trained, by model.
+        about: Short remark by model on how it was made, where that is not the plain way.
 
     Returns:
-        ``models`` in order; ``macro`` {model: {mixture, kept, short, long: :func:`macro` or None; drift: {kl,
-        top1_agreement, tokens, prompts} or None; trained_target_tokens}}; ``paired``: one entry per (other model, part,
-        metric); ``verdict``: sentences.
+        ``models`` in order; ``about`` (remarks on these models); ``macro`` {model: {mixture, kept, short, long:
+        :func:`macro` or None; drift: {kl, top1_agreement, tokens, prompts} or None; trained_target_tokens}};
+        ``paired``: one entry per (other model, part, metric); ``verdict``: sentences.
     """
     models = model_order(results)
     datasets = {name for figures in results.values() for name in figures}
@@ -194,6 +196,7 @@ def summarise(
     summary = {
         "format": FORMAT,
         "models": models,
+        "about": {name: about[name] for name in models if about and about.get(name)},
         "method": method,
         "seed": seed,
         "short_answer_datasets": sorted(short),
@@ -215,9 +218,8 @@ def _comparisons(
         return []
     found = []
     for other in models:
-        if (
-            other == "merged" or other == method or other.startswith("branch-")
-        ):  # a run's own method is the merged model
+        is_merged = other == "merged" or other == method == "joint"  # a joint run's merged model goes by both names
+        if is_merged or other.startswith("branch-"):
             continue
         for part, tables in zip(_PARTS, (results, kept), strict=True):
             for metric in _METRICS:

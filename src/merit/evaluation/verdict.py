@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["verdict"]
+__all__ = ["counted", "verdict"]
 
 _NAMES = {
     "base": "the base",
@@ -24,6 +24,16 @@ _NAMES = {
 _METRICS = {"loss": "loss", "exact_match": "exact match", "drift": "drift"}
 _BY_CONFLICT = ("pca", "raw_pca", "kmeans")
 
+_NOT_PLAIN = "merged is not the plain token-weighted average of all branches: {}."
+_NO_LEARNED = (
+    "Learned: not measured; give the mixture's datasets test files (test.jsonl beside train.jsonl, or a dataset's `test`) "
+    "and leave evaluate.heldout on."
+)
+_NO_KEPT = (
+    "Kept: not measured; give evaluate.kept_folder (what the base could do before). Drift from the base needs prompts, "
+    "which it takes from test or kept rows: evaluate.drift.prompts of them, above 0."
+)
+
 Items = Sequence[Mapping[str, Any]]
 """Entries of a summary's ``paired``."""
 
@@ -34,30 +44,41 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
     Args:
         summary: From :func:`merit.evaluation.summary.summarise`, with or without its own ``verdict``.
     """
-    averages = summary["macro"]
+    averages, about = summary["macro"], summary.get("about") or {}
+    sentences = [_NOT_PLAIN.format(about["merged"])] if "merged" in about else []
+    if not any(_measured(average) for average in averages.values()):
+        nothing = "Nothing was measured, so nothing can be said of what was learned or kept."
+        return [*sentences, nothing, _NO_LEARNED, _NO_KEPT]
     if "merged" not in averages:
         return ["No merged model was measured, so nothing is compared."]
-    ours = averages["merged"]
-    if not any(ours[part] for part in ("mixture", "kept", "drift")):
-        return ["Nothing was measured: there are no held-out rows, no kept sets and no drift prompts."]
     others = list(dict.fromkeys(item["other"] for item in summary["paired"]))
     by_other = {name: [item for item in summary["paired"] if item["other"] == name] for name in others}
     baselines = [name for name in others if name != "base"]
-    sentences = [
+    sentences += [
         _learned(averages, by_other.get("base", [])),
         _kept(averages, by_other.get("base", []), ["base", *baselines, "merged"]),
         _both_columns(averages),
     ]
     for name in baselines:
-        sentences.append(_against(name, by_other[name], summary["method"]))
+        budgets = averages["merged"]["trained_target_tokens"], averages[name]["trained_target_tokens"]
+        sentences.append(_against(name, by_other[name], summary["method"], about.get(name), budgets))
     sentences.append(_caution(summary))
     return sentences
+
+
+def counted(n: int, what: str) -> str:
+    """A number with its noun: 1 dataset, 2 datasets."""
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
+def _measured(average: Mapping[str, Any]) -> bool:
+    return any(average[part] for part in ("mixture", "kept", "drift"))
 
 
 def _learned(averages: Mapping[str, Any], against_base: Items) -> str:
     ours, base = averages["merged"]["mixture"], averages["base"]["mixture"]
     if not ours or not base:
-        return "Learned: not measured; the mixture has no held-out rows, or evaluate.heldout is off."
+        return _NO_LEARNED
     figures = [f"loss {base['loss']:.3f} → {ours['loss']:.3f} nats/token"]
     if ours["exact_match"] is not None and base["exact_match"] is not None:
         figures.append(f"exact match {base['exact_match']:.3f} → {ours['exact_match']:.3f}")
@@ -80,7 +101,7 @@ def _kept(averages: Mapping[str, Any], against_base: Items, shown: Sequence[str]
     if moved["merged"] is not None:
         figures.append(f"drift from the base {_list(moved, 4)} nats/token")
     if not figures:
-        return "Kept: not measured; give evaluate.kept_folder, or evaluate.drift.prompts above 0."
+        return _NO_KEPT
     kept = averages["merged"]["kept"]
     where = f" ({_count(kept)})" if kept else ""
     text = f"Kept{where}: {'; '.join(figures)}."
@@ -89,11 +110,14 @@ def _kept(averages: Mapping[str, Any], against_base: Items, shown: Sequence[str]
 
 
 def _both_columns(averages: Mapping[str, Any]) -> str:
-    text = (
-        "Read both together: a merged model commonly has a higher loss on the training mixture than joint training and "
-        "still does better elsewhere (Choi and Kim 2026), while the base itself keeps everything and learns nothing; "
-        "neither column decides alone."
+    merged = averages["merged"]
+    both = bool(merged["mixture"] and (merged["kept"] or merged["drift"]))
+    text = "Read both together: " if both else "Only one of the two columns was measured, and one alone misleads: "
+    text += (
+        "a merged model commonly has a higher loss on the training mixture than joint training and still does better "
+        "elsewhere (Choi and Kim 2026), while the base itself keeps everything and learns nothing"
     )
+    text += "; neither column decides alone." if both else "."
     joint, ours = (averages.get(name, {}).get("mixture") for name in ("joint", "merged"))
     if joint and ours and joint["loss"] != ours["loss"]:
         gap = ours["loss"] - joint["loss"]
@@ -102,23 +126,38 @@ def _both_columns(averages: Mapping[str, Any]) -> str:
     return text
 
 
-def _against(name: str, items: Items, method: str) -> str:
-    """One comparison: what it comes to, then the differences in both columns."""
+def _against(name: str, items: Items, method: str, remark: str | None, budgets: tuple[int | None, int | None]) -> str:
+    """One comparison: what it comes to, then the differences in both columns.
+
+    Args:
+        name: The other model.
+        items: The differences.
+        method: The run's own split method.
+        remark: How the other model was made, where that is not the plain way.
+        budgets: Target tokens that merged and the other model were trained on, where known.
+    """
     columns = {part: [item for item in items if item["part"] == part] for part in ("mixture", "kept")}
     figures = [
         f"{word}: {_outcomes(columns[part])}"
         for part, word in (("mixture", "learned"), ("kept", "kept"))
         if columns[part]
     ]
-    other = _NAMES.get(name, name)
-    return f"Against {other}: {_call(name, other, columns, method)} ({'; '.join(figures)})"
+    other, (ours, theirs) = _NAMES.get(name, name), budgets
+    title = f"{other} ({remark})" if remark else other
+    if ours is None or theirs is None or ours == theirs:
+        return f"Against {title}: {_call(name, other, columns, method)} ({'; '.join(figures)})"
+    return (
+        f"Against {title}, at another budget (merged {ours:,} target tokens, {name} {theirs:,}): "
+        f"{_call(name, other, columns, method, same_budget=False)} A difference may come from the budget alone. "
+        f"({'; '.join(figures)})"
+    )
 
 
-def _call(name: str, other: str, columns: Mapping[str, Items], method: str) -> str:
+def _call(name: str, other: str, columns: Mapping[str, Items], method: str, same_budget: bool = True) -> str:
     learned, kept = _side(columns["mixture"]), _side(columns["kept"])
     if "?" in (learned, kept) and not {learned, kept} & {"+", "-", "±"}:
         return "too little was measured in one of the two columns to call a difference."
-    what = "merging" if name == "joint" else "the run's own split"
+    what = "merging" if name == "joint" else _NAMES.get(method, f"the run's own split, {method}")
     no_reason = f"nothing here speaks for {what}."
     calls = {
         "++": "the merged model did better on both: it learned more and kept more.",
@@ -136,10 +175,10 @@ def _call(name: str, other: str, columns: Mapping[str, Items], method: str) -> s
     if kept in "+-" and {item["metric"] for item in columns["kept"] if item["outcome"] in ("better", "worse")} == {
         "drift"
     }:
-        text += " What was kept is judged by drift alone" + (
-            "; the kept sets show no clear difference." if len(columns["kept"]) > 1 else "."
-        )
-    if name == "random" and method in _BY_CONFLICT and {learned, kept} <= {"=", "-"}:
+        sets = {item["outcome"] for item in columns["kept"] if item["metric"] != "drift"}
+        said = "show no clear difference" if "unclear" in sets else "are too few to compare"
+        text += " What was kept is judged by drift alone" + (f"; the kept sets {said}." if sets else ".")
+    if same_budget and name == "random" and method in _BY_CONFLICT and {learned, kept} <= {"=", "-"}:
         text += (
             " Splitting by conflict did not help here: the random split did better."
             if "-" in (learned, kept)
@@ -176,9 +215,9 @@ def _outcomes(items: Items) -> str:
     for item in items:
         digits = 4 if item["metric"] == "drift" else 3
         text = f"{_METRICS[item['metric']]} {item['difference']:+.{digits}f}"
-        unit = "answers" if item["metric"] == "drift" else "datasets"
+        unit = "answer" if item["metric"] == "drift" else "dataset"
         if item["outcome"] == "few":
-            text += f" ({item['units']} {unit}: too few to compare)"
+            text += f" ({counted(item['units'], unit)}: too few to compare)"
         else:
             low, high = item["ci95"]
             said = {"better": "better", "worse": "worse", "unclear": "no clear difference"}[item["outcome"]]
@@ -189,7 +228,7 @@ def _outcomes(items: Items) -> str:
 
 def _count(average: Mapping[str, Any]) -> str:
     n = average["datasets"]
-    text = f"mean over {n} held-out dataset{'s' if n != 1 else ''}"
+    text = f"mean over {counted(n, 'held-out dataset')}"
     if average["exact_match"] is not None and average["exact_match_datasets"] != n:
         text += f", exact match over {average['exact_match_datasets']}"
     return text
@@ -200,19 +239,19 @@ def _list(values: Mapping[str, float | None], digits: int) -> str:
 
 
 def _caution(summary: Mapping[str, Any]) -> str:
-    counts = {item["metric"]: item["units"] for item in summary["paired"] if item["part"] == "mixture"}
-    kept = {item["metric"]: item["units"] for item in summary["paired"] if item["part"] == "kept"}
-    over = []
-    if "loss" in counts:
-        over.append(f"{counts['loss']} mixture datasets")
-    if "loss" in kept:
-        over.append(f"{kept['loss']} kept datasets")
-    if "drift" in kept:
-        over.append(f"{kept['drift']} answers of the base")
-    text = "Caution: one training seed. "
-    if over:
-        text += f"The 95 % intervals in brackets are over {', '.join(over)}; "
-        text += "another seed or another mixture can differ by more than they show."
-    else:
-        text += "Another seed or another mixture can differ."
-    return text
+    units = {(item["part"], item["metric"]): item["units"] for item in summary["paired"] if item["outcome"] != "few"}
+    names = {
+        ("mixture", "loss"): "mixture dataset",
+        ("kept", "loss"): "kept dataset",
+        ("kept", "drift"): "answer",
+    }
+    over = [counted(units[key], name) for key, name in names.items() if key in units]
+    if not over:
+        return (
+            "Caution: one training seed, and too little was measured for intervals. Another seed or mixture can differ."
+        )
+    answers = " of the base" if ("kept", "drift") in units else ""
+    return (
+        f"Caution: one training seed. The 95 % intervals in brackets are over {', '.join(over)}{answers}; "
+        "another seed or another mixture can differ by more than they show."
+    )
