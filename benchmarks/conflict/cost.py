@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-ROUNDS = 3
+ROUNDS = 6
 
 
 def random_qwen2(hidden: int, layers: int, vocabulary: int, intermediate: int) -> Any:

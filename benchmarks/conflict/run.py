@@ -57,7 +57,7 @@ def time_part(recipe: Any, work: Path) -> dict[str, Any]:
 
 def memory_part(work: Path) -> dict[str, Any]:
     found = {"plain": cost.peak_memory("plain", 1, work)}
-    for variant, datasets in (("held", 1), ("streamed", 1), ("streamed", 4), ("streamed", 12)):
+    for variant, datasets in (("held", 1), ("streamed", 1), ("streamed", 4), ("streamed", 12), ("streamed", 36)):
         found[f"{variant}, {datasets} datasets"] = cost.peak_memory(variant, datasets, work)
     return found
 
