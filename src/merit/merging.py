@@ -117,7 +117,6 @@ def make_merge(
     With ``merge.scale: auto`` the plain merge is made first, λ is searched along the line from the base to it, and the
     chosen λ is merged from the branches anew.
     """
-    from merit import checkpoint
     from merit.merge import run_merge
 
     def merge(folder: Path, scale: float) -> dict[str, Any]:
@@ -137,5 +136,5 @@ def make_merge(
     if search is not None:
         write_text(output / "scale.svg", curve)
     record["merge_seconds"] = record.pop("seconds")
-    record["model_fingerprint"] = checkpoint.fingerprint(output)
+    record["model_fingerprint"] = record["output"]["fingerprint"]
     return record | ({"scale_search": search} if search else {})

@@ -185,7 +185,9 @@ class Pipeline:
 
     def write_recipe(self) -> None:
         """Write the resolved recipe into the run folder."""
-        write_text(self.run_folder / "recipe.yaml", dump_recipe(self.recipe))
+        file, text = self.run_folder / "recipe.yaml", dump_recipe(self.recipe)
+        if not file.is_file() or file.read_text(encoding="utf-8") != text:
+            write_text(file, text)
 
     def baseline(self, method: str) -> Pipeline:
         """The same run with another split method: its stages after the gradients lie in baselines/<method>/."""

@@ -159,8 +159,7 @@ class Stage:
             raise StaleStageError(
                 f"{self.path}: the {self.name} stage was made with other settings or inputs than those asked for now:",
                 *shown,
-                "Ways out: set these back; or use another run folder (--output DIR); or remove this stage and what "
-                "follows from it (--redo).",
+                "Ways out: set these back; or use another run folder (--output DIR); or have it made again (--redo).",
                 "Nothing was changed.",
             )
         return True
@@ -290,8 +289,9 @@ def claim(folder: Path) -> None:
             f"{folder} is not empty and no run folder: it holds {held}.",
             "Use another --output DIR (default: runs/NAME, after the recipe's name). Nothing was changed.",
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARKER).touch()
+    if not (folder / MARKER).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MARKER).touch()
 
 
 _OWN_FILES = ("record.json", ".lock", "running.json", "progress.json", "log.txt")
