@@ -110,7 +110,7 @@ interpreter with its libraries. *plain*: a backward pass that holds all gradient
 {table(["way", "model (MiB)", "peak (MiB)", "peak / plain"], shown)}
 
 The peak still creeps up, by less and less per dataset. Nothing is kept per dataset (on a small model the resident set stays
-the same over 24 datasets); freeing and allocating gradients of many sizes fragments the C allocator's heap."""
+the same over 24 datasets); fragmentation of the C allocator's heap is the likely cause, not a verified one."""
 
 
 def _gram(found: dict[str, Any]) -> str:
