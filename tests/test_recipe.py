@@ -31,6 +31,7 @@ def refused(*overrides: str, **blocks: object) -> str:
         ("split.method=pcaa", ["split.method", "'pca'"]),
         ("mixture.datasets=[{name: a, pth: x}]", ["mixture.datasets.0.pth", "'path'"]),
         ("conflict.unrepresentable=1", ["conflict.unrepresentable"]),
+        ("mixture.datasets=[{name: é, path: x}]", ["mixture.datasets.0.name", "A-Z, a-z, 0-9 and . _ + -"]),
         ("train.epochs=-1", ["train.epochs", "greater than 0", "-1"]),
         ("train.epochs=many", ["train.epochs", "number", '"many"']),
         ("train.batch_size=0", ["train.batch_size"]),

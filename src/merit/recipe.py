@@ -1,7 +1,7 @@
 """The recipe: every setting of a run, read from YAML, validated, and frozen.
 
-It knows fields, types, limits and units. It reads no data and no model, imports no ML library, and decides nothing
-about stages beyond naming which settings change which stage's answer (:func:`stage_settings`).
+It knows fields, types, limits and units. It reads no data and no model and imports no ML library. Which settings decide
+which stage's answer is :mod:`merit.stages`' business.
 """
 
 from __future__ import annotations
