@@ -438,6 +438,8 @@ def _explain(error: ValidationError, where: str) -> list[str]:
             found = json.dumps(item["input"], default=str)
             found = found if len(found) <= 80 else found[:77] + "..."
             message = item["msg"].removeprefix("Value error, ")
+            if item["type"] == "string_pattern_mismatch":  # Name is the only pattern
+                message = "a name holds A-Z, a-z, 0-9 and . _ + - only, and begins with a letter or digit"
             shown = "" if item["type"] == "value_error" else f"; found {found}"
             text = f"{location}: {message[0].lower() + message[1:]}{shown}."
             if item["type"] == "literal_error" and isinstance(item["input"], str):
