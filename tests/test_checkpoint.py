@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from merit import checkpoint
+from merit import checkpoint, dtypes
 from merit.errors import CheckpointError
 
 DTYPES = [
@@ -84,7 +84,7 @@ def test_reads_what_the_safetensors_library_wrote(tmp_path_factory, kinds, seed)
         assert info.shape == tuple(want.shape) == raw.shape
         assert raw.tobytes() == want.contiguous().flatten().view(torch.uint8).numpy().tobytes()
         if info.dtype.kind == "float":
-            assert np.array_equal(checkpoint.to_float(raw, info.dtype), want.double().numpy())
+            assert np.array_equal(dtypes.to_float(raw, info.dtype), want.double().numpy())
     shutil.rmtree(folder)
 
 
@@ -312,8 +312,6 @@ def test_load_file_agrees_on_values(folder):
     loaded, head = load_file(folder / "model.safetensors"), checkpoint.read_headers(folder)
     raw = checkpoint.read_tensor(head, "model.embed.weight")
     info = head.tensors["model.embed.weight"]
-    assert np.array_equal(
-        checkpoint.to_float(raw, info.dtype, np.float32), loaded["model.embed.weight"].float().numpy()
-    )
+    assert np.array_equal(dtypes.to_float(raw, info.dtype, np.float32), loaded["model.embed.weight"].float().numpy())
     with pytest.raises(CheckpointError, match="no tensor"):
         checkpoint.read_tensor(head, "model.nothing")

@@ -27,7 +27,8 @@ from pathlib import Path
 
 import numpy as np
 
-from merit.checkpoint import BLOCK, DTYPES, TensorInfo, read_headers, read_tensor, to_float
+from merit.checkpoint import TensorInfo, read_headers, read_tensor
+from merit.dtypes import BLOCK, DTYPES, to_float
 from merit.merge.arithmetic import round_to
 
 HERE = Path(__file__).parent

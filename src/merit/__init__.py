@@ -1,6 +1,53 @@
 """MERIT: measure gradient conflict, split the mixture, train branches apart, merge once.
 
-The public API is loaded lazily, so that ``import merit`` costs milliseconds and no ML library.
+The public API is loaded lazily, so that ``import merit`` costs milliseconds and no ML library::
+
+    import merit
+    recipe = merit.load_recipe(Path("recipe.yaml"))
+    merit.Pipeline(recipe, Path("runs/my-run")).run()
 """
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from merit.errors import MeritError, UserError
+    from merit.merge import Branch, plan_merge, run_merge
+    from merit.pipeline import Pipeline
+    from merit.recipe import Recipe, load_recipe, parse_recipe
+    from merit.split import split_mixture
+
 __version__ = "0.1.0"
+
+_HOME = {
+    "Branch": "merit.merge",
+    "MeritError": "merit.errors",
+    "Pipeline": "merit.pipeline",
+    "Recipe": "merit.recipe",
+    "UserError": "merit.errors",
+    "load_recipe": "merit.recipe",
+    "parse_recipe": "merit.recipe",
+    "plan_merge": "merit.merge",
+    "run_merge": "merit.merge",
+    "split_mixture": "merit.split",
+}
+
+__all__ = [
+    "Branch",
+    "MeritError",
+    "Pipeline",
+    "Recipe",
+    "UserError",
+    "load_recipe",
+    "parse_recipe",
+    "plan_merge",
+    "run_merge",
+    "split_mixture",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        from importlib import import_module
+
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'merit' has no attribute {name!r}")

@@ -22,11 +22,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from merit.dtypes import BLOCK, DTYPES, DType
 from merit.errors import CheckpointError
 from merit.parallel import parallel, threads
-
-BLOCK = 1 << 16
-"""Elements per block of a tensor: the unit of hashing and of streaming. Part of the fingerprint's definition."""
 
 MODEL_STEM, ADAPTER_STEM = "model", "adapter_model"
 CONFIG_FILES = ("config.json", "generation_config.json", "adapter_config.json")
@@ -43,31 +41,6 @@ TEXT_FILES = (
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
 )
 _HEADER_LIMIT = 100_000_000  # the limit that the reference implementation sets as well
-
-
-@dataclass(frozen=True, slots=True)
-class DType:
-    """One safetensors dtype: its tag, bytes per element, and how NumPy holds its raw bytes (bf16, fp8: as unsigned)."""
-
-    tag: str
-    itemsize: int
-    raw: str
-    kind: str  # "float" (merged), "float8" (too coarse to merge: copied when identical) or "exact" (must be identical)
-
-
-_RAW = (
-    "BF16:<u2 F16:<f2 F32:<f4 F64:<f8 F8_E4M3:u1 F8_E5M2:u1 "
-    "BOOL:u1 U8:u1 I8:i1 U16:<u2 I16:<i2 U32:<u4 I32:<i4 U64:<u8 I64:<i8"
-)
-
-
-def _dtype(entry: str) -> DType:
-    tag, raw = entry.split(":")
-    kind = "float8" if tag.startswith("F8") else "float" if "F" in tag else "exact"
-    return DType(tag, np.dtype(raw).itemsize, raw, kind)
-
-
-DTYPES: dict[str, DType] = {dtype.tag: dtype for dtype in map(_dtype, _RAW.split())}
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,15 +283,6 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> np.ndarray:
     with path.open("rb") as stream:
         pread_into(stream.fileno(), memoryview(data), tensor.start, path)
     return np.frombuffer(data, tensor.dtype.raw).reshape(tensor.shape)
-
-
-def to_float(raw: np.ndarray, dtype: DType, out: type = np.float64) -> np.ndarray:
-    """Raw floating values as ``out`` (float64 or float32; widening is exact, float64 to float32 rounds once)."""
-    if dtype.kind != "float":
-        raise CheckpointError(f"{dtype.tag} is not a floating dtype that can be widened.")
-    if dtype.tag == "BF16":
-        raw = (raw.astype(np.uint32) << 16).view(np.float32)
-    return raw.astype(out)
 
 
 # ---- fingerprint ---------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from merge_cases import FORMATS, TORCH, nearest, raw, values
 
-from merit.checkpoint import BLOCK, DTYPES
+from merit.dtypes import BLOCK, DTYPES
 from merit.merge.arithmetic import Combination, NonFiniteError, exact_weights, round_to
 
 BF16 = DTYPES["BF16"]

@@ -22,7 +22,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from merit.checkpoint import BLOCK, DType, to_float
+from merit.dtypes import BLOCK, DType, to_float
 
 __all__ = ["Combination", "NonFiniteError", "exact_weights", "round_to"]
 

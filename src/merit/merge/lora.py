@@ -21,15 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from merit.checkpoint import (
-    Checkpoint,
-    TensorInfo,
-    fingerprint,
-    read_headers,
-    read_json,
-    read_tensor,
-    to_float,
-)
+from merit.checkpoint import Checkpoint, TensorInfo, fingerprint, read_headers, read_json, read_tensor
+from merit.dtypes import to_float
 from merit.errors import CheckpointError, MergeError
 from merit.merge.agreement import core_name
 from merit.merge.arithmetic import exact_weights

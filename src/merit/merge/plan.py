@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from merit.checkpoint import DTYPES, Checkpoint, DType, TensorInfo, WeightFile, read_headers, read_json
+from merit.checkpoint import Checkpoint, TensorInfo, WeightFile, read_headers, read_json
+from merit.dtypes import DTYPES, DType
 from merit.errors import CheckpointError, MergeError, ResourceError
 from merit.merge import agreement
 from merit.merge.arithmetic import exact_weights

@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 
 from merit.checkpoint import (
-    BLOCK,
     TensorDigest,
     TensorInfo,
     combine_fingerprint,
@@ -33,6 +32,7 @@ from merit.checkpoint import (
     pread_into,
     read_config,
 )
+from merit.dtypes import BLOCK
 from merit.errors import CheckpointError, MergeError, ResourceError
 from merit.merge import card
 from merit.merge.arithmetic import NonFiniteError

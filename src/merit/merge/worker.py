@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from merit.checkpoint import BLOCK, TensorDigest, TensorInfo, pread_into, to_float
+from merit.checkpoint import TensorDigest, TensorInfo, pread_into
+from merit.dtypes import BLOCK, to_float
 from merit.errors import MergeError
 from merit.merge.arithmetic import Combination, NonFiniteError, round_to
 from merit.merge.operators import ties
