@@ -277,3 +277,13 @@ def test_what_cannot_be_merged_is_refused_with_the_reason(tmp_path):
     with pytest.raises(MergeError, match=r"layers\.7.*no counterpart"):
         plan_adapter_merge(base, branches, output=out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a0", "a1", "a2", "base"]
+
+
+def test_extra_files_of_a_merged_adapter(tmp_path):
+    tiny(tmp_path)
+    branches, _ = adapters(tmp_path, "plain", count=2)
+    record = merge_adapters_to_adapter(
+        tmp_path / "base", branches, tmp_path / "out", extra=lambda record: {"merge.json": json.dumps(record)}
+    )
+    assert json.loads((tmp_path / "out/merge.json").read_text()) == record
+    assert record["output"]["fingerprint"] == checkpoint.fingerprint(tmp_path / "out")

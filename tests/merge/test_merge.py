@@ -536,3 +536,23 @@ except ResourceError as error:
     assert done.returncode == 7, done.stderr
     assert "filled up" in done.stdout
     assert nothing_left(tmp_path, "base", "b0", "b1", "b2")
+
+
+def test_extra_files_are_there_before_the_folder_has_its_name(tmp_path, base, branches):
+    seen = {}
+
+    def extra(record):
+        seen.update(record)
+        assert not (tmp_path / "out").exists()
+        return {"merge.json": json.dumps(record), "note.txt": "λ"}
+
+    result = run_merge(plan_merge(base, branches, output=tmp_path / "out"), extra=extra)
+    assert json.loads((tmp_path / "out/merge.json").read_text()) == json.loads(json.dumps(result.record))
+    assert (tmp_path / "out/note.txt").read_text(encoding="utf-8") == "λ"
+    assert seen["output"]["fingerprint"] == checkpoint.fingerprint(tmp_path / "out")
+    assert seen["seconds"] > 0
+    for name, error in (("config.json", FileExistsError), ("../up.txt", ValueError)):
+        with pytest.raises(error):
+            run_merge(plan_merge(base, branches, output=tmp_path / "bad"), extra=lambda _, name=name: {name: "x"})
+        assert not (tmp_path / "bad").exists()
+        assert not list(tmp_path.glob(".bad*"))

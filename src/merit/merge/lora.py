@@ -27,7 +27,17 @@ from merit.errors import CheckpointError, MergeError
 from merit.merge.agreement import core_name
 from merit.merge.arithmetic import exact_weights
 from merit.merge.operators import operator_and_options
-from merit.merge.plan import Branch, MergePlan, TensorPlan, check_branches, check_output, check_space, lay_out
+from merit.merge.plan import (
+    Branch,
+    Extra,
+    MergePlan,
+    TensorPlan,
+    check_branches,
+    check_output,
+    check_space,
+    lay_out,
+    write_extra,
+)
 
 __all__ = ["Adapter", "merge_adapters_to_adapter", "plan_adapter_merge", "read_adapter"]
 
@@ -317,6 +327,7 @@ def merge_adapters_to_adapter(
     mode: str = "concat",
     rank: int | None = None,
     scale: int | float | str | Fraction = 1,
+    extra: Extra | None = None,
 ) -> dict[str, Any]:
     """Merge adapters into one adapter folder (float32), token-weighted.
 
@@ -328,6 +339,7 @@ def merge_adapters_to_adapter(
             start). ``recompress``: its best approximation of rank ``rank``, with the error reported. ``factors``: refused.
         rank: For ``recompress``.
         scale: λ.
+        extra: As in ``run_merge``: small files by name from the complete record, written before the folder appears.
 
     Returns:
         Plain JSON values: mode, weights, per tensor rank, and for ``recompress`` the relative Frobenius errors (of the
@@ -386,8 +398,8 @@ def merge_adapters_to_adapter(
         "relative_error": total_dropped / total if total else 0.0,
         "relative_errors": {name: (d / n if n else 0.0) for name, (d, n) in errors.items()},
     }
-    _write_adapter(output, tensors, _joint_config(parts[0].config, ranks), parts[0].branch.path)
-    return {**record, "output": {"fingerprint": fingerprint(output)}}
+    _write_adapter(output, tensors, _joint_config(parts[0].config, ranks), parts[0].branch.path, record, extra)
+    return record
 
 
 def _joint_factors(
@@ -431,7 +443,15 @@ def _joint_config(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[s
     }
 
 
-def _write_adapter(output: Path, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], source: Path) -> None:
+def _write_adapter(
+    output: Path,
+    tensors: Mapping[str, np.ndarray],
+    config: Mapping[str, Any],
+    source: Path,
+    record: dict[str, Any],
+    extra: Extra | None,
+) -> None:
+    """Write and verify the adapter folder; completes ``record`` with the output's fingerprint."""
     import json
 
     from safetensors.numpy import save_file
@@ -450,6 +470,8 @@ def _write_adapter(output: Path, tensors: Mapping[str, np.ndarray], config: Mapp
             if (source / file).is_file():
                 shutil.copyfile(source / file, temporary / file)
         (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        record["output"] = {"fingerprint": fingerprint(temporary)}
+        write_extra(temporary, extra, record)
         temporary.rename(output.absolute())
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -27,6 +27,7 @@ from merit.merge.operators import Operator, operator_and_options
 
 __all__ = [
     "Branch",
+    "Extra",
     "MergePlan",
     "OutputFile",
     "TensorPlan",
@@ -35,7 +36,11 @@ __all__ = [
     "check_space",
     "lay_out",
     "plan_merge",
+    "write_extra",
 ]
+
+Extra = Callable[[dict[str, Any]], Mapping[str, str]]
+"""extra(record) returns small text files, by name, to be written into the output folder before it appears."""
 
 _DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
 _MARGIN = 64 << 20  # free bytes to leave on the disk
@@ -356,3 +361,12 @@ def index_json(plan: MergePlan) -> dict[str, Any] | None:
         raise CheckpointError(f"{path} has no weight_map.")
     size = sum(t.out.nbytes for f in plan.files for t in f.tensors)
     return {**index, "metadata": {**(index.get("metadata") or {}), "total_size": size}}
+
+
+def write_extra(folder: Path, extra: Extra | None, record: dict[str, Any]) -> None:
+    """Write what ``extra`` returns for ``record`` into ``folder``; a name that is a path, or taken, is our bug."""
+    for name, text in (extra(record) if extra else {}).items():
+        if Path(name).name != name:
+            raise ValueError(f"{name!r} is not a plain file name")
+        with (folder / name).open("x", encoding="utf-8") as file:
+            file.write(text)

@@ -36,7 +36,16 @@ from merit.dtypes import BLOCK
 from merit.errors import CheckpointError, MergeError, ResourceError
 from merit.merge import card
 from merit.merge.arithmetic import NonFiniteError
-from merit.merge.plan import MergePlan, OutputFile, TensorPlan, check_output, check_space, index_json
+from merit.merge.plan import (
+    Extra,
+    MergePlan,
+    OutputFile,
+    TensorPlan,
+    check_output,
+    check_space,
+    index_json,
+    write_extra,
+)
 from merit.merge.worker import SPAN, Reader, Statistics, TrimmedEntries, Worker
 from merit.parallel import parallel, threads
 
@@ -60,12 +69,14 @@ class MergeResult:
     record: dict[str, Any]
 
 
-def run_merge(plan: MergePlan, progress: Progress | None = None) -> MergeResult:
+def run_merge(plan: MergePlan, progress: Progress | None = None, extra: Extra | None = None) -> MergeResult:
     """Merge; the output folder appears under its name only when complete and verified.
 
     Args:
         plan: From ``plan_merge`` or ``lora.plan_adapter_merge``.
         progress: Told how far it is.
+        extra: Given the complete record, returns small text files by name to lie beside the weights: they are written
+            before the folder gets its name, so that it never appears without them.
 
     Raises:
         MergeError: A tensor is not finite (named, with its branch), integer tensors differ, the result overflows.
@@ -82,6 +93,7 @@ def run_merge(plan: MergePlan, progress: Progress | None = None) -> MergeResult:
     try:
         record = _Run(plan, temporary, progress).run()
         record["seconds"] = round(time.perf_counter() - started, 3)
+        write_extra(temporary, extra, record)
         check_output(plan.output, [])
         temporary.rename(plan.output.absolute())
     except OSError as error:
