@@ -457,6 +457,8 @@ def merge(
 
     reporter = Reporter(quiet)
     if target is None:
+        if exclude or allow_missing or overrides or redo:
+            raise RecipeError("merge: --exclude, --allow-missing, --set and --redo go with a recipe or run folder.")
         result = merge_checkpoints(
             reporter,
             base=base,
@@ -472,6 +474,10 @@ def merge(
     else:
         if base or checkpoints:
             raise RecipeError("merge: give either a recipe or run folder, or --base with --checkpoint; not both.")
+        if adapter != "full" or rank is not None:
+            raise RecipeError(
+                "merge: --adapter and --rank go with --base and --checkpoint; a run's merge is a full model."
+            )
         changes = [*(overrides or []), *merge_overrides(operator, scale, option or [], dtype)]
         pipeline = _pipeline(target, None, changes, quiet=quiet, redo=redo)
         result = merge_target(pipeline, exclude=exclude or [], allow_missing=allow_missing, output=output)

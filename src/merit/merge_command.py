@@ -80,6 +80,16 @@ def merge_checkpoints(
         raise MergeError(
             "--scale auto needs held-out data, which only a run has.", "Give a number here, or merge a run folder."
         )
+    if adapter not in ("full", "concat", "recompress"):
+        raise MergeError(f"--adapter {adapter}: expected full, concat or recompress.")
+    if (rank is not None) != (adapter == "recompress"):
+        raise MergeError("--rank R goes with --adapter recompress, and with nothing else.")
+    if adapter != "full" and (operator != "average" or options or dtype is not None):
+        raise MergeError(
+            f"--adapter {adapter} makes a token-weighted average in float32; --operator, --option and --dtype do not go "
+            "with it.",
+            "Leave them out, or use --adapter full.",
+        )
     branches = [_branch(text) for text in checkpoints]
     settings = {key: value for key, value in map(_setting, options)}
     adapters = [(branch.path / "adapter_config.json").is_file() for branch in branches]

@@ -128,6 +128,8 @@ def make_merge(
     if scale == "auto":
         from merit.scale_search import choose_scale
 
+        plan_run(pipeline, taking, left_out, output, 1.0)  # what is wrong with the output is found before the search
+        output.absolute().parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".scale-", dir=output.resolve().parent) as scratch:
             merge(Path(scratch) / "model", 1.0)
             search, curve = choose_scale(pipeline, Path(scratch) / "model", Path(scratch))

@@ -249,8 +249,9 @@ class MergeSettings(Settings):
     scales: list[Annotated[float, Field(ge=0, le=10)]] = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5]
     """For scale: auto. The grid of λ."""
     rule: Literal["balanced", "learned", "keep"] = "balanced"
-    """For scale: auto. learned: lowest held-out loss on the mixture; keep: the same among the λ that keep the base's own
-    loss within 5 %; balanced: the smallest larger one of both regrets, each scaled to the grid's range."""
+    """For scale: auto. learned: lowest held-out loss on the mixture; keep: the same among the λ that cost at most 0.05
+    nats per token of what the base knew; balanced: the smallest larger one of both regrets, each scaled to the grid's
+    range."""
     dtype: Literal["base", "float32", "bfloat16", "float16"] | None = None
     """Dtype of the merged model. Default: the base's, and branches of another dtype are refused; base: the base's, whatever
     the branches have."""

@@ -130,3 +130,42 @@ def test_incomplete_words_say_what_is_missing(merit, words, said: str, tmp_path:
     assert result.code == 2
     assert said in result.err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--base", "{base}", "--checkpoint", "{one}=1", "--output", "{out}", "--exclude", "0"),
+        ("--base", "{base}", "--checkpoint", "{one}=1", "--output", "{out}", "--rank", "3"),
+        (
+            "--base",
+            "{base}",
+            "--checkpoint",
+            "{one}=1",
+            "--output",
+            "{out}",
+            "--adapter",
+            "concat",
+            "--operator",
+            "tsv",
+        ),
+        ("--base", "{base}", "--checkpoint", "{one}=1", "--output", "{out}", "--adapter", "both"),
+        ("{run}", "--adapter", "concat", "--output", "{out}"),
+        ("{run}", "--scale", "auto", "--output", "{run}/branches/0/model"),
+    ],
+)
+def test_words_that_do_not_go_together_are_refused_not_ignored(finished: Case, merit, tmp_path: Path, words) -> None:
+    base, folders, _ = inputs(finished)
+    places = {"base": base, "one": folders[0], "out": tmp_path / "deep" / "out", "run": finished.run}
+    result = merit("merge", *(word.format(**places) for word in words))
+    assert result.code == 2, result.out
+    assert not list(tmp_path.iterdir())
+
+
+def test_scale_auto_into_a_folder_that_is_not_there_yet(finished: Case, merit, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "deep"
+    words = ("--scale", "auto", "--set", "merge.scales=[0, 1]", "--output", output)
+    assert merit("merge", finished.run, *words).code == 0
+    assert (output / "model.safetensors").is_file()
+    assert (output / "scale.svg").is_file()
+    assert [path.name for path in output.parent.iterdir()] == ["deep"]

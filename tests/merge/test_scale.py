@@ -111,3 +111,11 @@ def test_record_is_plain():
         "chosen": 0.0,
         "points": [{"scale": 0.0, "learned": 5.0, "kept": 1.0}],
     }
+
+
+def test_keep_spends_what_it_may_where_the_base_is_at_zero():
+    """A divergence from the base is 0 at the base: a share of it would allow nothing but the base itself."""
+    points = [Point(0.0, 4.0, 0.0), Point(0.5, 3.0, 0.02), Point(1.0, 2.0, 0.3)]
+    assert pick_scale(points, "keep").scale == 0.5
+    assert pick_scale(points, "keep", tolerance=0.5).scale == 1.0
+    assert pick_scale(points, "keep", tolerance=0.0).scale == 0.0

@@ -109,8 +109,8 @@ def pick_scale(points: Sequence[Point], rule: Rule = "balanced", tolerance: floa
         points: Measured points, at least one.
         rule: ``balanced``: the smallest of max(regret learned, regret kept), each regret scaled to 0 (best of the grid) … 1
             (worst). ``learned``: the smallest loss on the mixture. ``keep``: the smallest loss on the mixture among points
-            whose kept loss is at most (1 + tolerance) × the smallest λ's.
-        tolerance: For ``keep``.
+            whose kept loss is at most ``tolerance`` above that of the smallest λ.
+        tolerance: For ``keep``, in nats per token: absolute, since a divergence from the base is 0 at the base.
 
     Returns:
         The point; among equals the one nearest to λ = 1, the plain merge.
@@ -135,7 +135,7 @@ def pick_scale(points: Sequence[Point], rule: Rule = "balanced", tolerance: floa
         return min(points, key=lambda p: (max(regret(learned, p.learned), regret(kept, p.kept)), abs(p.scale - 1)))
     allowed = list(points)
     if rule == "keep":
-        limit = (1 + tolerance) * min(points, key=lambda p: abs(p.scale)).kept
+        limit = min(points, key=lambda p: abs(p.scale)).kept + tolerance
         allowed = [p for p in points if p.kept <= limit]
     elif rule != "learned":
         raise MergeError(f"The rule must be balanced, learned or keep; found {rule!r}.")
