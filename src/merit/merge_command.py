@@ -42,7 +42,7 @@ def merge_target(
         with pipeline.begun("merge"):
             record = pipeline.merge(exclude=exclude, allow_missing=allow_missing).record()
         return {**record, "output_folder": str(pipeline.root / "merged" / "model")}
-    pipeline.refuse_stale("merge")
+    pipeline.refuse_stale("merge", own=False)
     taking, left_out = choose_branches(pipeline, exclude, allow_missing)
     pipeline.reporter.stage("merge", f"{len(taking)} branches, {pipeline.recipe.merge.operator}")
     record = make_merge(pipeline, taking, left_out, output)

@@ -121,29 +121,36 @@ class Pipeline:
             self.write_recipe()
             yield
 
-    def refuse_stale(self, command: str, until: str | None = None) -> None:
+    def refuse_stale(self, command: str, until: str | None = None, *, own: bool = True) -> None:
         """Refuse, before anything is changed, what was made by another recipe.
 
-        A stage command may make its own stage again (``redo``) and no earlier one; ``run`` may make all again.
+        With ``redo`` a stage command may make its own stage again, and ``run`` may make all again; earlier stages never.
+
+        Args:
+            command: ``run`` or one of ``STAGES``.
+            until: For ``run``: the last stage.
+            own: Look at the command's own stage, too.
 
         Raises:
             StaleStageError: A stage does not match; the changed fields are named.
         """
-        last = STAGES.index(until or command) if command == "run" else STAGES.index(command) - 1
         if command == "run" and self.redo:
             return
+        last = STAGES.index(until or command) if command == "run" else STAGES.index(command) - (self.redo or not own)
         known: dict[str, Any] = {"base": self.base_fingerprint}
         if command != "merge":  # merging needs no tokenizer, and loading one takes longer than many a merge
             known |= {"tokenizer": tokenizer_fingerprint(self.tokenizer), "sources": self.sources()}
-        rows = run_status(self.run_folder, self.recipe, **known)["stages"]
-        for row in rows:
-            if row["changed"] and rank(row) <= last and row["stage"] != "evaluation":
-                shown = row["changed"][:8] + [f"... and {len(row['changed']) - 8} more"] * (len(row["changed"]) > 8)
-                way = "make it and what follows from it again (`merit run ... --redo`)"
+        for row in run_status(self.run_folder, self.recipe, **known)["stages"]:
+            changed = row["changed"]
+            if row["stage"] == "evaluation":  # made again unasked when only the models changed
+                changed = [change for change in changed if not change.startswith("input.")]
+            if changed and rank(row) <= last:
+                shown = changed[:8] + [f"... and {len(changed) - 8} more"] * (len(changed) > 8)
                 raise StaleStageError(
                     f"{self.run_folder}: {row['stage']} was made with other settings or inputs than those asked for now:",
                     *shown,
-                    f"Ways out: set these back; or use another run folder (--output DIR); or {way}.",
+                    "Ways out: set these back; or use another run folder (--output DIR); or have it made again, with what "
+                    "follows from it (--redo).",
                     "Nothing was changed.",
                 )
 
@@ -453,7 +460,7 @@ class Pipeline:
                 self.train()
             return
         claim(self.run_folder)
-        self.refuse_stale("train")
+        self.refuse_stale("train", own=False)
         if not (self.run_folder / "recipe.yaml").is_file():
             self.write_recipe()
         self.prepare_branches()

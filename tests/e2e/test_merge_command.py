@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.e2e.conftest import Case
-from tests.e2e.test_run import read, weights
+from tests.e2e.test_run import read, snapshot, weights
 from transformers import AutoModelForCausalLM
 
 
@@ -40,9 +40,11 @@ def test_every_operator_on_a_run(finished: Case, merit, tmp_path: Path, operator
 
 
 def test_another_operator_does_not_replace_the_run_s_merge_unasked(finished: Case, merit) -> None:
+    before = snapshot(finished.run)
     result = merit("merge", finished.run, "--operator", "ties")
     assert result.code == 2
     assert "merge.operator" in result.err
+    assert snapshot(finished.run) == before, "what was refused changes nothing, the recipe included"
 
 
 def test_an_unknown_operator_or_option_names_the_nearest(finished: Case, merit, tmp_path: Path) -> None:

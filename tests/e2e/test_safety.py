@@ -49,7 +49,9 @@ def copied(finished: Case, folder: Path) -> Path:
     return folder / "run"
 
 
-@pytest.mark.parametrize("change", ["train.learning_rate=0.5", "merge.operator=uniform", "split.method=kmeans"])
+@pytest.mark.parametrize(
+    "change", ["train.learning_rate=0.5", "merge.operator=uniform", "split.method=kmeans", "evaluate.max_examples=3"]
+)
 def test_evaluation_refuses_models_of_another_recipe(finished: Case, merit, tmp_path: Path, change: str) -> None:
     run = copied(finished, tmp_path)
     result = merit("evaluate", run, "--set", change)
