@@ -23,6 +23,7 @@ from merit.conflict.geometry import principal_components
 from merit.conflict.measure import measure_conflict
 from merit.errors import ConflictError, ResourceError
 from merit.mixture.encode import EncodedDataset, EncodedRow
+from merit.split import split_mixture
 
 
 def run(recipe, mixture, folder: Path, **options) -> dict:
@@ -74,6 +75,15 @@ def test_files_hold_what_they_promise(make_recipe, mixture, tmp_path):
     summary = json.loads((tmp_path / "c" / "summary.json").read_text())
     assert summary["suggested_axes"] == extras["suggested_axes"] >= 1
     assert f"r = {summary['suggested_axes']}" in summary["suggestion"]
+    first = summary["spectral_concentration"][0]
+    assert first["ratio"] == pytest.approx(first["gain"] / first["random"])
+    assert first["sign_cut_ratio"] == pytest.approx(first["sign_cut_gain"] / first["sign_cut_random"])
+    made = split_mixture(
+        "pca", 1, names=list(mixture), weights=[len(d) for d in mixture.values()], cosine=arrays["cosine"]
+    )
+    s = np.array([1.0 if name in made.groups[0] else -1.0 for name in mixture])
+    j = np.eye(6) - 1 / 6
+    assert first["gain"] == pytest.approx(s @ j @ arrays["cosine"] @ j @ s), "the cut is the one the split makes"
     assert summary["most_conflicting"][0]["cosine"] == pytest.approx(summary["cosine"]["min"])
     assert extras["examples"] == 6 * 12
     assert told[0][:2] == (0, 6)
@@ -303,3 +313,23 @@ def test_comparison_reports_every_representation(make_recipe, mixture, tmp_path)
     assert fifth["mae"] > 1e-4
     assert large["pairs"] == 15
     assert not list(tmp_path.glob("compare-*"))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_comparison_counts_datasets_that_can_be_used(base, make_recipe, tmp_path, count):
+    broken = damaged(base, tmp_path / "broken", 60, float("inf"))
+    mixture = {name: make_dataset(name, 12, seed=i, high=50) for i, name in enumerate("ab"[:count])}
+    mixture |= {name: make_dataset(name, 12, seed=9, low=60, high=61) for name in ("bad", "worse")}
+    recipe = make_recipe(model={"base": broken}, skip_bad=True)
+    found = rf"three datasets, found {count} after 2 were left out \(conflict: bad"
+    with pytest.raises(ConflictError, match=found):
+        compare_representations(recipe, mixture, tmp_path, base_fingerprint="base", tokenizer=PAD, device=CPU)
+    assert not list(tmp_path.glob("compare-*"))
+
+
+def test_comparison_of_two_datasets_is_refused_before_anything_is_measured(make_recipe, mixture, tmp_path):
+    few = {name: mixture[name] for name in ("d0", "d1")}
+    with pytest.raises(ConflictError, match="three datasets, found 2"):
+        compare_representations(
+            make_recipe(), few, tmp_path / "nowhere", base_fingerprint="base", tokenizer=PAD, device=CPU
+        )

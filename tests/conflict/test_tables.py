@@ -9,10 +9,11 @@ from tests.conflict.conftest import make_dataset
 from tests.conflict.test_measure import damaged, run
 
 from merit.conflict.tables import render
+from merit.run_folder import read_json, write_json
 
 
-def printed(parts) -> str:
-    console = Console(width=200, file=io.StringIO(), record=True)
+def printed(parts, width: int = 200) -> str:
+    console = Console(width=width, file=io.StringIO(), record=True)
     for part in parts:
         console.print(part)
     return console.export_text()
@@ -44,3 +45,21 @@ def test_what_was_left_out_is_said(base, make_recipe, tmp_path):
     run(make_recipe(model={"base": broken}, skip_bad=True), mixture, tmp_path / "c")
     text = printed(render(tmp_path / "c"))
     assert "left out: conflict: bad has a non-finite loss" in text
+
+
+def test_eighty_columns_cut_nothing_short(make_recipe, mixture, tmp_path):
+    name = "dataset_of_20_letter"
+    run(make_recipe(examples=2), mixture | {name: make_dataset(name, 20, seed=1)}, tmp_path)
+    table = read_json(tmp_path / "datasets.json")
+    table[-1] |= {"examples": 12_345, "rows": 1_234_567, "loss_per_token": 12.345, "norm": 123.456}
+    write_json(tmp_path / "datasets.json", table)
+    comparison = [
+        {"representation": "sketch", "setting": 262144, "bytes": 1_048_576, "pearson": -0.5, "spearman": -0.4}
+        | {"mae": 0.125, "rmse": 0.2, "max_error": 0.75}
+    ]
+    text = printed(render(tmp_path, comparison), width=80)
+    assert "…" not in text
+    line = next(line for line in text.splitlines() if line.startswith(name))
+    assert all(figure in line for figure in ("12,345", "1,234,567", "12.345", "123.456"))
+    assert "1,048,576" in text
+    assert "-0.50000" in text

@@ -46,7 +46,7 @@ def compare_representations(
 
     Args:
         recipe: ``conflict`` names the calibration sample; its representation is ignored.
-        mixture: Training rows by dataset name; at least three datasets.
+        mixture: Training rows by dataset name; at least three whose gradient can be used.
         folder: Where exact gradients (two float32 halves per dataset) lie while it runs; removed at the end.
         base_fingerprint: Hash of the base's weights.
         tokenizer: Gives the padding token.
@@ -63,8 +63,7 @@ def compare_representations(
         ConflictError: Too few datasets, or a gradient that cannot be used.
         ResourceError: The disk cannot hold the exact gradients.
     """
-    if len(mixture) < 3:
-        raise ConflictError(f"conflict: comparing needs at least three datasets, found {len(mixture)}.")
+    _enough(list(mixture), [])
     exact = recipe.model_copy(update={"conflict": recipe.conflict.model_copy(update={"representation": "exact"})})
     with tempfile.TemporaryDirectory(prefix="compare-", dir=folder) as scratch:
         store = GradientStore(Path(scratch))
@@ -78,6 +77,7 @@ def compare_representations(
             jobs=jobs,
             progress=progress,
         )
+        _enough([m.name for m in measured if m.bad is None], [str(m.bad) for m in measured if m.bad])
         vectors = [store.vector(m.keys, width, (0, 1), 1.0 / m.weight) for m in measured if m.bad is None]
         true = cosine_matrix(gram_matrix(vectors))
         layout = _layout(recipe)
@@ -99,6 +99,17 @@ def compare_representations(
                     }
                 )
     return table
+
+
+def _enough(usable: Sequence[str], left_out: Sequence[str]) -> None:
+    """Three datasets make three pairs: the fewest on which a correlation says anything."""
+    if len(usable) >= 3:
+        return
+    after = f" after {len(left_out)} were left out ({left_out[0]})" if left_out else ""
+    raise ConflictError(
+        f"conflict: comparing representations needs at least three datasets, found {len(usable)}{after}.",
+        "Add datasets to the mixture, or measure without --compare.",
+    )
 
 
 def _layout(recipe: Recipe) -> dict[str, int]:

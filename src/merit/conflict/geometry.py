@@ -38,6 +38,8 @@ class Sliceable(Protocol):
 _BLOCK_BYTES = 2**28
 PAPER_AXES = 3
 """Largest r of the paper (K = 8), and the largest that is suggested."""
+_LEAST_RATIO = 1.1
+"""A balanced cut must gain a tenth more than random ones: among near-equal cuts one is always the best, to no purpose."""
 
 
 def gram_matrix(rows: Sequence[Sliceable], dtype: type = np.float64) -> np.ndarray:
@@ -125,13 +127,16 @@ def principal_components(matrix: np.ndarray, components: int, centring: Centring
 
 @dataclass(frozen=True)
 class Concentration:
-    """Spectral-concentration test of one axis.
+    """How far one axis pulls gradients apart, against chance.
 
     Attributes:
         axis: 1, 2, ...
-        gain: μ_k‖v_k‖₁², a lower bound on sᵀMs for s = sign(v_k).
-        random: T/(T−1) tr(M), the mean of sᵀMs over random balanced splits.
-        ratio: gain / random; PCA beats chance on this axis where it is above 1.
+        gain: sᵀMs of the balanced cut along this axis, added over the parts that it cuts.
+        random: Mean of the same over random cuts of the same parts into sides of the same sizes.
+        ratio: gain / random; the split beats chance on this axis where it is above 1. 0 for an axis without variance.
+        sign_cut_gain: μ_k‖v_k‖₁², a lower bound on sᵀMs for the cut s = sign(v_k), whose sides may be of any size.
+        sign_cut_random: T/(T−1) tr(M), the mean of sᵀMs over random splits into equal halves.
+        sign_cut_ratio: sign_cut_gain / sign_cut_random: the paper's condition. The split does not make this cut.
         signal: Share of μ_k that the two half-samples agree on; NaN where it was not measured.
     """
 
@@ -139,39 +144,65 @@ class Concentration:
     gain: float
     random: float
     ratio: float
+    sign_cut_gain: float
+    sign_cut_random: float
+    sign_cut_ratio: float
     signal: float
 
 
-def spectral_concentration(cosine: np.ndarray, axes: int, cross: np.ndarray | None = None) -> list[Concentration]:
-    """Does a cut along principal axis k pull gradients further apart than a random balanced cut?
+def spectral_concentration(
+    cosine: np.ndarray, splits: Sequence[Sequence[Sequence[int]]], cross: np.ndarray | None = None
+) -> list[Concentration]:
+    """Does a cut along principal axis k pull gradients further apart than a random cut with sides of the same sizes?
 
     For s ∈ {±1}^T with Σs = 0, sᵀMs is (up to a constant) the merging gain of the cut s when M_ij = g_iᵀHg_j. Here
-    H = I, the g_i are normalised to unit length and their mean is taken out (which changes no sᵀMs): M = J C J. So this
-    is the paper's condition for the *squared distance between the two groups' mean unit gradients*; it equals the
-    condition on the loss only where curvature is alike in all directions that matter. sign(v_k) need not be balanced;
-    the test does not correct for it. It is a sufficient condition: below 1, PCA may still do better than chance.
+    H = I, the g_i are normalised to unit length and their mean is taken out: M = J C J. So this is about the *squared
+    distance between the two sides' mean unit gradients*; it says the same of the loss only where curvature is alike in all
+    directions that matter.
+
+    *Balanced cut.* The cuts that the split makes: axis 1 cuts the mixture, axis k every part that the axes before it left,
+    each part with its own mean taken out. For random s with n₊ and n₋ entries of each sign in a part of n datasets,
+    E[s_i s_j] = ((n₊ − n₋)² − n) / (n(n − 1)) for i ≠ j, and M1 = 0, so E[sᵀMs] = 4 n₊n₋ / (n(n − 1)) · tr(M): the paper's
+    n/(n − 1) · tr(M) for equal halves. Sizes count datasets. Where datasets differ in weight, chance means random
+    assignments with as many datasets on each side, which need not weigh the same.
+
+    *Sign cut.* The paper's condition, on the eigenvectors v_k of M. Its sides may be of any size, so that a single dataset
+    against all others satisfies it although no balanced cut can make use of that.
 
     Args:
-        cosine: C, (T, T).
-        axes: How many axes to test.
+        cosine: C, (T, T), T >= 2 where there are splits.
+        splits: For axes 1, 2, ... the 2^k groups of indices after cuts along axes 1 to k, the two sides of a part beside
+            each other; empty for an axis that has no variance.
         cross: ⟨unit even-half gradient of i, unit odd-half gradient of j⟩ (T, T), scaled so that its expectation is C's
             without sampling noise; from it comes ``signal``.
 
     Source: paper Prop. F.10, F.11, Remark F.13.
     """
-    centred = doubly_centred(np.asarray(cosine, dtype=np.float64))
+    cosine = np.asarray(cosine, dtype=np.float64)
+    centred = doubly_centred(cosine)
     count = len(centred)
     values, vectors = np.linalg.eigh((centred + centred.T) / 2)
-    order = np.argsort(-values, kind="stable")[: max(0, min(axes, count - 1))]
-    random = count / (count - 1) * float(np.trace(centred)) if count > 1 else float("nan")
+    order = np.argsort(-values, kind="stable")[: min(len(splits), count - 1)]
+    halves = count / (count - 1) * float(np.trace(centred)) if count > 1 else float("nan")
     agreed = None if cross is None else doubly_centred((cross + cross.T) / 2)
     found = []
-    for place, k in enumerate(order, start=1):
+    for place, (k, groups) in enumerate(zip(order, splits, strict=False), start=1):
         value, vector = float(max(values[k], 0.0)), vectors[:, k]
-        gain = value * float(np.abs(vector).sum()) ** 2
+        cuts = [_cut_gain(cosine, *groups[i : i + 2]) for i in range(0, len(groups), 2)]
+        gain, random = sum(cut[0] for cut in cuts), sum(cut[1] for cut in cuts)
+        sign_gain = value * float(np.abs(vector).sum()) ** 2
         signal = float("nan") if agreed is None or value == 0 else float(vector @ agreed @ vector) / value
-        found.append(Concentration(place, gain, random, gain / random if random > 0 else 0.0, signal))
+        ratio, sign_ratio = gain / random if random > 0 else 0.0, sign_gain / halves if halves > 0 else 0.0
+        found.append(Concentration(place, gain, random, ratio, sign_gain, halves, sign_ratio, signal))
     return found
+
+
+def _cut_gain(cosine: np.ndarray, lower: Sequence[int], upper: Sequence[int]) -> tuple[float, float]:
+    """Gain sᵀMs of one part's cut, and its mean over random cuts into sides of these sizes."""
+    part, size = [*lower, *upper], len(lower) + len(upper)
+    centred = doubly_centred(cosine[np.ix_(part, part)])
+    s = np.repeat([-1.0, 1.0], [len(lower), len(upper)])
+    return float(s @ centred @ s), 4 * len(lower) * len(upper) / (size * (size - 1)) * float(np.trace(centred))
 
 
 def norm_concentration(norms: np.ndarray) -> dict[str, float]:
@@ -203,16 +234,19 @@ def norm_concentration(norms: np.ndarray) -> dict[str, float]:
 def suggest_axes(concentration: Sequence[Concentration], datasets: int) -> tuple[int, str]:
     """A suggested r, and why, in words.
 
-    An axis counts when its concentration ratio is above 1 and, where measured, at least half of its variance is signal
-    that two half-samples agree on. r is the number of leading axes that count, at most 3 (the paper's largest) and so many
-    that the 2^r groups hold two datasets or more on average; at least 1.
+    An axis counts when its balanced cut gains at least a tenth more than random cuts into sides of the same sizes and, where
+    measured, at least half of its variance is signal that two half-samples agree on. r is the number of leading axes that
+    count, at most 3 (the paper's largest) and so many that the 2^r groups hold two datasets or more on average; at least 1.
     """
     room = max(1, int(np.log2(max(2, datasets // 2))))
     limit = min(PAPER_AXES, room)
     passed, why = 0, ""
     for item in concentration:
-        if item.ratio <= 1:
-            why = f"on axis {item.axis} a random split would separate gradients as well (ratio {item.ratio:.2f}, needs > 1)"
+        if item.ratio < _LEAST_RATIO:
+            why = (
+                f"on axis {item.axis} the balanced cut has no room to beat random cuts: it separates gradients "
+                f"{item.ratio:.2f} times as far (needs {_LEAST_RATIO})"
+            )
             break
         if item.signal < 0.5:
             why = f"axis {item.axis} is mostly sampling noise ({item.signal:.0%} agreed between half-samples)"
@@ -227,10 +261,8 @@ def suggest_axes(concentration: Sequence[Concentration], datasets: int) -> tuple
             break
     if not passed:
         return 1, f"r = 1, but without promise: {why or 'there are too few datasets to tell'}."
-    ratios = ", ".join(f"{item.ratio:.1f}" for item in concentration[:passed])
+    factors = ", ".join(f"{item.ratio:.1f}" for item in concentration[:passed])
     ending = f"; it stops there because {why}" if why else ""
-    plural = "axes beat" if passed > 1 else "axis beats"
-    return (
-        passed,
-        f"r = {passed} ({2**passed} groups): the first {passed} {plural} a random cut by a factor of {ratios}{ending}.",
-    )
+    who = "the first axis beats" if passed == 1 else f"the first {passed} axes beat"
+    by = "a factor of" if passed == 1 else "factors of"
+    return passed, f"r = {passed} ({2**passed} groups): {who} random balanced cuts by {by} {factors}{ending}."

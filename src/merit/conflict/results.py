@@ -18,6 +18,8 @@ from merit.conflict.reliability import cross_half_cosine, noise_corrected_cosine
 from merit.conflict.store import GradientStore, write_vectors
 from merit.recipe import Recipe
 from merit.run_folder import write_json
+from merit.split.balance import bisect
+from merit.split.view import Groups
 
 if TYPE_CHECKING:
     from merit.conflict.measure import Measured
@@ -88,7 +90,8 @@ def compute_geometry(
     column = geometry.principal_components(cosine, COMPONENTS)
     double = geometry.principal_components(cosine, COMPONENTS, "double")
     raw = geometry.principal_components(gram, COMPONENTS)
-    concentration = geometry.spectral_concentration(cosine, COMPONENTS, cross_half_cosine(halves))
+    splits = successive_splits(column.scores, [item.dataset_rows for item in items], [item.name for item in items])
+    concentration = geometry.spectral_concentration(cosine, splits, cross_half_cosine(halves))
     back = np.argsort(order)
     grid = np.ix_(back, back)
     twice = np.concatenate([back, back + count])
@@ -110,6 +113,19 @@ def compute_geometry(
     for field in ("share_even", "q_even", "q_odd", "q", "q_all"):
         arrays[field] = getattr(halves, field)[back]
     return arrays, concentration
+
+
+def successive_splits(scores: np.ndarray, weights: Sequence[float], names: Sequence[str]) -> list[Groups]:
+    """The split's own groups along 1, 2, ... axes, for as many as T datasets can fill; none where an axis is empty.
+
+    Args:
+        scores: (T, R), as :func:`merit.conflict.geometry.principal_components` gives them.
+        weights: (T,) what the cuts balance.
+        names: (T,) sorted.
+    """
+    most = min(scores.shape[1], len(names).bit_length() - 1)
+    heavy = np.asarray(weights, dtype=np.float64)
+    return [bisect(scores[:, :k], heavy, names) if scores[:, k - 1].any() else [] for k in range(1, most + 1)]
 
 
 def dataset_table(

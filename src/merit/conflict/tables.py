@@ -16,12 +16,9 @@ def render(folder: Path, comparison: Sequence[Mapping[str, Any]] | None = None) 
         folder: The conflict stage's folder.
         comparison: From :func:`merit.conflict.compare.compare_representations`.
     """
-    from rich.table import Table
-
     summary, datasets = read_json(folder / "summary.json"), read_json(folder / "datasets.json")
-    table = Table(title="gradients at the base", title_justify="left")
-    for index, title in enumerate(("dataset", "examples", "of rows", "loss", "norm", "reliability", "expected cosine")):
-        table.add_column(title, justify="right" if index else "left", no_wrap=not index)
+    titles = ("dataset", "sample", "rows", "loss", "norm", "relia-\nbility", "expected\ncosine")
+    table = _table("gradients at the base", titles)
     for item in datasets:
         cells = (item["loss_per_token"], item["norm"], item["reliability"], item["expected_cosine"])
         table.add_row(item["name"], f"{item['examples']:,}", f"{item['rows']:,}", *map(_number, cells))
@@ -29,8 +26,8 @@ def render(folder: Path, comparison: Sequence[Mapping[str, Any]] | None = None) 
     shares = ", ".join(f"{share:.0%}" for share in variance[:3])
     lines = [
         table,
-        "expected cosine: of this gradient to the one of all the dataset's rows; reliability: of one half sample's to the "
-        "other's, raised to the whole sample.",
+        "sample: examples drawn of the dataset's rows; expected cosine: of this gradient to the one of all these rows; "
+        "reliability: of one half sample's to the other's, raised to the whole sample.",
         f"suggested axes: {summary['suggestion']}",
         *(f"[yellow]note:[/] {warning}" for warning in summary["warnings"]),
     ]
@@ -48,14 +45,20 @@ def render(folder: Path, comparison: Sequence[Mapping[str, Any]] | None = None) 
     return lines
 
 
-def _comparison(rows: Sequence[Mapping[str, Any]]) -> Any:
+def _table(title: str, columns: Sequence[str]) -> Any:
+    """A table without frame, so that dataset names of 20 characters fit into 80 columns; figures flush right."""
+    from rich import box
     from rich.table import Table
 
-    table = Table(title="cosines against exact gradients", title_justify="left")
-    for index, title in enumerate(
-        ("representation", "setting", "bytes per dataset", "Pearson", "Spearman", "MAE", "RMSE")
-    ):
-        table.add_column(title, justify="right" if index else "left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", no_wrap=True)
+    return table
+
+
+def _comparison(rows: Sequence[Mapping[str, Any]]) -> Any:
+    titles = ("representation", "setting", "bytes per\ndataset", "Pearson", "Spearman", "MAE", "RMSE")
+    table = _table("cosines against exact gradients", titles)
     for row in rows:
         figures = (f"{row[key]:.5f}" for key in ("pearson", "spearman", "mae", "rmse"))
         table.add_row(row["representation"], str(row["setting"]), f"{row['bytes']:,}", *figures)
