@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from merit import checkpoint
 from merit.errors import CheckpointError, MergeError
-from merit.merge import Branch, run_merge
+from merit.merge import Branch, plan_merge, run_merge
 from merit.merge.lora import merge_adapters_to_adapter, plan_adapter_merge
 
 COUNTS = [3, 5, 4]
@@ -287,3 +287,61 @@ def test_extra_files_of_a_merged_adapter(tmp_path):
     )
     assert json.loads((tmp_path / "out/merge.json").read_text()) == record
     assert record["output"]["fingerprint"] == checkpoint.fingerprint(tmp_path / "out")
+
+
+@pytest.mark.parametrize("operator", ["star", "tsv", "iso_cts"])
+@pytest.mark.parametrize("scope", ["linear2d", "all2d"])
+def test_matrix_operators_do_the_same_to_adapters_as_to_folded_checkpoints(tmp_path, operator, scope):
+    tiny(tmp_path)
+    kind = {"target_modules": ["embed_tokens", "up_proj"], "modules_to_save": ["o_proj", "norm", "lm_head"]}
+    branches, states = adapters(tmp_path, "plain", bias="all", **kind)
+    folded, options = [], {"matrix_scope": scope}
+    for branch, state in zip(branches, states, strict=True):
+        folder = tmp_path / f"full{len(folded)}"
+        folder.mkdir()
+        save_file({n: t.contiguous() for n, t in state.items()}, folder / "model.safetensors", {"format": "pt"})
+        (folder / "config.json").write_text((tmp_path / "base/config.json").read_text())
+        folded.append(Branch(folder, branch.tokens, branch.name))
+    plans = [
+        plan(tmp_path / "base", b, operator, options, "0.5", tmp_path / out, dtype="base")
+        for plan, b, out in ((plan_adapter_merge, branches, "out"), (plan_merge, folded, "want"))
+    ]
+    records = [run_merge(plan).record for plan in plans]
+    got, want = (load_file(tmp_path / out / "model.safetensors") for out in ("out", "want"))
+    for name, tensor in want.items():
+        torch.testing.assert_close(got[name], tensor, rtol=3e-7, atol=1e-8)
+    ours, theirs = (r["statistics"] for r in records)
+    assert ours["norm_ratio"] == pytest.approx(theirs["norm_ratio"], rel=1e-5)
+    for key, by_tensor in theirs.items():
+        if isinstance(by_tensor, dict):
+            adapted = {n: by_tensor[n] for n in ours[key]}
+            assert ours[key] == pytest.approx(adapted, rel=1e-6)
+            assert any("o_proj" in n for n in adapted)
+            assert any("embed" in n for n in adapted) == (scope == "all2d")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "base"])
+def test_output_dtype_of_adapters(tmp_path, dtype):
+    tiny(tmp_path)
+    branches, states = adapters(tmp_path, "head and norms in full", count=2)
+    plan = plan_adapter_merge(tmp_path / "base", branches, output=tmp_path / "out", dtype=dtype)
+    run_merge(plan)
+    kind = {"base": torch.float32}.get(dtype) or getattr(torch, dtype)
+    merged, want = load_file(tmp_path / "out/model.safetensors"), mean(states, COUNTS[:2])
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, want[name].to(kind), rtol=2e-7, atol=1e-9)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config.get("dtype", config.get("torch_dtype")) == {"base": "float32"}.get(dtype, dtype)
+    with pytest.raises(MergeError, match="dtype must be"):
+        plan_adapter_merge(tmp_path / "base", branches, output=tmp_path / "x", dtype="int8")
+
+
+@pytest.mark.parametrize("scale", ["abc", float("nan"), float("inf"), "1/0", None])
+def test_an_impossible_scale_is_one_message(tmp_path, scale):
+    tiny(tmp_path)
+    branches, _ = adapters(tmp_path, "plain", count=1)
+    for plan in (plan_adapter_merge, plan_merge):
+        with pytest.raises(MergeError, match="scale must be a finite number"):
+            plan(tmp_path / "base", branches, scale=scale, output=tmp_path / "out")
+    with pytest.raises(MergeError, match="scale must be a finite number"):
+        merge_adapters_to_adapter(tmp_path / "base", branches, tmp_path / "out", scale=scale)

@@ -556,3 +556,42 @@ def test_extra_files_are_there_before_the_folder_has_its_name(tmp_path, base, br
             run_merge(plan_merge(base, branches, output=tmp_path / "bad"), extra=lambda _, name=name: {name: "x"})
         assert not (tmp_path / "bad").exists()
         assert not list(tmp_path.glob(".bad*"))
+
+
+@pytest.mark.parametrize("operator", ["star", "iso_cts"])
+def test_a_stack_of_experts_is_read_once_per_pass_not_once_per_expert(tmp_path, operator, monkeypatch):
+    from merit.merge.worker import Reader
+
+    experts, shape = 16, (150, 130)  # an expert is no whole number of blocks
+    start = {"model.experts.weight": torch.randn(experts, *shape, generator=torch.Generator().manual_seed(0))}
+    base = write_checkpoint(tmp_path / "base", start)
+    branches = [Branch(write_checkpoint(tmp_path / f"b{k}", near(start, k + 1)), 1, f"b{k}") for k in range(2)]
+    reads, read_block = [], Reader.read
+
+    def counted(self, k, source, block, buffer):
+        reads.append((k, block))
+        return read_block(self, k, source, block, buffer)
+
+    monkeypatch.setattr(Reader, "read", counted)
+    record = merge(base, branches, tmp_path / "out", operator).record
+    theta, parts, got = floats(base), [floats(b.path) for b in branches], floats(tmp_path / "out")
+    name = "model.experts.weight"
+    for i in range(experts):
+        tau = OPERATORS[operator].function([p[name][i] - theta[name][i] for p in parts])[0]
+        np.testing.assert_allclose(got[name][i], theta[name][i] + tau, rtol=3e-7, atol=1e-9)
+    passes = {"star": 2, "iso_cts": 3}[operator]  # one of them for the mean
+    assert len(reads) <= experts * 2 * (1 + 2 * passes)  # an expert lies in at most two blocks
+    assert [b["fingerprint"] for b in record["branches"]] == [checkpoint.fingerprint(b.path) for b in branches]
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.conv1d.weight", "visual.patch_embed.proj.weight", "audio.Conv.weight"]
+)
+@pytest.mark.parametrize("scope", ["linear2d", "all2d"])
+def test_convolutions_are_never_matrices(tmp_path, name, scope):
+    start = {name: torch.randn(6, 5, 3, generator=torch.Generator().manual_seed(0))}
+    base = write_checkpoint(tmp_path / "base", start)
+    branches = [Branch(write_checkpoint(tmp_path / f"b{k}", near(start, k + 1)), 1, f"b{k}") for k in range(2)]
+    merge(base, branches, tmp_path / "out", "star", matrix_scope=scope)
+    want = sum(floats(b.path)[name] for b in branches) / 2
+    np.testing.assert_allclose(floats(tmp_path / "out")[name], want, rtol=1e-7)

@@ -25,7 +25,6 @@ from merit.checkpoint import Checkpoint, TensorInfo, fingerprint, read_headers, 
 from merit.dtypes import to_float
 from merit.errors import CheckpointError, MergeError
 from merit.merge.agreement import core_name
-from merit.merge.arithmetic import exact_weights
 from merit.merge.operators import operator_and_options
 from merit.merge.plan import (
     Branch,
@@ -35,7 +34,10 @@ from merit.merge.plan import (
     check_branches,
     check_output,
     check_space,
+    exact_scale,
+    is_matrix,
     lay_out,
+    output_dtype,
     write_extra,
 )
 
@@ -90,6 +92,18 @@ class Adapter:
         pair = self.pairs[name]
         a, b = self.values(pair.a), self.values(pair.b) * pair.scale
         return (a.T, b.T) if pair.transposed else (b, a)
+
+    def update(self, name: str, theta: np.ndarray) -> np.ndarray:
+        """δ of the base's tensor ``name`` with values ``theta``, float64, in its own shape; zero if it is not adapted."""
+        delta = np.zeros_like(theta)
+        if name in self.full:
+            delta += self.values(self.full[name]) - theta
+        if name in self.shifts:
+            bias, scale = self.shifts[name]
+            delta += scale * self.values(bias)
+        if name in self.pairs:
+            delta += np.matmul(*self.factors(name))
+        return delta
 
     def values(self, name: str) -> np.ndarray:
         """A tensor of the adapter in float64, finite."""
@@ -236,16 +250,19 @@ def plan_adapter_merge(
     scale: int | float | str | Fraction = 1,
     output: str | os.PathLike[str] = "merged",
     *,
+    dtype: str | None = None,
     excluded: Sequence[str] = (),
 ) -> MergePlan:
     """Plan the merge of adapters into a full checkpoint: round(θ0 + λ τ) with one rounding; run it with ``run_merge``.
 
-    Linear operators give τ = Σ c_k s_k B_k A_k; ``star``, ``tsv`` and ``iso_cts`` act on the dense ΔW_k.
+    Linear operators give τ = Σ c_k s_k B_k A_k; ``star``, ``tsv`` and ``iso_cts`` act on the dense ΔW_k of
+    the tensors that are matrices by their ``matrix_scope``, adapted or saved in full, and average the rest uniformly.
 
     Args:
         base: Folder of θ0.
         adapters: Branches whose ``path`` is a PEFT adapter folder.
         operator, options, scale, output, excluded: As in ``plan_merge``. ``ties`` needs full checkpoints.
+        dtype: ``float32``, ``bfloat16``, ``float16``: of the whole result; None or ``base``: the base's dtypes.
 
     Raises:
         CheckpointError, MergeError, ResourceError: As ``plan_merge``.
@@ -255,7 +272,7 @@ def plan_adapter_merge(
         raise MergeError(
             f"Operator {operator} ranks all entries of the model; merge each adapter to full weights first."
         )
-    counts, exact_scale = check_branches(adapters), exact_weights([scale])[0]
+    counts, factor, target = check_branches(adapters), exact_scale(scale), output_dtype(dtype)
     check_output(Path(output), [Path(base), *(b.path for b in adapters)])
     head = read_headers(base, "model")
     parts = _read_all(head, adapters)
@@ -264,33 +281,26 @@ def plan_adapter_merge(
     def tensor_plan(out: TensorInfo, old: TensorInfo) -> TensorPlan:
         if old.dtype.kind != "float":
             return TensorPlan(out, (old,), "exact")
-        return (
-            TensorPlan(out, (old,), "compute")
-            if old.name in touched
-            else TensorPlan(out, (old,), "linear", (Fraction(1),))
-        )
+        if old.name not in touched:
+            return TensorPlan(out, (old,), "linear", (Fraction(1),))
+        matrix = chosen.kind == "matrix" and is_matrix(old, settings["matrix_scope"])
+        return TensorPlan(out, (old,), "matrix" if matrix else "compute")
 
     if chosen.kind == "linear":
         coefficients = [float(c) for c in chosen.function(counts, Fraction(1), **settings)[1]]
     else:
         coefficients = [1.0 / len(parts)] * len(parts)
-    matrix_options = {key: value for key, value in settings.items() if key != "matrix_scope"}
 
     def compute(name: str, theta: np.ndarray) -> np.ndarray:
         tau = np.zeros_like(theta)
         for c, part in zip(coefficients, parts, strict=True):
-            if name in part.full:
-                tau += c * (part.values(part.full[name]) - theta)
-            if name in part.shifts:
-                bias, s = part.shifts[name]
-                tau += c * s * part.values(bias)
-        if name in parts[0].pairs and chosen.kind == "matrix":
-            tau += chosen.function([np.matmul(*p.factors(name)) for p in parts], **matrix_options)[0]
-        elif name in parts[0].pairs:
+            if name not in part.pairs:
+                tau += c * part.update(name, theta)
+        if name in parts[0].pairs:
             tau += np.matmul(*_stack(parts, coefficients, name))
-        return theta + float(exact_scale) * tau
+        return theta + float(factor) * tau
 
-    files = lay_out(head, tensor_plan)
+    files = lay_out(head, tensor_plan, target)
     check_space(Path(output), sum(f.size for f in files))
     return MergePlan(
         base=head,
@@ -298,12 +308,14 @@ def plan_adapter_merge(
         heads=(),
         operator=chosen,
         options=settings,
-        scale=exact_scale,
+        scale=factor,
         counts=tuple(counts),
         output=Path(output),
         files=files,
+        dtype=dtype if target else None,
         excluded=tuple(excluded),
         compute=compute,
+        update=lambda k, name, theta: parts[k].update(name, theta),
         notes={"adapters": {"mode": "full", "ranks": [_max_rank(p) for p in parts], "tensors": len(touched)}},
     )
 
@@ -360,7 +372,7 @@ def merge_adapters_to_adapter(
             f"mode {mode} with rank {rank!r}: recompress needs a rank of at least 1, concat takes none.",
             "There is no good default: independent branches lose most of the merge at one branch's rank.",
         )
-    counts, factor = check_branches(adapters), exact_weights([scale])[0]
+    counts, factor = check_branches(adapters), exact_scale(scale)
     shares = [c / sum(counts, Fraction(0)) for c in counts]
     output = Path(output)
     check_output(output, [Path(base), *(b.path for b in adapters)])

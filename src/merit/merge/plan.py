@@ -34,7 +34,10 @@ __all__ = [
     "check_branches",
     "check_output",
     "check_space",
+    "exact_scale",
+    "is_matrix",
     "lay_out",
+    "output_dtype",
     "plan_merge",
     "write_extra",
 ]
@@ -110,6 +113,7 @@ class MergePlan:
         excluded: Names of branches that were left out.
         warnings: What a person should know.
         compute: For ``compute`` tensors: (base name, θ0 float64) → merged float64.
+        update: For ``matrix`` tensors of adapters: (k from 0, base name, θ0 float64) → δ_k float64. None: θ_k is a source.
         notes: Extra entries for the record.
     """
 
@@ -129,6 +133,7 @@ class MergePlan:
     excluded: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     compute: Callable[[str, np.ndarray], np.ndarray] | None = None
+    update: Callable[[int, str, np.ndarray], np.ndarray] | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -191,12 +196,7 @@ def plan_merge(
     """
     chosen, settings = operator_and_options(operator, options or {})
     counts = check_branches(branches)
-    try:
-        exact_scale = exact_weights([scale])[0]
-    except (ValueError, TypeError, OverflowError):
-        raise MergeError(f"The scale must be a finite number, found {scale!r}.") from None
-    if dtype is not None and dtype != "base" and dtype not in _DTYPE_NAMES:
-        raise MergeError(f"dtype must be base, {', '.join(_DTYPE_NAMES)}; found {dtype!r}.")
+    factor, target = exact_scale(scale), output_dtype(dtype)
     output = Path(output)
     check_output(output, [Path(base), *(b.path for b in branches)])
     base_head = read_headers(base, "model")
@@ -216,18 +216,17 @@ def plan_merge(
         warnings.append(
             f"Partial merge: {len(branches)} of {total} branches, without {', '.join(excluded)}; weights renormalised."
         )
-    linear = _linear_coefficients(chosen, counts, exact_scale, settings)
+    linear = _linear_coefficients(chosen, counts, factor, settings)
 
     def tensor_plan(out: TensorInfo, old: TensorInfo) -> TensorPlan:
         sources = (old, *(tensors[old.name] for tensors in found))
         if old.dtype.kind != "float":
             return TensorPlan(out, sources, "exact")
         kind = chosen.kind
-        if kind == "matrix" and not _is_matrix(old, settings["matrix_scope"]):
+        if kind == "matrix" and not is_matrix(old, settings["matrix_scope"]):
             kind = "linear"
         return TensorPlan(out, sources, kind, linear if kind == "linear" else ())
 
-    target = DTYPES[_DTYPE_NAMES[dtype]] if dtype in _DTYPE_NAMES else None
     files = lay_out(base_head, tensor_plan, target)
     check_space(output, sum(f.size for f in files))
     return MergePlan(
@@ -236,7 +235,7 @@ def plan_merge(
         heads=heads,
         operator=chosen,
         options=settings,
-        scale=exact_scale,
+        scale=factor,
         counts=tuple(counts),
         output=output,
         files=files,
@@ -247,6 +246,23 @@ def plan_merge(
         excluded=tuple(excluded),
         warnings=tuple(warnings),
     )
+
+
+def exact_scale(scale: int | float | str | Fraction) -> Fraction:
+    """λ as an exact number; MergeError when it is none, or not finite."""
+    try:
+        return exact_weights([scale])[0]
+    except (ValueError, TypeError, OverflowError, ZeroDivisionError):
+        raise MergeError(f"The scale must be a finite number, found {scale!r}.") from None
+
+
+def output_dtype(dtype: str | None) -> DType | None:
+    """The dtype of all floating tensors of the output, None for the base's own; MergeError for an unknown name."""
+    if dtype is None or dtype == "base":
+        return None
+    if dtype not in _DTYPE_NAMES:
+        raise MergeError(f"dtype must be base, {', '.join(_DTYPE_NAMES)}; found {dtype!r}.")
+    return DTYPES[_DTYPE_NAMES[dtype]]
 
 
 def check_branches(branches: Sequence[Branch]) -> list[Fraction]:
@@ -279,11 +295,14 @@ def _linear_coefficients(
 
 
 _TABLES = ("embed", "lm_head", "wte", "wpe", "shared.weight", "output.weight", "word_embeddings")
+_CONVOLUTIONS = ("conv", "patch_embed")
 
 
-def _is_matrix(tensor: TensorInfo, scope: str) -> bool:
+def is_matrix(tensor: TensorInfo, scope: str) -> bool:
     """Linear weights (2-D), stacks of them (3-D experts); token tables only with ``all2d``; convolutions never."""
     if len(tensor.shape) not in (2, 3) or min(tensor.shape) < 2:
+        return False
+    if len(tensor.shape) == 3 and any(word in tensor.name.lower() for word in _CONVOLUTIONS):
         return False
     if scope == "all2d":
         return len(tensor.shape) == 2

@@ -5,6 +5,7 @@ The bridge between the files (``Reader``) and the pure arithmetic and operators.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -198,36 +199,47 @@ class Worker:
         self.statistics.add_norms(tau, deltas.mean(axis=0))
         out[:] = _finite(base + float(self.plan.scale) * tau, tensor)
 
-    def _tensor(self, tensor: TensorPlan, k: int) -> np.ndarray:
+    def _matrix(self, tensor: TensorPlan, k: int, i: int) -> np.ndarray:
+        """Matrix ``i`` of a 3-D stack of source ``k``, else the whole tensor, in float64; reads its own blocks only."""
         source = tensor.sources[k]
-        values = np.empty(source.size)
-        for block in range(source.blocks):
-            values[block * BLOCK : (block + 1) * BLOCK] = self._floats(tensor, k, block)[1]
-        return values.reshape(source.shape)
+        shape = source.shape[1:] if len(source.shape) == 3 else source.shape
+        start = i * math.prod(shape)
+        end = start + math.prod(shape)
+        values = np.empty(end - start)
+        for block in range(start // BLOCK, -(-end // BLOCK)):
+            part, first = self._floats(tensor, k, block)[1], block * BLOCK
+            low, high = max(start, first), min(end, first + part.size)
+            values[low - start : high - start] = part[low - first : high - first]
+        return values.reshape(shape)
 
     def _whole(self, tensor: TensorPlan) -> np.ndarray:
-        base = self._tensor(tensor, 0)
+        stack = len(tensor.out.shape) == 3
+        return np.concatenate([self._merged(tensor, i, stack) for i in range(tensor.out.shape[0] if stack else 1)])
+
+    def _merged(self, tensor: TensorPlan, i: int, stack: bool) -> np.ndarray:
+        """Raw merged values of one matrix (``compute``: of one whole tensor, which is no stack), flat."""
+        name, plan = tensor.out.name, self.plan
+        base = self._matrix(tensor, 0, i)
         if tensor.kind == "compute":
-            assert self.plan.compute is not None
-            return _finite(self.plan.compute(tensor.out.name, base), tensor).reshape(-1)
-        deltas = _Deltas(lambda k: self._tensor(tensor, k + 1) - base, len(tensor.sources) - 1)
+            assert plan.compute is not None
+            return _finite(plan.compute(name, base), tensor).reshape(-1)
+        update = plan.update
+        if update is not None:
+            deltas = _Deltas(lambda k: update(k, name, base), len(plan.branches))
+        else:
+            deltas = _Deltas(lambda k: self._matrix(tensor, k + 1, i) - base, len(plan.branches))
         mean = np.zeros_like(base)
         for delta in deltas:
             mean += delta
         mean /= len(deltas)
-        options = {key: value for key, value in self.plan.options.items() if key != "matrix_scope"}
-        matrices = base.shape[0] if base.ndim == 3 else 1
-        tau = np.empty_like(base)
-        for i in range(matrices):
-            at: Any = i if base.ndim == 3 else slice(None)
-            part = _Deltas(partial(_slice, deltas, at), len(deltas))
-            tau[at], numbers = self.plan.operator.function(part, **options)
-            for key, value in numbers.items():
-                self.statistics.add(key, value, f"{tensor.out.name}[{i}]" if base.ndim == 3 else tensor.out.name)
+        options = {key: value for key, value in plan.options.items() if key != "matrix_scope"}
+        tau, numbers = plan.operator.function(deltas, **options)
+        for key, value in numbers.items():
+            self.statistics.add(key, value, f"{name}[{i}]" if stack else name)
         self.statistics.add_norms(tau, mean)
         if not mean.any() and not tau.any() and tensor.out.dtype == tensor.sources[0].dtype:
             return round_to(base, tensor.out.dtype).reshape(-1)
-        return _finite(base + float(self.plan.scale) * tau, tensor).reshape(-1)
+        return _finite(base + float(plan.scale) * tau, tensor).reshape(-1)
 
 
 class _Deltas(Sequence[np.ndarray]):
@@ -243,10 +255,6 @@ class _Deltas(Sequence[np.ndarray]):
         if not 0 <= k < self._count:
             raise IndexError(k)
         return self._get(k)
-
-
-def _slice(deltas: Sequence[np.ndarray], at: Any, k: int) -> np.ndarray:
-    return deltas[k][at]
 
 
 def _second(count: Callable[[np.ndarray], np.ndarray], _: str, deltas: np.ndarray) -> np.ndarray:

@@ -41,6 +41,8 @@ def merge_matrix(deltas: Sequence[np.ndarray], common_fraction: float = 0.8) -> 
         for k in range(branches):
             delta = deltas[k]
             u, s, v = spectral.svd(delta - left @ (left.T @ delta))
+            # what a deficient δ_k leaves is rounding noise, which the flat spectrum must not raise to full size
+            s = np.where(s > spectral.TINY * np.linalg.norm(delta), s, 0.0)
             triples.append((u[:, :specific], s[:specific], v[:specific]))
     sigma = float(np.concatenate([s for _, s, _ in triples]).mean())
     flat = [(u, np.where(s > 0, sigma, 0.0), v) for u, s, v in triples]
