@@ -244,8 +244,8 @@ def suggest_axes(concentration: Sequence[Concentration], datasets: int) -> tuple
     for item in concentration:
         if item.ratio < _LEAST_RATIO:
             why = (
-                f"on axis {item.axis} the balanced cut has no room to beat random cuts: it separates gradients "
-                f"{item.ratio:.2f} times as far (needs {_LEAST_RATIO})"
+                f"on axis {item.axis} the balanced cut has no room to beat random cuts of the same sizes "
+                f"(ratio {item.ratio:.2f}, needs {_LEAST_RATIO})"
             )
             break
         if item.signal < 0.5:
@@ -265,4 +265,5 @@ def suggest_axes(concentration: Sequence[Concentration], datasets: int) -> tuple
     ending = f"; it stops there because {why}" if why else ""
     who = "the first axis beats" if passed == 1 else f"the first {passed} axes beat"
     by = "a factor of" if passed == 1 else "factors of"
-    return passed, f"r = {passed} ({2**passed} groups): {who} random balanced cuts by {by} {factors}{ending}."
+    measure = "in squared distance between the sides' mean unit gradients"
+    return passed, f"r = {passed} ({2**passed} groups): {who} random balanced cuts by {by} {factors} {measure}{ending}."
