@@ -6,6 +6,7 @@ tensor data is read. Checkpoints outside a run go to :mod:`merit.merge` directly
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,9 +43,17 @@ def merge_run(pipeline: Pipeline, *, exclude: Sequence[int] = (), allow_missing:
     pipeline.reporter.stage("merge", f"{len(taking)} branches, {pipeline.recipe.merge.operator}")
     with stage.writing(seed=pipeline.recipe.seed) as record:
         record |= make_merge(pipeline, taking, left_out, stage.path / "model")
-    for warning in record["warnings"]:
+    for warning in condense(record["warnings"], len(taking)):
         pipeline.reporter.note(warning)
     return stage
+
+
+def condense(warnings: Sequence[str], branches: int) -> list[str]:
+    """What all branches share is said once."""
+    said: dict[str, list[str]] = {}
+    for warning in warnings:
+        said.setdefault(re.sub(r"branch \d+", "every branch", warning), []).append(warning)
+    return [line for general, lines in said.items() for line in ([general] if len(lines) == branches > 1 else lines)]
 
 
 def choose_branches(

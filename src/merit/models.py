@@ -10,6 +10,7 @@ import contextlib
 import fnmatch
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -323,7 +324,7 @@ def save_branch(model: Any, folder: Path, base: BaseInfo, *, save_dtype: str, to
         base: Gives each tensor's file dtype and the config that is carried along unchanged.
         save_dtype: ``base``: every tensor in the base's file dtype, so that frozen tensors stay bit-identical;
             ``float32``: everything in float32.
-        tokenizer: Saved beside the weights, chat template included.
+        tokenizer: Its chat template is written beside the base's tokenizer files, where it is not the base's own.
     """
     import torch
 
@@ -332,21 +333,25 @@ def save_branch(model: Any, folder: Path, base: BaseInfo, *, save_dtype: str, to
     folder.mkdir(parents=True)
     if hasattr(model, "peft_config"):
         model.save_pretrained(folder, safe_serialization=True)
+        for file in checkpoint.side_files(base.folder):
+            if file.name in checkpoint.TEXT_FILES:
+                shutil.copyfile(file, folder / file.name)
     else:
+        stored = {tensor.data_ptr() for name, tensor in model.state_dict().items() if name in base.dtypes}
         fallback = next(iter(base.dtypes.values()))
-        state = {
-            name: tensor.to(
-                torch.float32 if save_dtype == "float32" else _torch_dtypes()[base.dtypes.get(name, fallback)]
-            )
-            if tensor.is_floating_point()
-            else tensor
-            for name, tensor in model.state_dict().items()
-        }
+        state = {}
+        for name, tensor in model.state_dict().items():
+            if name not in base.dtypes and tensor.data_ptr() in stored:
+                continue  # the other name of a tied tensor, which the base's files do not have
+            dtype = torch.float32 if save_dtype == "float32" else _torch_dtypes()[base.dtypes.get(name, fallback)]
+            state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
         model.save_pretrained(folder, state_dict=state, safe_serialization=True)
         checkpoint.copy_side_files(base.folder, folder)
         if save_dtype == "float32":
             _set_config_dtype(folder / "config.json", "float32")
-    tokenizer.save_pretrained(folder)
+    # The base's own tokenizer files, never the library's rewriting of them: that can come back with other ids.
+    if tokenizer.merit_template != "base":
+        (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
 
 
 @lru_cache(maxsize=1)
