@@ -5,7 +5,8 @@ It turns the command's words into calls of :mod:`merit.merging` and :mod:`merit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,6 @@ import yaml
 
 from merit.errors import MergeError
 from merit.progress import Reporter
-from merit.run_folder import write_json
 
 if TYPE_CHECKING:
     from merit.merge import Branch
@@ -45,8 +45,7 @@ def merge_target(
     pipeline.refuse_stale("merge", own=False)
     taking, left_out = choose_branches(pipeline, exclude, allow_missing)
     pipeline.reporter.stage("merge", f"{len(taking)} branches, {pipeline.recipe.merge.operator}")
-    record = make_merge(pipeline, taking, left_out, output)
-    write_json(output / RECORD, record)
+    record = make_merge(pipeline, taking, left_out, output, RECORD)
     return {**record, "output_folder": str(output)}
 
 
@@ -101,18 +100,22 @@ def merge_checkpoints(
     reporter.stage("merge", f"{len(branches)} checkpoints, {operator}")
     with reporter.progress("merge") as tick:
         if all(adapters) and adapter != "full":
-            record = merge_adapters_to_adapter(base, branches, output, mode=adapter, rank=rank, scale=scale)
+            record = merge_adapters_to_adapter(
+                base, branches, output, mode=adapter, rank=rank, scale=scale, extra=_record_beside
+            )
         elif all(adapters):
-            record = run_merge(
-                plan_adapter_merge(base, branches, operator, settings, scale, output), progress=tick
-            ).record
+            plan = plan_adapter_merge(base, branches, operator, settings, scale, output, dtype=dtype)
+            record = run_merge(plan, progress=tick, extra=_record_beside).record
         else:
             if adapter != "full":
                 raise MergeError(f"--adapter {adapter} is for LoRA adapters; {branches[0].path} is a full checkpoint.")
             plan = plan_merge(base, branches, operator, settings, scale, output, dtype=dtype)
-            record = run_merge(plan, progress=tick).record
-    write_json(output / RECORD, record)
+            record = run_merge(plan, progress=tick, extra=_record_beside).record
     return {**record, "output_folder": str(output)}
+
+
+def _record_beside(record: Mapping[str, Any]) -> dict[str, str]:
+    return {RECORD: json.dumps(record, indent=2, ensure_ascii=False) + "\n"}
 
 
 def _branch(text: str) -> Branch:

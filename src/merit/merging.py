@@ -6,6 +6,7 @@ tensor data is read. Checkpoints outside a run go to :mod:`merit.merge` directly
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from merit import stages
 from merit.errors import MergeError
-from merit.run_folder import Stage, write_text
+from merit.run_folder import Stage
 
 if TYPE_CHECKING:
     from merit.merge import MergePlan
@@ -111,7 +112,7 @@ def plan_run(
     excluded = [f"branch {k}" for k in left_out]
     arguments = (pipeline.base.folder, branches, settings.operator, settings.options, scale, output)
     if pipeline.recipe.model.trainable == "lora":
-        return plan_adapter_merge(*arguments, excluded=excluded)
+        return plan_adapter_merge(*arguments, dtype=settings.dtype, excluded=excluded)
     mixed = "base" if pipeline.recipe.train.save_dtype == "float32" else None
     return plan_merge(
         *arguments, dtype=settings.dtype or mixed, excluded=excluded, base_fingerprint=pipeline.base_fingerprint
@@ -119,33 +120,49 @@ def plan_run(
 
 
 def make_merge(
-    pipeline: Pipeline, taking: Mapping[int, Stage], left_out: Sequence[int], output: Path
+    pipeline: Pipeline,
+    taking: Mapping[int, Stage],
+    left_out: Sequence[int],
+    output: Path,
+    record_name: str | None = None,
 ) -> dict[str, Any]:
     """Write the merged checkpoint into ``output``; returns what the record says.
 
     With ``merge.scale: auto`` the plain merge is made first, λ is searched along the line from the base to it, and the
-    chosen λ is merged from the branches anew.
+    chosen λ is merged from the branches anew; the curve lies beside the weights as ``scale.svg``.
+
+    Args:
+        pipeline: The run.
+        taking: The branches that take part.
+        left_out: Numbers of the run's other branches.
+        output: Folder to create; it appears when it is complete.
+        record_name: File in ``output`` that gets the record, for a merge outside the run folder.
     """
     from merit.merge import run_merge
 
-    def merge(folder: Path, scale: float) -> dict[str, Any]:
-        with pipeline.reporter.progress("merge") as tick:
-            return run_merge(plan_run(pipeline, taking, left_out, folder, scale), progress=tick).record
-
     scale = pipeline.recipe.merge.scale
-    search, curve = None, ""
+    search: dict[str, Any] | None = None
+    curve = ""
+
+    def complete(record: Mapping[str, Any]) -> dict[str, Any]:
+        found = {key: value for key, value in record.items() if key != "seconds"}
+        found |= {"merge_seconds": record["seconds"], "model_fingerprint": record["output"]["fingerprint"]}
+        return found | ({"scale_search": search} if search else {})
+
+    def beside(record: Mapping[str, Any]) -> dict[str, str]:
+        files = {record_name: json.dumps(complete(record), indent=2, ensure_ascii=False) + "\n"} if record_name else {}
+        return files | ({"scale.svg": curve} if search else {})
+
     if scale == "auto":
         from merit.scale_search import choose_scale
 
         plan_run(pipeline, taking, left_out, output, 1.0)  # what is wrong with the output is found before the search
         output.absolute().parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".scale-", dir=output.resolve().parent) as scratch:
-            merge(Path(scratch) / "model", 1.0)
-            search, curve = choose_scale(pipeline, Path(scratch) / "model", Path(scratch))
+            plain = Path(scratch) / "model"
+            run_merge(plan_run(pipeline, taking, left_out, plain, 1.0))
+            search, curve = choose_scale(pipeline, plain, Path(scratch))
         scale = float(search["chosen"])
-    record = merge(output, scale)
-    if search is not None:
-        write_text(output / "scale.svg", curve)
-    record["merge_seconds"] = record.pop("seconds")
-    record["model_fingerprint"] = record["output"]["fingerprint"]
-    return record | ({"scale_search": search} if search else {})
+    with pipeline.reporter.progress("merge") as tick:
+        plan = plan_run(pipeline, taking, left_out, output, scale)
+        return complete(run_merge(plan, progress=tick, extra=beside).record)

@@ -16,6 +16,52 @@ from merit.errors import MergeError
 
 __all__ = ["check_config", "check_tokenizer", "common_chat_template", "core_name", "match_tensors"]
 
+# Parts of names of settings that change what the weights mean; another unknown setting that differs is a warning.
+_MEANING = (
+    *(
+        "rope",
+        "rotary",
+        "position",
+        "sliding_window",
+        "window",
+        "layer",
+        "scal",
+        "multiplier",
+        "softcap",
+        "cap",
+        "alibi",
+    ),
+    *(
+        "hidden",
+        "size",
+        "dim",
+        "head",
+        "intermediate",
+        "width",
+        "depth",
+        "expert",
+        "rank",
+        "groups",
+        "kernel",
+        "stride",
+    ),
+    *(
+        "act",
+        "norm",
+        "eps",
+        "bias",
+        "tie_",
+        "model_type",
+        "attention",
+        "qk_",
+        "top_k",
+        "factor",
+        "theta",
+        "moe",
+        "gate",
+    ),
+    *("parallel_residual", "conv", "patch", "quant", "state", "mrope", "router", "sparse", "chunk", "token", "scor"),
+)
 # Settings that do not change what the weights mean: trainers and library versions rewrite them.
 _VOLATILE = {
     *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "_attn_implementation"),
@@ -84,7 +130,7 @@ def match_tensors(
                 f"{key} is {tensor.shape} in the base but {other_tensor.shape} in {name}."
                 + _vocabulary_hint(key, tensor, other_tensor),
                 "All branches must start from the same base.",
-                f"Nothing was written. Retrain the odd branch, or leave it out with --exclude ({name}).",
+                f"Nothing was written. Retrain the odd branch, or leave it out ({name}).",
             )
         if other_tensor.dtype != tensor.dtype and not (
             any_float and {tensor.dtype.kind, other_tensor.dtype.kind} == {"float"}
@@ -143,33 +189,58 @@ def _refuse_names(base: Checkpoint, name: str, missing: list[str], extra: list[s
     raise MergeError(
         f"{name} {' and '.join(parts)}.",
         f"All branches must start from the same base ({base.folder}); no tensor is dropped silently.",
-        "Nothing was written. Retrain the odd branch, or leave it out with --exclude.",
+        f"Nothing was written. Retrain the odd branch, or leave it out ({name}).",
     )
 
 
 def check_config(base: Path, branch: Path, name: str) -> list[str]:
-    """Compare config.json; settings that change what the weights mean must agree.
+    """Compare config.json; settings that change what the weights mean must agree. An absent setting counts as null.
 
     Returns:
-        Warnings (special token ids that a trainer changed).
+        Warnings (special token ids that a trainer changed, other settings that differ).
 
     Raises:
-        MergeError: A setting differs, is named, with both values.
+        MergeError: A setting that changes what the weights mean differs; it is named, with both values.
     """
-    ours, theirs = _flat(read_config(base)), _flat(read_config(branch))
+    configs = read_config(base), read_config(branch)
+    ours, theirs = map(_flat, configs)
+    if ours.keys() != theirs.keys():  # another library version may spell defaults out: let the library complete both
+        complete = [_completed(config) for config in configs]
+        if all(complete):
+            both = ours.keys() & theirs.keys()
+            ours, theirs = (
+                {**full, **{key: raw[key] for key in both}} for full, raw in zip(complete, (ours, theirs), strict=True)
+            )
     notes = []
-    for key in sorted(ours.keys() & theirs.keys()):
+    for key in sorted(ours.keys() | theirs.keys(), key=lambda key: (key not in ours or key not in theirs, key)):
         leaf = key.rsplit(".", 1)[-1]
-        if ours[key] == theirs[key] or leaf in _VOLATILE or leaf.startswith("_"):
+        mine, other = ours.get(key), theirs.get(key)
+        if mine == other or (not mine and not other) or leaf in _VOLATILE or leaf.startswith("_"):
             continue
-        if leaf in _TOKEN_IDS:
-            notes.append(f"config.json: {key} is {theirs[key]} in {name}; the base's {ours[key]} is kept.")
-            continue
-        raise MergeError(
-            f"config.json: {key} is {ours[key]!r} in the base but {theirs[key]!r} in {name}.",
-            "All branches must start from the same base. Nothing was written.",
-        )
+        if leaf not in _TOKEN_IDS and any(part in key.lower() for part in _MEANING):
+            raise MergeError(
+                f"config.json: {key} is {_shown(mine)} in the base but {_shown(other)} in {name}.",
+                "All branches must start from the same base. Nothing was written.",
+            )
+        notes.append(f"config.json: {key} is {_shown(other)} in {name}; the base has {_shown(mine)}, which is kept.")
     return notes
+
+
+def _completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat settings with the library's defaults filled in; empty for a model type that it does not know."""
+    if config.get("auto_map") or not isinstance(config.get("model_type"), str):
+        return {}
+    from transformers import CONFIG_MAPPING
+
+    try:
+        full = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)).to_dict()
+        return _flat(json.loads(json.dumps(full, default=str)))
+    except Exception:  # settings that the library refuses are compared as they stand
+        return {}
+
+
+def _shown(value: Any) -> str:
+    return "unset" if value is None else repr(value)
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -177,7 +248,9 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
-            result.update(_flat(value, "" if key in ("rope_parameters", "rope_scaling") else f"{prefix}{key}."))
+            rope = key in ("rope_parameters", "rope_scaling")  # the text model's, wherever a library version keeps it
+            inner = ("" if prefix == "text_config." else prefix) if rope else f"{prefix}{key}."
+            result.update(_flat(value, inner))
         elif value is not None:
             result[prefix + key] = value
     return result

@@ -223,7 +223,8 @@ def _low_rank(
     return LowRank(names["a"], names["b"], _scale(config, _split(names["a"])[0], a[0]), transposed)
 
 
-def _read_all(base: Checkpoint, branches: Sequence[Branch]) -> list[Adapter]:
+def _read_all(base: Checkpoint, branches: Sequence[Branch]) -> tuple[list[Adapter], list[str]]:
+    """The adapters, checked to belong together, and warnings."""
     adapters = [read_adapter(branch, base) for branch in branches]
     first = adapters[0]
     for other in adapters[1:]:
@@ -239,7 +240,19 @@ def _read_all(base: Checkpoint, branches: Sequence[Branch]) -> list[Adapter]:
             odd = sorted(mine.keys() ^ theirs.keys())
             if odd:
                 raise MergeError(f"{odd[0]} is adapted in only one of {first.branch.name} and {other.branch.name}.")
-    return adapters
+    trained = {a.branch.name: str(a.config.get("base_model_name_or_path") or "") for a in adapters}
+    known = {name: Path(path).resolve() if Path(path).exists() else path for name, path in trained.items()}
+    for name, where in known.items():
+        if where != known[first.branch.name]:
+            raise MergeError(
+                f"Adapters differ in base_model_name_or_path: {trained[first.branch.name]!r} in {first.branch.name}, "
+                f"{trained[name]!r} in {name}.",
+                "Adapters of different bases cannot be merged; where it is one base, write one path into both configs.",
+            )
+    where = known[first.branch.name]
+    if (isinstance(where, Path) or Path(where).is_absolute()) and where != base.folder.resolve():
+        return adapters, [f"The adapters name {where} as their base; they are merged with {base.folder}."]
+    return adapters, []
 
 
 def plan_adapter_merge(
@@ -275,7 +288,7 @@ def plan_adapter_merge(
     counts, factor, target = check_branches(adapters), exact_scale(scale), output_dtype(dtype)
     check_output(Path(output), [Path(base), *(b.path for b in adapters)])
     head = read_headers(base, "model")
-    parts = _read_all(head, adapters)
+    parts, warnings = _read_all(head, adapters)
     touched = {name for p in parts for name in (*p.pairs, *p.full, *p.shifts)}
 
     def tensor_plan(out: TensorInfo, old: TensorInfo) -> TensorPlan:
@@ -314,6 +327,7 @@ def plan_adapter_merge(
         files=files,
         dtype=dtype if target else None,
         excluded=tuple(excluded),
+        warnings=tuple(warnings),
         compute=compute,
         update=lambda k, name, theta: parts[k].update(name, theta),
         notes={"adapters": {"mode": "full", "ranks": [_max_rank(p) for p in parts], "tensors": len(touched)}},
@@ -377,7 +391,7 @@ def merge_adapters_to_adapter(
     output = Path(output)
     check_output(output, [Path(base), *(b.path for b in adapters)])
     head = read_headers(base, "model")
-    parts = _read_all(head, adapters)
+    parts, warnings = _read_all(head, adapters)
     if parts[0].full and factor != 1:
         raise MergeError(
             "A scale other than 1 needs θ0 for tensors saved in full (modules_to_save, bias): merge to a checkpoint."
@@ -406,6 +420,7 @@ def merge_adapters_to_adapter(
         "weights": [float(w) for w in shares],
         "tokens": [int(c) if c.denominator == 1 else float(c) for c in counts],
         "branches": [{"name": b.name, "path": str(b.path), "fingerprint": fingerprint(b.path)} for b in adapters],
+        "warnings": warnings,
         "ranks": ranks,
         "relative_error": total_dropped / total if total else 0.0,
         "relative_errors": {name: (d / n if n else 0.0) for name, (d, n) in errors.items()},

@@ -266,13 +266,20 @@ def output_dtype(dtype: str | None) -> DType | None:
 
 
 def check_branches(branches: Sequence[Branch]) -> list[Fraction]:
-    """Exact weights before normalisation; MergeError for none, a repeated name, or a weight that is not positive."""
+    """Exact weights before normalisation; MergeError for none, a repeated name or folder, a weight ≤ 0."""
     if not branches:
         raise MergeError("There is nothing to merge: no branch is left.")
     names = [b.name for b in branches]
     if len(set(names)) != len(names):
         raise MergeError(f"Two branches have the same name: {', '.join(names)}.")
+    seen: dict[Path, str] = {}
     for b in branches:
+        other = seen.setdefault(b.path.resolve(), b.name)
+        if other != b.name:
+            raise MergeError(
+                f"{other} and {b.name} are the same checkpoint: {b.path.resolve()}.",
+                "Name each checkpoint once; a weight says how much it counts.",
+            )
         try:
             good = math.isfinite(float(b.tokens)) and exact_weights([b.tokens])[0] > 0
         except (ValueError, TypeError, OverflowError):

@@ -244,7 +244,7 @@ class _Run:
         where = "the base" if source == 0 else self.plan.branches[source - 1].name
         return MergeError(
             f"{name} holds NaN or infinity in {where} ({self.reader.folders[source]}).",
-            "Retrain that branch (a lower learning rate?), or leave it out with --exclude. Nothing was left behind.",
+            "Retrain that branch (a lower learning rate?), or leave it out. Nothing was left behind.",
         )
 
     def _verify(self, file: OutputFile, output: int, path: Path) -> str:

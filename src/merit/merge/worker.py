@@ -172,7 +172,7 @@ class Worker:
                 raise MergeError(
                     f"{tensor.out.name} ({tensor.out.dtype.tag}) differs between {self.plan.branches[0].name} and "
                     f"{branch.name}; tensors of this dtype must be identical, they cannot be averaged.",
-                    "Nothing was left behind. Leave the odd branch out with --exclude.",
+                    f"Nothing was left behind. Leave the odd branch ({branch.name}) out.",
                 )
         out[:] = raws[0]
 
