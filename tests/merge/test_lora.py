@@ -345,3 +345,24 @@ def test_an_impossible_scale_is_one_message(tmp_path, scale):
             plan(tmp_path / "base", branches, scale=scale, output=tmp_path / "out")
     with pytest.raises(MergeError, match="scale must be a finite number"):
         merge_adapters_to_adapter(tmp_path / "base", branches, tmp_path / "out", scale=scale)
+
+
+def test_adapters_of_other_bases_are_refused_or_told(tmp_path):
+    tiny(tmp_path)
+    branches, _ = adapters(tmp_path, "plain", count=2)
+    base, out = tmp_path / "base", tmp_path / "out"
+    assert plan_adapter_merge(base, branches, output=out).warnings == ()
+    edit(branches[1].path, base_model_name_or_path=f"{base}/../base")
+    assert plan_adapter_merge(base, branches, output=out).warnings == ()
+    for other in ("some/model", None):
+        edit(branches[1].path, base_model_name_or_path=other)
+        with pytest.raises(MergeError, match="differ in base_model_name_or_path"):
+            plan_adapter_merge(base, branches, output=out)
+        with pytest.raises(MergeError, match="differ in base_model_name_or_path"):
+            merge_adapters_to_adapter(base, branches, out)
+    for other, told in (("some/model", 0), (None, 0), ("/no/such/base", 1), (str(branches[0].path), 1)):
+        for b in branches:
+            edit(b.path, base_model_name_or_path=other)
+        assert len(plan_adapter_merge(base, branches, output=out).warnings) == told
+    record = merge_adapters_to_adapter(base, branches, out)
+    assert "as their base" in record["warnings"][0]

@@ -180,9 +180,11 @@ def test_output_keeps_the_bases_sharding_and_metadata(tmp_path):
 
 
 def test_one_branch_or_identical_branches_come_out_bit_for_bit(tmp_path, base, branches):
+    twins = [Branch(tmp_path / f"twin{c}", c, f"twin {c}") for c in (3, 5, 11)]
+    for twin in twins:
+        shutil.copytree(branches[0].path, twin.path)
     for operator in ("average", "uniform", "task_arithmetic"):
         merge(base, branches[:1], tmp_path / f"one-{operator}", operator)
-        twins = [Branch(branches[0].path, c, f"twin {c}") for c in (3, 5, 11)]
         merge(base, twins, tmp_path / f"same-{operator}", operator)
         want = checkpoint.weights_digest(checkpoint.read_headers(branches[0].path))
         for kind in ("one", "same"):
@@ -595,3 +597,58 @@ def test_convolutions_are_never_matrices(tmp_path, name, scope):
     merge(base, branches, tmp_path / "out", "star", matrix_scope=scope)
     want = sum(floats(b.path)[name] for b in branches) / 2
     np.testing.assert_allclose(floats(tmp_path / "out")[name], want, rtol=1e-7)
+
+
+ONE_SIDED = [
+    (
+        {"rope_scaling": {"type": "linear", "factor": 4.0}},
+        r"(factor is unset|rope_type is 'default') in the base but (4\.0|'linear')",
+    ),
+    ({"sliding_window": 8, "use_sliding_window": True}, r"sliding_window is (unset|False) in the base but"),
+    ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is unset in the base but 30.0"),
+    ({"embedding_multiplier": 12}, "embedding_multiplier is unset in the base but 12"),
+    ({"layer_types": ["sliding_attention"]}, "layer_types"),
+]
+
+
+@pytest.mark.parametrize(("more", "message"), ONE_SIDED)
+@pytest.mark.parametrize("model_type", ["unknown-to-any-library", "qwen2"])
+@pytest.mark.parametrize("null", [False, True])
+def test_a_setting_in_one_config_only_is_compared_with_its_default(
+    tmp_path, base, branches, more, message, model_type, null
+):
+    plain = {"model_type": model_type, "num_hidden_layers": 1, **(dict.fromkeys(more) if null else {})}
+    config = json.loads((base / "config.json").read_text()) | plain
+    for folder in (base, *(b.path for b in branches)):
+        (folder / "config.json").write_text(json.dumps(config))
+    plan_merge(base, branches, output=tmp_path / "out")
+    (branches[1].path / "config.json").write_text(json.dumps(config | more))
+    with pytest.raises(MergeError, match=message):
+        plan_merge(base, branches, output=tmp_path / "out")
+    (base / "config.json").write_text(json.dumps(config | more))
+    with pytest.raises(MergeError, match="in branch 0"):
+        plan_merge(base, branches, output=tmp_path / "out")
+
+
+def test_defaults_that_a_library_spells_out_are_no_difference_and_other_settings_warn(tmp_path, base, branches):
+    from transformers import Qwen2Config
+
+    Qwen2Config(
+        hidden_size=16, vocab_size=40, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, rope_theta=5e4
+    ).save_pretrained(tmp_path / "full")
+    full = json.loads((tmp_path / "full/config.json").read_text())
+    old = {k: full[k] for k in ("model_type", "hidden_size", "vocab_size", "intermediate_size", "num_hidden_layers")}
+    old |= {"num_attention_heads": 2, "rope_theta": 5e4}
+    for folder in (base, *(b.path for b in branches)):
+        (folder / "config.json").write_text(json.dumps(old))
+    (branches[1].path / "config.json").write_text(json.dumps(full | {"trainer_remark": "x"}))
+    plan = plan_merge(base, branches, output=tmp_path / "out")
+    notes = [w for w in plan.warnings if "config.json" in w]
+    assert notes == ["config.json: trainer_remark is 'x' in branch 1; the base has unset, which is kept."]
+
+
+def test_one_checkpoint_under_two_spellings_is_refused(tmp_path, base, branches):
+    (tmp_path / "link").symlink_to(branches[0].path)
+    for other in (tmp_path / "link", branches[1].path / ".." / "b0"):
+        with pytest.raises(MergeError, match="branch 0 and again are the same checkpoint"):
+            plan_merge(base, [*branches, Branch(other, 1, "again")], output=tmp_path / "out")

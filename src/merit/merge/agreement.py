@@ -14,7 +14,14 @@ from typing import Any
 from merit.checkpoint import Checkpoint, TensorInfo, chat_template, read_config, read_json
 from merit.errors import MergeError
 
-__all__ = ["check_config", "check_tokenizer", "common_chat_template", "core_name", "match_tensors"]
+__all__ = [
+    "check_adapter_bases",
+    "check_config",
+    "check_tokenizer",
+    "common_chat_template",
+    "core_name",
+    "match_tensors",
+]
 
 # Parts of names of settings that change what the weights mean; another unknown setting that differs is a warning.
 _MEANING = (
@@ -297,6 +304,28 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
     added = [(t.get("id"), t.get("content")) for t in value.get("added_tokens") or []]
     parts = {key: value.get(key) for key in ("normalizer", "pre_tokenizer", "post_processor", "decoder")}
     return {"vocabulary": model.get("vocab"), "merges": merges, "added tokens": sorted(added), **parts}
+
+
+def check_adapter_bases(base: Path, recorded: Mapping[str, str]) -> list[str]:
+    """Compare the bases that adapters name in their configs (by adapter, "" for none); local paths where they lead.
+
+    Returns:
+        Warnings (they name another folder than ``base``).
+
+    Raises:
+        MergeError: They name different bases.
+    """
+    known = {name: Path(path).resolve() if path and Path(path).exists() else path for name, path in recorded.items()}
+    first, where = next(iter(known.items()))
+    for name, other in known.items():
+        if other != where:
+            raise MergeError(
+                f"Adapters differ in base_model_name_or_path: {recorded[first]!r} in {first}, {recorded[name]!r} in {name}.",
+                "Adapters of different bases cannot be merged; where it is one base, write one path into both configs.",
+            )
+    if Path(where).is_absolute() and Path(where) != base.resolve():
+        return [f"The adapters name {where} as their base; they are merged with {base}."]
+    return []
 
 
 def common_chat_template(base: Path, branches: Mapping[str, Path]) -> tuple[str | None, list[str]]:

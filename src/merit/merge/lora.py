@@ -24,7 +24,7 @@ import numpy as np
 from merit.checkpoint import Checkpoint, TensorInfo, fingerprint, read_headers, read_json, read_tensor
 from merit.dtypes import to_float
 from merit.errors import CheckpointError, MergeError
-from merit.merge.agreement import core_name
+from merit.merge.agreement import check_adapter_bases, core_name
 from merit.merge.operators import operator_and_options
 from merit.merge.plan import (
     Branch,
@@ -240,19 +240,8 @@ def _read_all(base: Checkpoint, branches: Sequence[Branch]) -> tuple[list[Adapte
             odd = sorted(mine.keys() ^ theirs.keys())
             if odd:
                 raise MergeError(f"{odd[0]} is adapted in only one of {first.branch.name} and {other.branch.name}.")
-    trained = {a.branch.name: str(a.config.get("base_model_name_or_path") or "") for a in adapters}
-    known = {name: Path(path).resolve() if Path(path).exists() else path for name, path in trained.items()}
-    for name, where in known.items():
-        if where != known[first.branch.name]:
-            raise MergeError(
-                f"Adapters differ in base_model_name_or_path: {trained[first.branch.name]!r} in {first.branch.name}, "
-                f"{trained[name]!r} in {name}.",
-                "Adapters of different bases cannot be merged; where it is one base, write one path into both configs.",
-            )
-    where = known[first.branch.name]
-    if (isinstance(where, Path) or Path(where).is_absolute()) and where != base.folder.resolve():
-        return adapters, [f"The adapters name {where} as their base; they are merged with {base.folder}."]
-    return adapters, []
+    recorded = {a.branch.name: str(a.config.get("base_model_name_or_path") or "") for a in adapters}
+    return adapters, check_adapter_bases(base.folder, recorded)
 
 
 def plan_adapter_merge(
