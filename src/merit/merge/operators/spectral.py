@@ -1,8 +1,8 @@
 """Thin SVD and nearest orthonormal factor in float64, by the Gram eigenproblem on the short side. Pure, no files.
 
 For an m×n matrix with q = min(m, n) this costs about 2mnq + 9q³ + 2mnq operations against 14mnq and more of a full SVD. Its
-limit: squaring loses singular values below about 1e-8 of the largest; below TINY they are returned as zero with zero vectors,
-and between TINY and about 1e-5 the vectors on the long side are orthonormal to fewer digits.
+limit: squaring loses singular values below about 1e-8 of the largest; below TINY they are returned as zero with zero
+vectors, and between TINY and about 1e-5 the vectors on the long side are orthonormal to fewer digits.
 """
 
 from __future__ import annotations
