@@ -94,7 +94,7 @@ def _to_odd(quotient: np.ndarray, remainder_sign: np.ndarray) -> np.ndarray:
 
 
 class Combination:
-    """y = round(Σ_k c_k x_k) for blocks of at most ``BLOCK`` elements; holds its scratch, so one per thread.
+    """y = round(Σ_k c_k x_k) for pieces of at most ``size`` elements; holds its scratch, so one per thread.
 
     Call it for some blocks, then ``settle()`` once: the elements in doubt are gathered and decided together.
 
@@ -102,9 +102,12 @@ class Combination:
         coefficients: The c_k, exact.
         sources: Dtype of each operand x_k (floating).
         out: Dtype of y.
+        size: Most elements per call.
     """
 
-    def __init__(self, coefficients: Sequence[Fraction], sources: Sequence[DType], out: DType) -> None:
+    def __init__(
+        self, coefficients: Sequence[Fraction], sources: Sequence[DType], out: DType, size: int = BLOCK
+    ) -> None:
         self.sources, self.out = list(sources), out
         self._denominator = math.lcm(*(c.denominator for c in coefficients))
         self._numerators = [int(c * self._denominator) for c in coefficients]
@@ -114,7 +117,7 @@ class Combination:
         bits = max(abs(n).bit_length() for n in self._numerators) + max(_PRECISION[s.tag] for s in self.sources)
         self._exact_products = bits <= 53 and self._denominator < 2**53
         self._paired = all(d.tag == "BF16" for d in (*self.sources, out))
-        self._sum, self._term, self._test = (np.empty(BLOCK, np.float32) for _ in range(3))
+        self._sum, self._term, self._test = (np.empty(size, np.float32) for _ in range(3))
         self._doubts: list[tuple[np.ndarray, np.ndarray, list[np.ndarray]]] = []
 
     def __call__(self, raws: Sequence[np.ndarray], out: np.ndarray) -> None:

@@ -26,6 +26,8 @@ from merit.parallel import parallel, threads
 
 __all__ = ["SPAN", "Reader", "Statistics", "TrimmedEntries", "Worker"]
 
+PIECE = 4
+"""Blocks that a linear merge takes at once: longer array operations, so that threads wait less for the interpreter lock."""
 SPAN = 16
 """Blocks per unit of work."""
 
@@ -72,13 +74,14 @@ class Reader:
                 length = min(length, source.nbytes - start)
                 os.posix_fadvise(descriptor, source.start + start, length, os.POSIX_FADV_WILLNEED)
 
-    def read(self, k: int, source: TensorInfo, block: int, buffer: memoryview) -> np.ndarray:
-        """Raw values of one block of source ``k``, in ``buffer``."""
+    def read(self, k: int, source: TensorInfo, block: int, buffer: memoryview, blocks: int = 1) -> np.ndarray:
+        """Raw values of ``blocks`` blocks of source ``k`` from ``block`` on (fewer at its end), in ``buffer``."""
         step = BLOCK * source.dtype.itemsize
-        part = buffer[: min(step, source.nbytes - block * step)]
+        part = buffer[: min(blocks * step, source.nbytes - block * step)]
         descriptor, path = self._files[k, source.file]
         pread_into(descriptor, part, source.start + block * step, path)
-        self.digests[k].add_block(source.name, block, part)
+        for place, start in enumerate(range(0, len(part), step)):
+            self.digests[k].add_block(source.name, block + place, part[start : start + step])
         return np.frombuffer(part, source.dtype.raw)
 
 
@@ -118,7 +121,7 @@ class Worker:
         self, reader: Reader, plan: MergePlan, statistics: Statistics, entries: TrimmedEntries | None = None
     ) -> None:
         self.reader, self.plan, self.statistics, self.entries = reader, plan, statistics, entries
-        self._buffers = [memoryview(bytearray(8 * BLOCK)) for _ in reader.folders]
+        self._buffers = [memoryview(bytearray(PIECE * BLOCK * 8)) for _ in reader.folders]
         self._kernels: dict[Any, Combination] = {}
         self._space = bytearray(SPAN * BLOCK * 8)
 
@@ -134,8 +137,9 @@ class Worker:
         n = min(SPAN * BLOCK, tensor.out.size - first * BLOCK)
         result = np.frombuffer(self._space, tensor.out.dtype.raw, n)
         used, kernel = self._kernel(tensor) if tensor.kind == "linear" else ([], None)
-        for block in range(first, min(first + SPAN, tensor.out.blocks)):
-            out = result[(block - first) * BLOCK : (block - first + 1) * BLOCK]
+        step = PIECE if kernel is not None else 1
+        for block in range(first, min(first + SPAN, tensor.out.blocks), step):
+            out = result[(block - first) * BLOCK : (block - first + step) * BLOCK]
             if kernel is not None:
                 self._linear(tensor, block, out, used, kernel)
             elif tensor.kind == "exact":
@@ -146,20 +150,21 @@ class Worker:
             kernel.settle()
         return result
 
-    def _raws(self, tensor: TensorPlan, block: int) -> dict[int, np.ndarray]:
+    def _raws(self, tensor: TensorPlan, block: int, blocks: int = 1) -> dict[int, np.ndarray]:
         sources = list(enumerate(tensor.sources))[not self.reader.with_base :]
-        return {k: self.reader.read(k, source, block, self._buffers[k]) for k, source in sources}
+        return {k: self.reader.read(k, source, block, self._buffers[k], blocks) for k, source in sources}
 
     def _kernel(self, tensor: TensorPlan) -> tuple[list[int], Combination]:
         used = [k for k, c in enumerate(tensor.coefficients) if c]
         key = (tensor.coefficients, tuple(tensor.sources[k].dtype.tag for k in used), tensor.out.dtype.tag)
         if key not in self._kernels:
             coefficients = [tensor.coefficients[k] for k in used]
-            self._kernels[key] = Combination(coefficients, [tensor.sources[k].dtype for k in used], tensor.out.dtype)
+            dtypes = [tensor.sources[k].dtype for k in used]
+            self._kernels[key] = Combination(coefficients, dtypes, tensor.out.dtype, PIECE * BLOCK)
         return used, self._kernels[key]
 
     def _linear(self, tensor: TensorPlan, block: int, out: np.ndarray, used: list[int], kernel: Combination) -> None:
-        raws = self._raws(tensor, block)
+        raws = self._raws(tensor, block, PIECE)
         try:
             kernel([raws[k] for k in used], out)
         except NonFiniteError as error:
