@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from merit.errors import RecipeError, ResourceError, RunFolderError
+from merit.errors import Interrupted, RecipeError, ResourceError, RunFolderError
 from merit.plan import estimate
 from merit.progress import duration, size
 from merit.run_folder import Stage, read_json
@@ -104,7 +104,10 @@ def _train_here(owner: Pipeline, branch: BranchId) -> None:
             provenance={"branch": stage.fingerprint},
         )
         record["model_fingerprint"] = checkpoint.fingerprint(stage.path / "model")
+        stop_asked = record.pop("stop_asked")
     _say(owner, branch, stage)
+    if stop_asked:  # the branch was in its last step when the signal came: it is finished, and the run stops after it
+        raise Interrupted(f"stopped after branch {branch} was finished")
 
 
 def _say(pipeline: Pipeline, branch: BranchId, stage: Stage) -> None:

@@ -244,6 +244,7 @@ def train_branch(
         "threads": threads,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "resumed_from": resumed_from,
+        "stop_asked": stop.asked,
     }
 
 

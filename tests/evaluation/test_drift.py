@@ -120,3 +120,16 @@ def test_prompts_are_spread_evenly(rows, count, seed):
             # A dataset gives fewer than another, by more than one, only when it has no more.
             assert taken[one] >= taken[other] - 1 or taken[one] == rows[one]
     assert choose_prompts(dict(reversed(rows.items())), count, seed) == chosen
+
+
+def test_an_error_in_the_middle_leaves_no_mode_behind(sampled, tmp_path):
+    """A generator that is left early must not keep gradients switched off for whoever comes next."""
+    reference = reference_of(sampled, tmp_path)
+    with torch.inference_mode():
+        passes = reference.passes(sampled[0], 0, CPU)
+        next(passes)
+    passes.close()
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+    weight = torch.ones(2, requires_grad=True)
+    (weight * 2).sum().backward()

@@ -165,16 +165,15 @@ class Reference:
         import torch
 
         lengths = [len(row.input_ids) for row in self.rows]
-        with torch.inference_mode():
-            for group, batch in iterate_batches(
-                self.rows, length_sorted_batches(lengths, logits_tokens(model, _BATCH_LOGITS)), pad_id, device
-            ):
+        batches = length_sorted_batches(lengths, logits_tokens(model, _BATCH_LOGITS))
+        for group, batch in iterate_batches(self.rows, batches, pad_id, device):
+            with torch.no_grad():  # never around a yield: a generator left early would leave the mode behind
                 logits = model(
                     input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
                 ).logits
-                for b, i in enumerate(group):
-                    row = self.rows[int(i)]
-                    yield int(i), logits[b, row.prompt_length - 1 : len(row.input_ids) - 1].float()
+            for b, i in enumerate(group):
+                row = self.rows[int(i)]
+                yield int(i), logits[b, row.prompt_length - 1 : len(row.input_ids) - 1].float()
 
 
 def measure_drift(
