@@ -229,9 +229,9 @@ def measure(folder: Path, given: argparse.Namespace) -> None:
 def targets(ours: dict, inside: dict, theirs: dict | None, limit: dict, starts: dict) -> list[str]:
     """What was aimed at, beside what came out: a miss is shown like a hit."""
     rows = [
-        ("warm over the copy (one reader)", "≤ 3", ours["warm"] / limit["warm"], ours["warm"] <= 3 * limit["warm"]),
+        ("warm over the fastest copy", "≤ 3", ours["warm"] / limit["warm"], ours["warm"] <= 3 * limit["warm"]),
         (
-            "cold over the copy (one reader)",
+            "cold over the fastest copy",
             "≤ 1.15",
             ours["cold"] / limit["cold"],
             ours["cold"] <= 1.15 * limit["cold"],
@@ -293,7 +293,9 @@ def report(rounds: dict, wrong: dict, starts: dict, loads: list[float], given: a
             f"{(theirs['warm'] - starts['mergekit']) / inside['warm']:.1f} × without start-up; "
             f"{theirs['warm_cpu'] / ours['warm_cpu']:.1f} × less CPU time."
         )
-    lines += ["", *targets(ours, inside, theirs, limit, starts)]
+    copies = [name for name in warm if name.startswith("copying")]
+    fastest = {state: min(best(rounds[state][name], "wall") for name in copies) for state in rounds}
+    lines += ["", *targets(ours, inside, theirs, fastest, starts)]
     host = machine()
     lines += [
         "",
