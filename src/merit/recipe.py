@@ -19,7 +19,7 @@ from merit.errors import RecipeError, nearest
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=120)]
 SplitMethod = Literal["pca", "raw_pca", "random", "kmeans", "conflict_induced", "joint"]
-DataFormat = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt"]
+DataFormat = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "cauldron"]
 
 
 class Settings(BaseModel):
@@ -51,9 +51,11 @@ class ModelSettings(Settings):
     working directory."""
     revision: str | None = None
     """Hub revision (branch, tag or commit); for hub ids only."""
-    trainable: Literal["all", "lora", "language", "projector", "vision"] | list[str] = "all"
-    """What is trained: all parameters, low-rank adapters, one role of a vision-language model, or shell patterns over
-    parameter names (such as ["model.layers.1?.*"]). Everything else stays frozen and bit-identical."""
+    trainable: Literal["all", "lora", "language", "projector", "vision"] | list[str] = "language"
+    """What is trained. language: the language decoder, which is all of a text model and the paper's choice for a
+    vision-language one; projector, vision: that role of a vision-language model alone; all: every parameter; lora: low-rank
+    adapters in the language decoder; or a list of roles and shell patterns over parameter names (such as ["projector",
+    "model.layers.1?.*"]). Everything else stays frozen and bit-identical."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Dtype of the forward and backward arithmetic on a GPU; weights and optimizer state are kept in float32 while
     training. On a CPU the arithmetic is float32, whatever is said here."""
@@ -80,6 +82,9 @@ class DatasetSettings(Settings):
     """Configuration name of a hub dataset."""
     split: str = "train"
     """Split of a hub dataset."""
+    images: str | None = None
+    """Folder that image paths in the rows start from, and that none may leave. Default: ``mixture.images.folder``, else the
+    folder of the data file."""
     samples: Annotated[int, Field(ge=1)] | None = None
     """Sample budget: at most this many rows, drawn by seed. Default: all."""
     tokens: Annotated[int, Field(ge=1)] | None = None
@@ -93,6 +98,21 @@ class UnrepresentableSettings(Settings):
     """Share of a dataset's characters (train rows, prompts and answers) that may be lost before ``action`` applies."""
     action: Literal["warn", "leave_out", "error"] = "warn"
     """warn: keep the dataset and say so; leave_out: leave the whole dataset out of the mixture and say so; error: stop."""
+
+
+class ImageSettings(Settings):
+    """Images in the rows; read only for vision-language bases."""
+
+    max_pixels: Annotated[int, Field(ge=784)] = 614656
+    """Most pixels of an image as the model sees it (paper: 784 x 784); larger ones are scaled down by the base's own image
+    processor. Bases whose processor scales every image to one size are not affected."""
+    bad: Literal["error", "drop"] = "error"
+    """An image that is missing, damaged, mislabelled or too large to be decoded safely: stop with its dataset and row, or
+    drop the row and count it."""
+    folder: str | None = None
+    """Folder that image paths in the rows start from, where a dataset names none of its own."""
+    max_file_pixels: Annotated[int, Field(ge=1)] = 89478485
+    """Most pixels of an image file; a larger one counts as bad (a small file can hold an image that fills the memory)."""
 
 
 class MixtureSettings(Settings):
@@ -124,6 +144,8 @@ class MixtureSettings(Settings):
     count it."""
     unrepresentable: UnrepresentableSettings = UnrepresentableSettings()
     """Text that the tokenizer cannot represent."""
+    images: ImageSettings = ImageSettings()
+    """Images in the rows."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -501,7 +523,7 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
         return None if text is None else locate(text, folder)
 
     def dataset(item: DatasetSettings) -> DatasetSettings:
-        return item.model_copy(update={"path": here(item.path), "test": here(item.test)})
+        return item.model_copy(update={"path": here(item.path), "test": here(item.test), "images": here(item.images)})
 
     mixture, evaluate = recipe.mixture, recipe.evaluate
     return recipe.model_copy(
@@ -515,6 +537,7 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
                     "path": here(mixture.path),
                     "test": here(mixture.test),
                     "datasets": mixture.datasets and [dataset(item) for item in mixture.datasets],
+                    "images": mixture.images.model_copy(update={"folder": here(mixture.images.folder)}),
                 }
             ),
             "conflict": recipe.conflict.model_copy(update={"cache": here(recipe.conflict.cache)}),

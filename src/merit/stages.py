@@ -21,12 +21,13 @@ def _without(block: Mapping[str, Any], *keys: str) -> dict[str, Any]:
 
 
 def _dataset(item: DatasetSettings) -> dict[str, Any]:
-    return _without(item.model_dump(mode="json"), "path", "test")
+    return _without(item.model_dump(mode="json"), "path", "test", "images")
 
 
 def mixture_stage(recipe: Recipe, run: Path, *, tokenizer: str, sources: Mapping[str, str]) -> Stage:
     """Rows → tokens. Inputs: the tokenizer with its chat template, and every dataset's source files' content."""
     mixture = _without(recipe.mixture.model_dump(mode="json"), "folder", "path", "test", "datasets")
+    mixture["images"] = _without(mixture["images"], "folder")
     if recipe.mixture.datasets is not None:
         mixture["datasets"] = [_dataset(item) for item in recipe.mixture.datasets]
     settings = {

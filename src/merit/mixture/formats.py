@@ -14,9 +14,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from merit.errors import nearest
+from merit.images import ImageRef
 
 RowFormat = Literal["messages", "prompt_completion", "alpaca", "sharegpt"]
 Message = dict[str, str]
+
+IMAGE = "\ufffc"
+"""Stands in a turn's content where an image stands (Unicode's object replacement character)."""
 
 COLUMNS: dict[RowFormat, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -49,10 +53,13 @@ class Chat:
     Attributes:
         messages: ``{"role": "system" | "user" | "assistant", "content": text}`` in order; the last is the assistant's.
         first_target: Assistant turns before this message index are context, not targets (a list-valued ``prompt``).
+        images: The row's images; the i-th ``IMAGE`` of all contents, in order, stands for the i-th. A row without images
+            keeps an ``IMAGE`` that is part of its text.
     """
 
     messages: list[Message]
     first_target: int = 0
+    images: tuple[ImageRef, ...] = ()
 
 
 class BadRow(Exception):
