@@ -61,6 +61,9 @@ class ModelSettings(Settings):
     training. On a CPU the arithmetic is float32, whatever is said here."""
     lora: LoraSettings = LoraSettings()
     """Adapter settings."""
+    max_pixels: Annotated[int, Field(ge=784)] = 614656
+    """Most pixels of an image as the model sees it (paper: 784 x 784); larger ones are scaled down by the base's own image
+    processor. Bases whose processor scales every image to one size are not affected."""
     chat_template: str | None = None
     """File with a Jinja chat template to use in place of the base's own. Without either, a documented default is used."""
     trust_remote_code: bool = False
@@ -103,9 +106,6 @@ class UnrepresentableSettings(Settings):
 class ImageSettings(Settings):
     """Images in the rows; read only for vision-language bases."""
 
-    max_pixels: Annotated[int, Field(ge=784)] = 614656
-    """Most pixels of an image as the model sees it (paper: 784 x 784); larger ones are scaled down by the base's own image
-    processor. Bases whose processor scales every image to one size are not affected."""
     bad: Literal["error", "drop"] = "error"
     """An image that is missing, damaged, mislabelled or too large to be decoded safely: stop with its dataset and row, or
     drop the row and count it."""
