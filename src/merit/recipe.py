@@ -326,6 +326,58 @@ class EvaluateSettings(Settings):
         return self
 
 
+class AssembleSettings(Settings):
+    """A starting model put together from two checkpoints: ``model.base`` is its language model (docs/preparation.md)."""
+
+    vision_from: str
+    """Folder or hub id of a vision-language checkpoint: its vision encoder, image processor and image tokens are taken."""
+    revision: str | None = None
+    """Hub revision of ``vision_from``."""
+    projector: Literal["copy", "new"] = "copy"
+    """copy: the projector of ``vision_from``, whose output must fit the language model; new: drawn by seed."""
+
+
+class PreparationStageSettings(Settings):
+    """One stage of a preparation: training on its own mixture, from where the stage before it ended."""
+
+    name: Name
+    """Name of the stage, in messages and as a folder: align, knowledge, instruct."""
+    mixture: MixtureSettings
+    """Its datasets, as the recipe's own ``mixture``."""
+    trainable: Literal["all", "language", "projector", "vision"] | list[str] = "language"
+    """What it trains, as ``model.trainable``."""
+    train: TrainSettings = TrainSettings()
+    """Its hyperparameters. Keys that are not given here are those of the recipe's ``train``."""
+
+    @model_validator(mode="after")
+    def _not_reserved(self) -> Self:
+        if self.name == "assemble":
+            raise ValueError(
+                "a stage cannot be named assemble: that is the name of the step that joins the checkpoints"
+            )
+        return self
+
+
+class PrepareSettings(Settings):
+    """Making the merge-ready base where none is at hand: ``prepared/base`` in the run folder takes the place of
+    ``model.base`` in every later stage."""
+
+    assemble: AssembleSettings | None = None
+    """Join a vision encoder and ``model.base`` into the starting model. Default: start from ``model.base`` as it is."""
+    stages: list[PreparationStageSettings] = []
+    """LLaVA-style stages, one after another: 1 projector alignment, 1.5 knowledge learning, 2 instruction tuning."""
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> Self:
+        if self.assemble is None and not self.stages:
+            raise ValueError("give assemble, stages or both; without either there is nothing to prepare")
+        names = [stage.name for stage in self.stages]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two stages are named {twice[0]!r}; names must differ")
+        return self
+
+
 class Recipe(Settings):
     """Every setting of a run. Unknown keys are errors; the resolved recipe is written into the run folder."""
 
@@ -334,6 +386,8 @@ class Recipe(Settings):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of every random choice: calibration draw, sketch, random split, data order, sampling."""
     model: ModelSettings
+    prepare: PrepareSettings | None = None
+    """How the base is made first; without it ``model.base`` is the base as it stands."""
     mixture: MixtureSettings
     conflict: ConflictSettings = ConflictSettings()
     split: SplitSettings = SplitSettings()
@@ -342,6 +396,23 @@ class Recipe(Settings):
     evaluate: EvaluateSettings = EvaluateSettings()
     baselines: list[SplitMethod] = []
     """Other split methods to train and merge at the same budget, for comparison: joint and random are the usual two."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stages_train_alike(cls, data: Any) -> Any:
+        """Give every stage of a preparation the recipe's own ``train`` where it has no setting of its own."""
+        if not isinstance(data, dict) or not isinstance(data.get("prepare"), dict):
+            return data
+        own, stages = data.get("train"), data["prepare"].get("stages")
+        if not isinstance(own, dict) or not isinstance(stages, list):
+            return data
+        filled = [
+            {**stage, "train": {**own, **stage.get("train", {})}}
+            if isinstance(stage, dict) and isinstance(stage.get("train", {}), dict)
+            else stage
+            for stage in stages
+        ]
+        return {**data, "prepare": {**data["prepare"], "stages": filled}}
 
     @model_validator(mode="after")
     def _baselines_differ(self) -> Self:
@@ -525,21 +596,31 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     def dataset(item: DatasetSettings) -> DatasetSettings:
         return item.model_copy(update={"path": here(item.path), "test": here(item.test), "images": here(item.images)})
 
-    mixture, evaluate = recipe.mixture, recipe.evaluate
+    def datasets(mixture: MixtureSettings) -> MixtureSettings:
+        return mixture.model_copy(
+            update={
+                "folder": here(mixture.folder),
+                "path": here(mixture.path),
+                "test": here(mixture.test),
+                "datasets": mixture.datasets and [dataset(item) for item in mixture.datasets],
+                "images": mixture.images.model_copy(update={"folder": here(mixture.images.folder)}),
+            }
+        )
+
+    def preparation(prepare: PrepareSettings) -> PrepareSettings:
+        joined = prepare.assemble
+        stages = [stage.model_copy(update={"mixture": datasets(stage.mixture)}) for stage in prepare.stages]
+        assemble = joined and joined.model_copy(update={"vision_from": here(joined.vision_from)})
+        return prepare.model_copy(update={"assemble": assemble, "stages": stages})
+
+    evaluate = recipe.evaluate
     return recipe.model_copy(
         update={
             "model": recipe.model.model_copy(
                 update={"base": here(recipe.model.base), "chat_template": here(recipe.model.chat_template)}
             ),
-            "mixture": mixture.model_copy(
-                update={
-                    "folder": here(mixture.folder),
-                    "path": here(mixture.path),
-                    "test": here(mixture.test),
-                    "datasets": mixture.datasets and [dataset(item) for item in mixture.datasets],
-                    "images": mixture.images.model_copy(update={"folder": here(mixture.images.folder)}),
-                }
-            ),
+            "prepare": recipe.prepare and preparation(recipe.prepare),
+            "mixture": datasets(recipe.mixture),
             "conflict": recipe.conflict.model_copy(update={"cache": here(recipe.conflict.cache)}),
             "evaluate": evaluate.model_copy(
                 update={"kept_folder": here(evaluate.kept_folder), "kept": [dataset(item) for item in evaluate.kept]}
