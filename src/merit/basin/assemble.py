@@ -106,18 +106,19 @@ def plan_assembly(language: Path, vision: Path, *, projector: Literal["copy", "n
             "Set prepare.assemble.projector: new, and train it in a first stage.",
         )
     held = _shapes(text, causal=True)
-    strangers = set(_renamed(held, shapes)) ^ {n for n in shapes if family.role(n) == "language"}
-    if strangers:
+    names = _renamed(held, shapes)
+    odd = sorted(names.keys() ^ {name for name in shapes if family.role(name) == "language"})
+    odd = odd or [new for new, old in names.items() if shapes[new][1:] != held[old][1:]]  # rows may be added
+    if odd:
         raise CheckpointError(
-            f"model.base: {language} does not fit into a {model_type} model: {len(strangers)} parameters have no counterpart, "
-            f"first {min(strangers)}."
+            f"model.base: {language} does not fit into a {model_type} model: {len(odd)} parameters have no counterpart of "
+            f"their shape, first {odd[0]}."
         )
     if added:
         where = f"{rows} new embedding rows, drawn by seed" if rows else "unused embedding rows, as they stand"
         notes.append(f"{len(added)} special tokens are added to the tokenizer ({where}): {', '.join(added[:6])}")
-    foreign = [
-        token for token in added if token in (checkpoint.chat_template(vision) or "") and not _IMAGE_WORDS.search(token)
-    ]
+    template = checkpoint.chat_template(vision) or ""
+    foreign = [token for token in added if token in template and not _IMAGE_WORDS.search(token)]
     if foreign:
         notes.append(
             f"the chat template is that of {given.model_type} and writes {', '.join(foreign)}, which the language model has "
@@ -251,7 +252,8 @@ def _tokens(language: Path, vision: Path, given: Any) -> tuple[Any, tuple[str, .
     lost = [key for key, token in named.items() if token is None]
     if lost or not any("image" in key for key in named):
         raise CheckpointError(
-            f"prepare.assemble.vision_from: {vision} names no image token that its tokenizer has ({', '.join(lost) or 'none'})."
+            f"prepare.assemble.vision_from: {vision} names no image token that its tokenizer has "
+            f"({', '.join(lost) or 'none at all'})."
         )
     template = checkpoint.chat_template(vision) or ""
     special = [str(token) for _, token in sorted(other.added_tokens_decoder.items()) if token.special]
@@ -343,7 +345,7 @@ def _new_projector(model: Any, family: Family, seed: int, dtype: torch.dtype) ->
     import torch
 
     torch.manual_seed(seed)
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for path, module in model.named_modules():
         names = [n for n, _ in module.named_parameters(path, recurse=False) if family.role(n) == "projector"]
         if not names:
@@ -367,7 +369,7 @@ def _digest(tensor: torch.Tensor) -> str:
     import torch
 
     flat = (tensor.detach().float() if tensor.is_floating_point() else tensor).contiguous().reshape(-1)
-    return f"{tuple(tensor.shape)} {xxhash.xxh3_128_hexdigest(flat.view(torch.uint8).numpy())}"
+    return f"{tuple(tensor.shape)} {xxhash.xxh3_128_hexdigest(memoryview(flat.view(torch.uint8).numpy()))}"
 
 
 def _read_back(folder: Path, digests: Mapping[str, str]) -> None:
