@@ -17,8 +17,8 @@ from merit.errors import CheckpointError, RecipeError
 from merit.mixture.encode import EncodedRow
 from merit.models import (
     IGNORE,
+    Batcher,
     accepts,
-    collate,
     inspect_base,
     length_sorted_batches,
     load_model,
@@ -51,7 +51,7 @@ def rows(seed: int, count: int = 5) -> list[EncodedRow]:
 def test_the_loss_is_that_of_an_unbatched_float64_pass(folder: Path) -> None:
     model = load_model(ModelSettings(base=str(folder)), CPU)
     batch = rows(1)
-    losses, counts = target_losses(model, collate(batch, pad_id=0))
+    losses, counts = target_losses(model, Batcher(0)(batch))
     exact = model.double()
     for row, loss, count in zip(batch, losses, counts, strict=True):
         logits = exact(input_ids=torch.from_numpy(row.input_ids).long()[None]).logits[0]
@@ -63,7 +63,7 @@ def test_the_loss_is_that_of_an_unbatched_float64_pass(folder: Path) -> None:
 
 
 def test_padding_is_no_target_and_no_input(folder: Path) -> None:
-    batch = collate(rows(2), pad_id=7)
+    batch = Batcher(7)(rows(2))
     for row, ids, mask, labels in zip(
         rows(2), *(batch[k] for k in ("input_ids", "attention_mask", "labels")), strict=True
     ):

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 import training_cases as cases
 from merit.errors import RecipeError, ResourceError, RunFolderError, TrainingError
+from merit.models import Batcher
 from merit.train import PASSED_ON, RECIPE_KEYS, check_trainer_options, steps_for
 from merit.trainer import GroupRows, StepCollator, cut_by_length, newest_checkpoint
 
@@ -416,7 +417,7 @@ def test_collator_keeps_every_row_and_counts_it() -> None:
     rows = GroupRows(cases.make_group())
     items = [{"row": i} for i in range(len(rows))]
     for overhead, expected in ((None, 3), (0, None)):
-        step = StepCollator(rows, 8, 0, overhead)(items)
+        step = StepCollator(rows, 8, Batcher(0), overhead)(items)
         assert expected is None or len(step["micro"]) == expected
         micro = [
             tuple(ids[mask.bool()].tolist())

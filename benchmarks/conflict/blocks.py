@@ -48,14 +48,14 @@ def measure_blocks(recipe: Recipe, work: Path, *, only: list[str] | None = None)
 
     from merit.conflict.gradients import GradientMeter
     from merit.mixture import draw
-    from merit.models import load_model
+    from merit.models import Batcher, load_model
 
     torch.set_num_threads(1)
     cpu = torch.device("cpu")
     tokenizer, mixture = open_mixture(recipe, work)
     exact = recipe.conflict.model_copy(update={"representation": "exact"})
     model = load_model(recipe.model, cpu, trainable=True)
-    meter = GradientMeter(model, exact, seed=recipe.seed, pad_id=tokenizer.pad_token_id, device=cpu, memory="held")
+    meter = GradientMeter(model, exact, seed=recipe.seed, batcher=Batcher.of(tokenizer), device=cpu, memory="held")
     folder = work / "blocks"
     folder.mkdir(exist_ok=True)
     for name, rows in mixture.items():

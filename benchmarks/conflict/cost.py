@@ -58,11 +58,11 @@ def time_ratio(model: Any, rows: list[Any], recipe: Any, label: str) -> dict[str
     import torch
 
     from merit.conflict.gradients import GradientMeter
-    from merit.models import iterate_batches, length_sorted_batches, target_losses
+    from merit.models import Batcher, iterate_batches, length_sorted_batches, target_losses
 
     cpu = torch.device("cpu")
     meters = {
-        memory: GradientMeter(model, recipe.conflict, seed=0, pad_id=0, device=cpu, memory=memory)
+        memory: GradientMeter(model, recipe.conflict, seed=0, batcher=Batcher(0), device=cpu, memory=memory)
         for memory in ("held", "streamed")
     }
     tokens = meters["held"].batch_tokens
@@ -138,12 +138,12 @@ def _memory_child(variant: str, datasets: int, work: Path) -> None:
 
     from merit.conflict.gradients import GradientMeter
     from merit.conflict.store import GradientStore
-    from merit.models import collate, target_losses
+    from merit.models import Batcher, target_losses
     from merit.recipe import ConflictSettings
 
     torch.set_num_threads(1)
     rows = random_rows(8, 32, 8192)
-    target_losses(random_qwen2(64, 1, 8192, 64), collate(rows, 0))[0].sum().backward()  # libraries warm up
+    target_losses(random_qwen2(64, 1, 8192, 64), Batcher(0)(rows))[0].sum().backward()  # libraries warm up
     before = _status("VmRSS")
     model = random_qwen2(768, 16, 8192, 3072)
     stands = _status("VmRSS")
@@ -152,10 +152,10 @@ def _memory_child(variant: str, datasets: int, work: Path) -> None:
         for _ in range(datasets):
             model.zero_grad(set_to_none=True)
             for start in range(0, 8, 2):
-                target_losses(model, collate(rows[start : start + 2], 0))[0].sum().backward()
+                target_losses(model, Batcher(0)(rows[start : start + 2]))[0].sum().backward()
     else:
         settings = ConflictSettings(batch_tokens=64)
-        meter = GradientMeter(model, settings, seed=0, pad_id=0, device=torch.device("cpu"), memory=variant)  # type: ignore[arg-type]
+        meter = GradientMeter(model, settings, seed=0, batcher=Batcher(0), device=torch.device("cpu"), memory=variant)  # type: ignore[arg-type]
         store = GradientStore(work / f"memory-{variant}-{datasets}")
         for index in range(datasets):
             with store.writing(f"{index:032d}", meter.width) as (vectors, facts):

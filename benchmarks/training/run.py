@@ -75,7 +75,7 @@ class Bench:
             past = (step - warmup) / (self.steps - warmup)
             factor = (step + 1) / (warmup + 1) if past < 0 else 0.5 * (1 + math.cos(math.pi * past))
             optimizer.param_groups[0]["lr"] = settings.learning_rate * factor
-            batch = models.collate([self.rows[i] for i in numbers], self.tokenizer.pad_token_id)
+            batch = models.Batcher.of(self.tokenizer)([self.rows[i] for i in numbers])
             total, count = loss_of(model, batch)
             loss = total / count
             loss.backward()
@@ -172,7 +172,7 @@ class Bench:
             start = now()
             stock.train()
             taken = since(start)
-            batch = models.collate([self.rows[i] for i in self.batches[-1]], self.tokenizer.pad_token_id)
+            batch = models.Batcher.of(self.tokenizer)([self.rows[i] for i in self.batches[-1]])
             with torch.no_grad():
                 losses, counts = models.target_losses(stock.model, batch)
         return taken, float(losses.sum() / counts.sum())

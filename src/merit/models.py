@@ -1,7 +1,8 @@
 """The base model and its tokenizer: loading, the trainable subset, batches, and the one loss that every stage uses.
 
-The only module that knows model families. It is handed folders and rows and returns tensors; it chooses no paths, reads
-no datasets and trains nothing. Training, gradients and evaluation all go through :func:`target_losses`.
+With :mod:`merit.vision` (image inputs, roles of parameters) the only module that knows model families. It is handed
+folders and rows and returns tensors; it chooses no paths, reads no datasets and trains nothing. Training, gradients and
+evaluation all go through :func:`target_losses`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 
 from merit.errors import CheckpointError, RecipeError, ResourceError
 from merit.recipe import ModelSettings
+from merit.vision import FAMILIES, ROLES, Family, ImageInputs, image_inputs, token_types
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +45,7 @@ class BaseInfo:
         parameters: Number of stored weights (tied ones once).
         dtypes: File dtype by tensor name, by safetensors' names (BF16, F32 ...).
         context: Longest sequence it was made for (tokens), or None when its config names none.
+        family: Its vision-language family; None for a text-only base.
     """
 
     folder: Path
@@ -51,6 +54,7 @@ class BaseInfo:
     parameters: int
     dtypes: Mapping[str, str]
     context: int | None
+    family: Family | None = None
 
 
 def resolve_base(settings: ModelSettings) -> Path:
@@ -88,12 +92,16 @@ def resolve_base(settings: ModelSettings) -> Path:
 
 
 def inspect_base(settings: ModelSettings) -> BaseInfo:
-    """Check that the base can be trained as a causal language model, from its small files and headers alone.
+    """Check that the base can be trained, from its small files and headers alone.
 
     Raises:
-        CheckpointError: No config, no safetensors weights, not a causal LM, or already quantized.
+        CheckpointError: No config, no safetensors weights, neither a causal LM nor of a known vision-language family, or
+            already quantized.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
 
     from merit import checkpoint
 
@@ -108,15 +116,18 @@ def inspect_base(settings: ModelSettings) -> BaseInfo:
         ) from None
     model_type = str(config.get("model_type", ""))
     architecture = str((config.get("architectures") or [""])[0])
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    family = FAMILIES.get(model_type)
+    known = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if family is None else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES).get(
+        model_type
+    )
     remote = settings.trust_remote_code and "AutoModelForCausalLM" in config.get("auto_map", {})
-    known = causal.get(model_type)
     names = set(known) if isinstance(known, tuple | list) else {known}
     if not remote and (known is None or (architecture and architecture not in names)):
         raise CheckpointError(
-            f"model.base: {settings.base} is not a causal language model: expected an architecture such as "
-            f"LlamaForCausalLM or Qwen2ForCausalLM, found {architecture or 'none'} (model_type {model_type or 'none'}).",
-            "Choose a decoder-only language model as base."
+            f"model.base: {settings.base} is neither a causal language model (LlamaForCausalLM, Qwen2ForCausalLM ...) nor "
+            f"of a known vision-language family ({', '.join(FAMILIES)}): found {architecture or 'none'} (model_type "
+            f"{model_type or 'none'}).",
+            "Choose a decoder-only language model, or a vision-language model of one of these families."
             + (" It brings its own code: read it, then set model.trust_remote_code." if "auto_map" in config else ""),
         )
     if config.get("quantization_config"):
@@ -125,7 +136,8 @@ def inspect_base(settings: ModelSettings) -> BaseInfo:
             "Give the unquantized checkpoint.",
         )
     headers = checkpoint.read_headers(folder)
-    context = config.get("max_position_embeddings")
+    # A vision-language config keeps its language model's settings in a block of their own, or (old files) beside its own.
+    context = config.get("text_config", {}).get("max_position_embeddings") or config.get("max_position_embeddings")
     return BaseInfo(
         folder=folder,
         model_type=model_type,
@@ -133,6 +145,7 @@ def inspect_base(settings: ModelSettings) -> BaseInfo:
         parameters=sum(header.size for header in headers.tensors.values()),
         dtypes={name: header.dtype.tag for name, header in headers.tensors.items()},
         context=int(context) if context else None,
+        family=family,
     )
 
 
@@ -140,13 +153,16 @@ def load_tokenizer(settings: ModelSettings) -> Any:
     """The base's tokenizer, with a pad token and a chat template set.
 
     The template is the recipe's file, else the base's own, else the documented default of :mod:`merit.mixture`.
-    Its origin is kept in ``tokenizer.merit_template`` ("recipe", "base" or "default").
+    Its origin is kept in ``tokenizer.merit_template`` ("recipe", "base" or "default"). ``tokenizer.merit_images`` says how a
+    vision-language base sees images; it is None for a text-only base.
 
     Raises:
-        CheckpointError: The folder holds no usable tokenizer.
+        CheckpointError: The folder holds no usable tokenizer or image processor.
     """
     from transformers import AutoTokenizer
     from transformers.utils import logging
+
+    from merit import checkpoint
 
     logging.set_verbosity_error()
     folder = resolve_base(settings)
@@ -165,7 +181,8 @@ def load_tokenizer(settings: ModelSettings) -> Any:
         except OSError as error:
             raise RecipeError(f"model.chat_template: {settings.chat_template} cannot be read ({error}).") from None
         tokenizer.merit_template = "recipe"
-    elif tokenizer.chat_template:
+    elif template := tokenizer.chat_template or checkpoint.chat_template(folder):
+        tokenizer.chat_template = template  # published processors keep it in a file that the tokenizer does not read
         tokenizer.merit_template = "base"
     else:
         template = resources.files("merit.mixture").joinpath("default_chat_template.jinja")
@@ -176,6 +193,7 @@ def load_tokenizer(settings: ModelSettings) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
+    tokenizer.merit_images = image_inputs(folder, checkpoint.read_config(folder), tokenizer, settings.max_pixels)
     return tokenizer
 
 
@@ -213,7 +231,7 @@ def load_model(
     trainable: bool = False,
     seed: int = 0,
 ) -> Any:
-    """A causal LM in float32 on ``device``, in eval mode.
+    """A causal or vision-language LM in float32 on ``device``, in eval mode.
 
     Args:
         settings: The base and its trainable subset.
@@ -227,16 +245,20 @@ def load_model(
         CheckpointError: Weights are missing, left over, or of another shape.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils import logging
+
+    from merit import checkpoint
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     folder = Path(weights) if weights is not None else resolve_base(settings)
     adapter = folder if (folder / "adapter_config.json").is_file() else None
     source = resolve_base(settings) if adapter else folder
+    family = FAMILIES.get(str(checkpoint.read_config(source).get("model_type")))
+    kind: Any = AutoModelForCausalLM if family is None else AutoModelForImageTextToText
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             source,
             dtype=torch.float32,
             use_safetensors=True,
@@ -256,6 +278,8 @@ def load_model(
             )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    if trainable and family is not None:
+        _check_names(model, source)
     if adapter is not None:
         from peft import PeftModel
 
@@ -272,42 +296,106 @@ def mark_trainable(model: Any, settings: ModelSettings, seed: int) -> Any:
     Raises:
         RecipeError: A pattern matches no parameter, or a role that a language model does not have was asked for.
     """
-    import torch
-
     wanted = settings.trainable
+    family = FAMILIES.get(model.config.model_type)
     if wanted == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        lora = settings.lora
-        torch.manual_seed(seed)
-        config = LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a fraction is fine at run time
-            lora_dropout=lora.dropout,
-            target_modules=lora.target_modules,
-            use_rslora=lora.rslora,
-            task_type="CAUSAL_LM",
-        )
-        try:
-            return get_peft_model(model, config)
-        except ValueError as error:
-            raise RecipeError(f"model.lora: {str(error).splitlines()[0]}") from None
-    if wanted in ("projector", "vision"):
-        raise RecipeError(f"model.trainable: {wanted} is a role of vision-language models; this base is text-only.")
-    if isinstance(wanted, str):
-        for parameter in model.parameters():
-            parameter.requires_grad_(True)
-        return model
-    names = [name for name, _ in model.named_parameters()]
-    for pattern in wanted:
-        if not fnmatch.filter(names, pattern):
-            raise RecipeError(
-                f"model.trainable: pattern {pattern!r} matches none of the {len(names)} parameters.",
-                f"Names look like {names[0]} and {names[-1]}.",
-            )
+        return _with_adapters(model, settings, seed, family)
+    names = file_names(model)
+    chosen = trainable_names(list(names.values()), wanted, family)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted))
+        parameter.requires_grad_(names[name] in chosen)
     return model
+
+
+def trainable_names(names: Sequence[str], wanted: str | Sequence[str], family: Family | None) -> set[str]:
+    """Those of a base's parameters that ``model.trainable`` means.
+
+    Args:
+        names: Parameter names as they are in the base's files.
+        wanted: A role, ``all``, ``lora`` (the language decoder's, in which adapters lie), or a list of roles and patterns.
+        family: The base's vision-language family; None for a text-only base, all of which is language decoder.
+
+    Raises:
+        RecipeError: A pattern matches no parameter, or a role that a text-only base does not have was asked for.
+    """
+    chosen: set[str] = set()
+    for item in [wanted] if isinstance(wanted, str) else wanted:
+        role = "language" if item == "lora" else item
+        if item == "all":
+            chosen |= set(names)
+        elif role in ROLES:
+            found = {name for name in names if (family.role(name) if family else "language") == role}
+            if not found:
+                reason = "this base is text-only" if family is None else "the base has no such parameters"
+                raise RecipeError(f"model.trainable: {item} is a role of vision-language models; {reason}.")
+            chosen |= found
+        else:
+            found = set(fnmatch.filter(names, item))
+            if not found:
+                raise RecipeError(
+                    f"model.trainable: pattern {item!r} matches none of the {len(names)} parameters.",
+                    f"Names, as in the base's files, look like {names[0]} and {names[-1]}"
+                    + (f"; roles are {', '.join(ROLES)}." if family else "."),
+                )
+            chosen |= found
+    return chosen
+
+
+def _with_adapters(model: Any, settings: ModelSettings, seed: int, family: Family | None) -> Any:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    lora = settings.lora
+    torch.manual_seed(seed)
+    elsewhere = [name for name, _ in model.named_modules() if family and family.role(f"{name}.weight") != "language"]
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a fraction is fine at run time
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        exclude_modules=elsewhere or None,
+        use_rslora=lora.rslora,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise RecipeError(f"model.lora: {str(error).splitlines()[0]}") from None
+
+
+def file_names(model: Any) -> dict[str, str]:
+    """Name in a checkpoint's files of every entry of the model's state dict, by its name in the model.
+
+    They differ for vision-language models, whose modules were rearranged after their files were published.
+    """
+    names = list(model.state_dict())
+    if model.config.model_type not in FAMILIES:
+        return {name: name for name in names}
+    import torch
+    from transformers.core_model_loading import revert_weight_conversion
+
+    marks = {
+        name: torch.empty(1) for name in names
+    }  # the renaming alone is wanted: one mark per tensor goes through it
+    back = {id(mark): name for name, mark in marks.items()}
+    return {back[id(mark)]: file_name for file_name, mark in revert_weight_conversion(model, marks).items()}
+
+
+def _check_names(model: Any, folder: Path) -> None:
+    """Refuse, before training, a base whose files the library would write back under other names.
+
+    Branches and base are merged file by file: their names must be the same.
+    """
+    from merit import checkpoint
+
+    stored, written = set(checkpoint.read_headers(folder).tensors), set(file_names(model).values())
+    odd = sorted(stored - written)
+    if odd:
+        raise CheckpointError(
+            f"model.base: {folder} names {len(odd)} tensors as this version of transformers would not write them, first "
+            f"{odd[0]}.",
+            "Load and save the base once with it: AutoModelForImageTextToText.from_pretrained(...).save_pretrained(...).",
+        )
 
 
 def trainable_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
@@ -337,13 +425,15 @@ def save_branch(model: Any, folder: Path, base: BaseInfo, *, save_dtype: str, to
             if file.name in checkpoint.TEXT_FILES:
                 shutil.copyfile(file, folder / file.name)
     else:
-        stored = {tensor.data_ptr() for name, tensor in model.state_dict().items() if name in base.dtypes}
+        names = file_names(model)
+        stored = {tensor.data_ptr() for name, tensor in model.state_dict().items() if names[name] in base.dtypes}
         fallback = next(iter(base.dtypes.values()))
         state = {}
         for name, tensor in model.state_dict().items():
-            if name not in base.dtypes and tensor.data_ptr() in stored:
+            if names[name] not in base.dtypes and tensor.data_ptr() in stored:
                 continue  # the other name of a tied tensor, which the base's files do not have
-            dtype = torch.float32 if save_dtype == "float32" else _torch_dtypes()[base.dtypes.get(name, fallback)]
+            kept = base.dtypes.get(names[name], fallback)
+            dtype = torch.float32 if save_dtype == "float32" else _torch_dtypes()[kept]
             state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
         model.save_pretrained(folder, state_dict=state, safe_serialization=True)
         checkpoint.copy_side_files(base.folder, folder)
@@ -368,21 +458,56 @@ def _set_config_dtype(config_file: Path, dtype: str) -> None:
     config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def collate(rows: Sequence[EncodedRow], pad_id: int) -> dict[str, torch.Tensor]:
-    """Right-padded batch: ``input_ids``, ``attention_mask`` and ``labels`` (−100 where no target), each (B, L) int64."""
-    import torch
+class Batcher:
+    """Rows → one padded batch; what every stage feeds a model with.
 
-    longest = max(len(row.input_ids) for row in rows)
-    input_ids = np.full((len(rows), longest), pad_id, dtype=np.int64)
-    mask = np.zeros((len(rows), longest), dtype=np.int64)
-    labels = np.full((len(rows), longest), IGNORE, dtype=np.int64)
-    for i, row in enumerate(rows):
-        n = len(row.input_ids)
-        input_ids[i, :n] = row.input_ids
-        mask[i, :n] = 1
-        labels[i, :n] = np.where(row.targets, row.input_ids, IGNORE)
-    arrays = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    Args:
+        pad_id: Token to pad with; it is masked.
+        images: How the base sees images; None for a text-only base.
+    """
+
+    def __init__(self, pad_id: int, images: ImageInputs | None = None) -> None:
+        self.pad_id = pad_id
+        self.images = images
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Batcher:
+        """For rows that a tokenizer from :func:`load_tokenizer` encoded."""
+        return cls(int(tokenizer.pad_token_id), getattr(tokenizer, "merit_images", None))
+
+    def __call__(self, rows: Sequence[EncodedRow], *, left: bool = False) -> dict[str, torch.Tensor]:
+        """``input_ids``, ``attention_mask`` and ``labels`` (−100 where no target), each (B, L) int64.
+
+        Vision-language models get their pixels beside (float32, all images of the batch in order, decoded now), where a
+        row of the batch has an image, and ``mm_token_type_ids`` (B, L) where the model wants them.
+
+        Args:
+            rows: The batch.
+            left: Pad on the left (to generate) in place of the right.
+
+        Raises:
+            MixtureError: An image cannot be read any more.
+        """
+        import torch
+
+        longest = max(len(row.input_ids) for row in rows)
+        input_ids = np.full((len(rows), longest), self.pad_id, dtype=np.int64)
+        mask = np.zeros((len(rows), longest), dtype=np.int64)
+        labels = np.full((len(rows), longest), IGNORE, dtype=np.int64)
+        for i, row in enumerate(rows):
+            n = len(row.input_ids)
+            place = slice(longest - n, longest) if left else slice(n)
+            input_ids[i, place] = row.input_ids
+            mask[i, place] = 1
+            labels[i, place] = np.where(row.targets, row.input_ids, IGNORE)
+        batch = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+        pictures = [image for row in rows for image in row.images]
+        if not pictures:
+            return {name: torch.from_numpy(array) for name, array in batch.items()}
+        assert self.images is not None, "rows with images were encoded for a vision-language base"
+        if self.images.types:
+            batch["mm_token_type_ids"] = token_types(input_ids, self.images) * mask
+        return {name: torch.from_numpy(array) for name, array in batch.items()} | self.images.tensors(pictures)
 
 
 def target_losses(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -392,8 +517,8 @@ def target_losses(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.
     of a small model's cost), and the log-softmax runs in float32.
 
     Args:
-        model: A causal LM, possibly wrapped (PEFT, DDP).
-        batch: From :func:`collate`, on the model's device.
+        model: A causal or vision-language LM, possibly wrapped (PEFT, DDP).
+        batch: From :class:`Batcher`, on the model's device.
 
     Returns:
         Summed loss per example (B,) float32 in nats, and target tokens per example (B,) int64.
@@ -449,11 +574,11 @@ def to_device(batch: Mapping[str, torch.Tensor], device: torch.device) -> dict[s
 
 
 def iterate_batches(
-    rows: Sequence[EncodedRow] | Any, indices: Iterable[np.ndarray], pad_id: int, device: torch.device
+    rows: Sequence[EncodedRow] | Any, indices: Iterable[np.ndarray], batcher: Batcher, device: torch.device
 ) -> Iterator[tuple[np.ndarray, dict[str, torch.Tensor]]]:
     """Yield (indices, batch on device) for index groups such as :func:`length_sorted_batches` makes."""
     for group in indices:
-        yield group, to_device(collate([rows[int(i)] for i in group], pad_id), device)
+        yield group, to_device(batcher([rows[int(i)] for i in group]), device)
 
 
 def limit_threads(threads: int | None) -> int:

@@ -96,13 +96,13 @@ def spare_rows(
 def _mean_loss(pipeline: Pipeline, model: Any, datasets: Mapping[str, list[EncodedRow]]) -> float:
     """Unweighted mean over datasets of the loss per target token (nats)."""
     from merit.evaluation.heldout import row_losses
-    from merit.models import autocast
+    from merit.models import Batcher, autocast
 
     rows = [row for held in datasets.values() for row in held]
-    settings, pad_id = pipeline.recipe.evaluate, pipeline.tokenizer.pad_token_id
+    settings, batcher = pipeline.recipe.evaluate, Batcher.of(pipeline.tokenizer)
     with autocast(pipeline.recipe.model, pipeline.device):
         losses, counts = row_losses(
-            model, rows, pad_id=pad_id, device=pipeline.device, batch_tokens=settings.batch_tokens
+            model, rows, batcher=batcher, device=pipeline.device, batch_tokens=settings.batch_tokens
         )
     owner = np.repeat(np.arange(len(datasets)), [len(held) for held in datasets.values()])
     return float(np.mean(np.bincount(owner, weights=losses) / np.bincount(owner, weights=counts)))
@@ -114,24 +114,25 @@ def _drift_from(
     """Divergence from the base on answers that it samples now, as a function of a model."""
     from merit.evaluation import drift
     from merit.evaluation.heldout import end_tokens
+    from merit.models import Batcher
 
-    settings, pad_id, device = pipeline.recipe.evaluate, pipeline.tokenizer.pad_token_id, pipeline.device
+    settings, batcher, device = pipeline.recipe.evaluate, Batcher.of(pipeline.tokenizer), pipeline.device
     chosen = drift.choose_prompts(
         {name: len(rows) for name, rows in datasets.items()}, settings.drift.prompts or 64, pipeline.recipe.seed
     )
-    prompts = [datasets[name][i].input_ids[: datasets[name][i].prompt_length] for name, i in chosen]
+    prompts = [datasets[name][i].prompt() for name, i in chosen]
     answers = drift.sample_answers(
         base,
         prompts,
         settings.drift.tokens,
         ends=end_tokens(datasets, pipeline.tokenizer),
-        pad_id=pad_id,
+        batcher=batcher,
         device=device,
         batch_tokens=settings.batch_tokens,
         seed=pipeline.recipe.seed,
     )
     pairs = [(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True) if len(answer)]
     reference = drift.Reference.of_base(
-        base, [prompt for prompt, _ in pairs], [answer for _, answer in pairs], folder, pad_id=pad_id, device=device
+        base, [prompt for prompt, _ in pairs], [answer for _, answer in pairs], folder, batcher=batcher, device=device
     )
-    return lambda model: float(drift.measure_drift(model, reference, pad_id=pad_id, device=device)["kl"])
+    return lambda model: float(drift.measure_drift(model, reference, batcher=batcher, device=device)["kl"])

@@ -166,7 +166,7 @@ def train_branch(
     import torch
     from datasets import Dataset
 
-    from merit.models import limit_threads, load_model, save_branch, trainable_parameters
+    from merit.models import Batcher, limit_threads, load_model, save_branch, trainable_parameters
     from merit.trainer import (
         CPU_OVERHEAD,
         LOG,
@@ -215,7 +215,7 @@ def train_branch(
             data_collator=StepCollator(
                 rows,
                 train.micro_batch_size or train.batch_size,
-                tokenizer.pad_token_id,
+                Batcher.of(tokenizer),
                 overhead=CPU_OVERHEAD if device.type == "cpu" else None,
             ),
         )

@@ -41,7 +41,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTTrainer
 
 from merit.errors import TrainingError
-from merit.models import collate, target_losses, trainable_parameters
+from merit.models import Batcher, target_losses, trainable_parameters
 from merit.run_folder import write_json
 
 if TYPE_CHECKING:
@@ -128,16 +128,20 @@ class StepCollator:
     Args:
         rows: The group's rows.
         micro_batch_size: Rows per micro-batch at most.
-        pad_id: Padding token.
+        batcher: Makes the batches.
         overhead: Tokens that one more micro-batch is worth (:func:`cut_by_length`); None makes as few as can be.
     """
 
     def __init__(
-        self, rows: Sequence[EncodedRow] | GroupRows, micro_batch_size: int, pad_id: int, overhead: int | None = None
+        self,
+        rows: Sequence[EncodedRow] | GroupRows,
+        micro_batch_size: int,
+        batcher: Batcher,
+        overhead: int | None = None,
     ) -> None:
         self.rows = rows
         self.micro_batch_size = micro_batch_size
-        self.pad_id = pad_id
+        self.batcher = batcher
         self.overhead = overhead
 
     def __call__(self, items: Sequence[Mapping[str, int]]) -> dict[str, Any]:
@@ -150,7 +154,7 @@ class StepCollator:
         stop = 0
         for size in cut_by_length(lengths, self.micro_batch_size, overhead):
             stop += size
-            micro.append(collate(rows[stop - size : stop], self.pad_id))
+            micro.append(self.batcher(rows[stop - size : stop]))
         targets = sum(int(row.targets[1:].sum()) for row in rows)
         return {"micro": micro, "counts": torch.tensor([targets, sum(lengths), len(rows)], dtype=torch.int64)}
 

@@ -11,13 +11,13 @@ import torch
 from merit.conflict.gradients import GradientMeter, vector_width
 from merit.conflict.sketch import Sketch
 from merit.errors import ConflictError
-from merit.models import load_model, trainable_parameters
+from merit.models import Batcher, load_model, trainable_parameters
 
 CPU = torch.device("cpu")
 
 
 def meter(model, recipe, **options) -> GradientMeter:
-    return GradientMeter(model, recipe.conflict, seed=recipe.seed, pad_id=0, device=CPU, **options)
+    return GradientMeter(model, recipe.conflict, seed=recipe.seed, batcher=Batcher(0), device=CPU, **options)
 
 
 def measure(model, recipe, rows, **options) -> tuple[np.ndarray, dict]:

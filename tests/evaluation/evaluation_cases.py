@@ -73,3 +73,8 @@ def make_dataset(name: str, rows: int, seed: int = 0, longest: int = 5) -> Encod
         return rng.integers(len(SPECIAL), len(SPECIAL) + 36, size=rng.integers(low, high + 1))
 
     return EncodedDataset(name, [make_row(letters(1, 20), letters(1, longest)) for _ in range(rows)])
+
+
+def as_rows(prompts):
+    """Token ids as rows to be continued."""
+    return [EncodedRow(prompt, np.zeros(len(prompt), dtype=bool), len(prompt)) for prompt in prompts]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from evaluation_cases import END, SPECIAL, VOCABULARY, tiny_model
+from evaluation_cases import END, SPECIAL, VOCABULARY, as_rows, tiny_model
 
 from merit.errors import CheckpointError
 from merit.evaluation.decode import decode
+from merit.models import Batcher
 
 CPU = torch.device("cpu")
 ENDS = (1, END)
@@ -45,7 +46,9 @@ def test_greedy_equals_unbatched(family, batch_tokens, prompts):
     limits = [3 + i % 5 * 4 for i in range(len(prompts))]
     # With two ordinary tokens as ends too, rows end at different steps and leave the batch early.
     ends = (*ENDS, 10, 20, 30)
-    found = decode(model, prompts, limits, end_tokens=ends, pad_id=0, device=CPU, batch_tokens=batch_tokens)
+    found = decode(
+        model, as_rows(prompts), limits, end_tokens=ends, batcher=Batcher(0), device=CPU, batch_tokens=batch_tokens
+    )
     wanted = [slowly(model, p, n, ends) for p, n in zip(prompts, limits, strict=True)]
     assert [answer.tolist() for answer in found] == wanted
     lengths = {len(answer) for answer in wanted}
@@ -63,7 +66,14 @@ def test_sampling_equals_unbatched_and_ignores_batching(family, prompts):
     wanted = [slowly(model, p, 12, ENDS, u) for p, u in zip(prompts, numbers, strict=True)]
     for batch_tokens in (1, 200, 10_000):
         found = decode(
-            model, prompts, limits, end_tokens=ENDS, pad_id=0, device=CPU, batch_tokens=batch_tokens, uniforms=numbers
+            model,
+            as_rows(prompts),
+            limits,
+            end_tokens=ENDS,
+            batcher=Batcher(0),
+            device=CPU,
+            batch_tokens=batch_tokens,
+            uniforms=numbers,
         )
         assert [answer.tolist() for answer in found] == wanted
 
@@ -78,7 +88,14 @@ def test_samples_follow_the_models_distribution():
     n = 4000
     numbers = [np.random.default_rng([7, i]).random(1) for i in range(n)]
     found = decode(
-        model, [prompt] * n, [1] * n, end_tokens=(), pad_id=0, device=CPU, batch_tokens=8000, uniforms=numbers
+        model,
+        as_rows([prompt] * n),
+        [1] * n,
+        end_tokens=(),
+        batcher=Batcher(0),
+        device=CPU,
+        batch_tokens=8000,
+        uniforms=numbers,
     )
     counts = np.bincount([answer[0] for answer in found], minlength=len(p))
     chi2 = ((counts - n * p) ** 2 / (n * p)).sum()
@@ -88,7 +105,15 @@ def test_samples_follow_the_models_distribution():
 def test_padding_token_does_not_matter(prompts):
     model = tiny_model("qwen2")
     runs = [
-        decode(model, prompts, [6] * len(prompts), end_tokens=ENDS, pad_id=pad, device=CPU, batch_tokens=10_000)
+        decode(
+            model,
+            as_rows(prompts),
+            [6] * len(prompts),
+            end_tokens=ENDS,
+            batcher=Batcher(pad),
+            device=CPU,
+            batch_tokens=10_000,
+        )
         for pad in (0, len(SPECIAL))
     ]
     assert all(np.array_equal(a, b) for a, b in zip(*runs, strict=True))
@@ -106,7 +131,15 @@ def test_model_without_cache_is_refused():
             return output
 
     with pytest.raises(CheckpointError, match="no key-value cache"):
-        decode(NoCache(), [np.asarray([3, 4])], [4], end_tokens=ENDS, pad_id=0, device=CPU, batch_tokens=100)
+        decode(
+            NoCache(),
+            as_rows([np.asarray([3, 4])]),
+            [4],
+            end_tokens=ENDS,
+            batcher=Batcher(0),
+            device=CPU,
+            batch_tokens=100,
+        )
 
 
 def test_the_batch_stops_when_its_last_row_has_ended(prompts):
@@ -114,8 +147,8 @@ def test_the_batch_stops_when_its_last_row_has_ended(prompts):
     passes = []
     handle = model.register_forward_hook(lambda *_: passes.append(1))
     try:
-        options = {"end_tokens": ends, "pad_id": 0, "device": CPU, "batch_tokens": 10_000}
-        found = decode(model, prompts[2:5], [40] * 3, **options)
+        options = {"end_tokens": ends, "batcher": Batcher(0), "device": CPU, "batch_tokens": 10_000}
+        found = decode(model, as_rows(prompts[2:5]), [40] * 3, **options)
     finally:
         handle.remove()
     assert len(passes) == max(map(len, found)) < 40

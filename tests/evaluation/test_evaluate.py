@@ -122,16 +122,18 @@ def reference(model, rows, generate):
 def test_a_model_is_right_about_its_own_answers(run, tmp_path, tokenizer):
     """Rows made of the base's own greedy answers: exact match 1 for the base, lower for the others."""
     from merit.evaluation.decode import decode
+    from merit.models import Batcher
 
-    prompts = [row.input_ids[: row.prompt_length] for row in make_dataset("own", 60)]
+    prompts = [row.prompt() for row in make_dataset("own", 60)]
     model = tiny_model(seed=0, sharpness=2.0)
-    options = {"end_tokens": (1, END), "pad_id": 0, "device": torch.device("cpu"), "batch_tokens": 999}
+    options = {"end_tokens": (1, END), "batcher": Batcher(0), "device": torch.device("cpu"), "batch_tokens": 999}
     own = []
     for prompt, answer in zip(prompts, decode(model, prompts, [8] * 60, **options), strict=True):
         text = tokenizer.decode(answer, skip_special_tokens=True)
         if answer[-1] == END and text.strip():
-            ids = np.asarray([*prompt, *answer], np.int32)
-            own.append(EncodedRow(ids, np.arange(len(ids)) >= len(prompt), len(prompt), False, text))
+            length = prompt.prompt_length
+            ids = np.asarray([*prompt.input_ids, *answer], np.int32)
+            own.append(EncodedRow(ids, np.arange(len(ids)) >= length, length, False, text))
     assert len(own) >= 3
     run(tmp_path, test={"own": EncodedDataset("own", own)}, kept={}, exact_match="always")
     found = read(tmp_path, "results.json")

@@ -16,6 +16,7 @@ from merit.evaluation.heldout import (
     row_losses,
 )
 from merit.mixture import EncodedRow, encode_chat
+from merit.models import Batcher
 
 CPU = torch.device("cpu")
 
@@ -35,7 +36,7 @@ def test_loss_equals_unbatched_float64(family):
         wanted.append(-sum(float(logp[i - 1, int(row.input_ids[i])]) for i in places))
         counts.append(len(places))
     for batch_tokens in (1, 100, 10_000):
-        losses, found = row_losses(model, rows, pad_id=0, device=CPU, batch_tokens=batch_tokens)
+        losses, found = row_losses(model, rows, batcher=Batcher(0), device=CPU, batch_tokens=batch_tokens)
         assert losses.dtype == np.float64
         np.testing.assert_allclose(losses, wanted, rtol=2e-5)
         assert found.tolist() == counts

@@ -17,6 +17,7 @@ from merit.conflict.geometry import cosine_matrix, gram_matrix
 from merit.conflict.measure import Progress, measure_datasets
 from merit.conflict.store import GradientStore, StoredVector
 from merit.errors import ConflictError
+from merit.models import Batcher
 from merit.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def compare_representations(
             mixture,
             store,
             base_fingerprint=base_fingerprint,
-            pad_id=int(tokenizer.pad_token_id),
+            batcher=Batcher.of(tokenizer),
             device=device,
             jobs=jobs,
             progress=progress,

@@ -20,7 +20,7 @@ import torch
 
 from merit.conflict.sketch import Sketch
 from merit.errors import ConflictError, ResourceError
-from merit.models import iterate_batches, length_sorted_batches, target_losses, trainable_parameters
+from merit.models import Batcher, iterate_batches, length_sorted_batches, target_losses, trainable_parameters
 from merit.recipe import ConflictSettings
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class GradientMeter:
         model: A causal LM with its trainable subset marked; it is put in eval mode (no dropout).
         settings: Representation, weighting, micro-batch size.
         seed: Seed of the sketch.
-        pad_id: Padding token.
+        batcher: Makes the batches.
         device: Where the model is.
         autocast: Makes the context that forward passes run in. Default: none.
         memory: held, streamed, or auto: held where a whole gradient takes less than a quarter of the free memory and every
@@ -148,7 +148,7 @@ class GradientMeter:
         settings: ConflictSettings,
         *,
         seed: int,
-        pad_id: int,
+        batcher: Batcher,
         device: torch.device,
         autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         memory: Memory = "auto",
@@ -158,7 +158,7 @@ class GradientMeter:
         self.width = vector_width(settings, self.parameters)
         self.held = _can_hold(self.parameters, device) if memory == "auto" else memory == "held"
         self.batch_tokens = settings.batch_tokens or default_batch_tokens(model, device)
-        self._settings, self._pad_id, self._device, self._autocast = settings, pad_id, device, autocast
+        self._settings, self._batcher, self._device, self._autocast = settings, batcher, device, autocast
         self._representation = make_representation(settings, self.parameters, seed, device)
         self._sums: dict[str, torch.Tensor] = {}
 
@@ -210,7 +210,7 @@ class GradientMeter:
         )
         try:
             batches = length_sorted_batches([len(r.input_ids) for r in rows], self.batch_tokens)
-            for _, batch in iterate_batches(rows, batches, self._pad_id, self._device):
+            for _, batch in iterate_batches(rows, batches, self._batcher, self._device):
                 self._backward(name, batch, found)
             for parameter_name, parameter in self.parameters.items() if self.held else ():
                 if parameter.grad is not None:

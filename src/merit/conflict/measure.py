@@ -30,7 +30,7 @@ from merit.conflict.results import write_results
 from merit.conflict.store import GradientStore, check_space, content_key
 from merit.errors import ConflictError, ResourceError
 from merit.mixture.calibration import draw
-from merit.models import autocast, load_model, trainable_parameters
+from merit.models import Batcher, autocast, load_model, trainable_parameters
 from merit.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def measure_conflict(
         mixture,
         store,
         base_fingerprint=base_fingerprint,
-        pad_id=int(tokenizer.pad_token_id),
+        batcher=Batcher.of(tokenizer),
         device=device,
         jobs=jobs,
         progress=progress,
@@ -167,7 +167,7 @@ def measure_datasets(
     store: GradientStore,
     *,
     base_fingerprint: str,
-    pad_id: int,
+    batcher: Batcher,
     device: torch.device,
     jobs: int = 1,
     progress: Progress | None = None,
@@ -181,7 +181,7 @@ def measure_datasets(
     if not mixture:
         raise ConflictError("conflict: the mixture holds no dataset.")
     makers = {name: partial(_task, recipe, dataset, base_fingerprint, device) for name, dataset in mixture.items()}
-    load = partial(_make_meter, recipe, pad_id)
+    load = partial(_make_meter, recipe, batcher)
     found: dict[str, Measured] = {}
     missing: list[str] = []
     for name, make in makers.items():
@@ -368,13 +368,13 @@ def _enough(item: Measured, store: GradientStore, recipe: Recipe) -> bool:
     return bool(found.expected_cosine[0] >= recipe.conflict.target_reliability)
 
 
-def _make_meter(recipe: Recipe, pad_id: int, device: torch.device) -> GradientMeter:
+def _make_meter(recipe: Recipe, batcher: Batcher, device: torch.device) -> GradientMeter:
     model = load_model(recipe.model, device, trainable=True, seed=recipe.seed)
     return GradientMeter(
         model,
         recipe.conflict,
         seed=recipe.seed,
-        pad_id=pad_id,
+        batcher=batcher,
         device=device,
         autocast=partial(autocast, recipe.model, device),
     )

@@ -16,21 +16,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from merit.errors import CheckpointError
-from merit.models import accepts, length_sorted_batches
+from merit.models import Batcher, accepts, length_sorted_batches, to_device
+from merit.vision import positions as positions_in_space
 
 if TYPE_CHECKING:
     import torch
+
+    from merit.mixture.encode import EncodedRow
 
 __all__ = ["context_length", "decode"]
 
 
 def decode(
     model: Any,
-    prompts: Sequence[np.ndarray],
+    prompts: Sequence[EncodedRow],
     limits: Sequence[int],
     *,
     end_tokens: Collection[int],
-    pad_id: int,
+    batcher: Batcher,
     device: torch.device,
     batch_tokens: int,
     uniforms: Sequence[np.ndarray] | None = None,
@@ -40,10 +43,10 @@ def decode(
 
     Args:
         model: A causal LM in eval mode on ``device``.
-        prompts: Token ids, one non-empty (n,) int array per row.
+        prompts: Rows to be continued; none is empty.
         limits: Most new tokens per row, the end token included.
         end_tokens: Ids that end an answer.
-        pad_id: Id to pad with; masked, so any id will do.
+        batcher: Makes the batches.
         device: The model's device.
         batch_tokens: Padded tokens per batch, prompt and new tokens together.
         uniforms: For sampling: per row at least ``limit`` numbers in [0, 1), float64; token t of the row is the inverse of
@@ -61,7 +64,7 @@ def decode(
 
     context = context_length(model)
     room = np.asarray(limits, dtype=np.int64)
-    lengths = np.asarray([len(prompt) for prompt in prompts], dtype=np.int64)
+    lengths = np.asarray([len(prompt.input_ids) for prompt in prompts], dtype=np.int64)
     if context is not None:
         room = np.minimum(room, context - lengths)
     answers = [np.empty(0, dtype=np.int64) for _ in prompts]
@@ -75,7 +78,7 @@ def decode(
                 numbers = torch.stack([torch.from_numpy(_fit(uniforms[i], int(room[rows].max()))) for i in rows]).to(
                     device
                 )
-            tokens = _decode_batch(model, [prompts[i] for i in rows], room[rows], ends, pad_id, device, numbers)
+            tokens = _decode_batch(model, [prompts[i] for i in rows], room[rows], ends, batcher, device, numbers)
             for i, new in zip(rows, tokens, strict=True):
                 answers[i] = _cut(new[: room[i]], end_tokens)
             if on_batch:
@@ -85,26 +88,25 @@ def decode(
 
 def _decode_batch(
     model: Any,
-    prompts: Sequence[np.ndarray],
+    prompts: Sequence[EncodedRow],
     limits: np.ndarray,
     ends: torch.Tensor,
-    pad_id: int,
+    batcher: Batcher,
     device: torch.device,
     numbers: torch.Tensor | None,
 ) -> np.ndarray:
     """New tokens (B, max(limits)) int64; what follows a row's end token or limit is meaningless."""
     import torch
 
-    width, steps = max(map(len, prompts)), int(limits.max())
-    ids = np.full((len(prompts), width), pad_id, dtype=np.int64)
-    mask_BT = np.ones((len(prompts), width + steps), dtype=np.int64)
-    for i, prompt in enumerate(prompts):
-        ids[i, width - len(prompt) :] = prompt
-        mask_BT[i, : width - len(prompt)] = 0
+    steps = int(limits.max())
+    pictures = to_device(batcher(prompts, left=True), device)
+    inputs, mask_BL = pictures.pop("input_ids"), pictures.pop("attention_mask")
+    del pictures["labels"]  # what is left (pixels and the like) goes in with the prompt, once
+    width = inputs.shape[1]
+    mask = torch.cat([mask_BL, mask_BL.new_ones(len(prompts), steps)], dim=1)
     tokens = torch.full((len(prompts), steps), -1, dtype=torch.int64, device=device)
-    mask = torch.from_numpy(mask_BT).to(device)
-    inputs = torch.from_numpy(ids).to(device)
-    positions = (mask[:, :width].cumsum(dim=1) - 1).clamp(min=0)
+    in_space = positions_in_space(model, {"input_ids": inputs, "attention_mask": mask_BL, **pictures})
+    positions = (mask_BL.cumsum(dim=1) - 1).clamp(min=0) if in_space is None else in_space
     left = torch.from_numpy(limits).to(device)
     rows = torch.arange(len(prompts), device=device)
     going = torch.ones(len(prompts), dtype=torch.bool, device=device)
@@ -120,7 +122,9 @@ def _decode_batch(
             past_key_values=cache,
             use_cache=True,
             **options,
+            **pictures,
         )
+        pictures = {}
         cache = getattr(output, "past_key_values", None)
         if cache is None:
             raise CheckpointError(
@@ -135,12 +139,13 @@ def _decode_batch(
         if not count:
             break
         # A row that has ended and is still in the batch stays where it is: its next position may not exist.
-        inputs, positions = chosen[:, None], positions[:, -1:] + going[:, None]
+        inputs, positions = chosen[:, None], positions[..., -1:] + going[:, None]
         if 2 * count <= len(rows):  # at least half have ended: go on with the others only
             kept = going.nonzero().squeeze(1)
             cache.batch_select_indices(kept)
-            state = (inputs, positions, mask, left, rows, going)
-            inputs, positions, mask, left, rows, going = (tensor[kept] for tensor in state)
+            state = (inputs, mask, left, rows, going)
+            inputs, mask, left, rows, going = (tensor[kept] for tensor in state)
+            positions = positions[..., kept, :]
     return tokens.cpu().numpy()
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from merit.errors import CheckpointError, ResourceError
 from merit.evaluation.decode import decode
 from merit.evaluation.heldout import logits_tokens
-from merit.models import iterate_batches, length_sorted_batches
+from merit.models import Batcher, iterate_batches, length_sorted_batches
 
 if TYPE_CHECKING:
     import torch
@@ -68,11 +68,11 @@ def choose_prompts(rows: Mapping[str, int], count: int, seed: int) -> list[tuple
 
 def sample_answers(
     model: Any,
-    prompts: Sequence[np.ndarray],
+    prompts: Sequence[EncodedRow],
     longest: int,
     *,
     ends: Collection[int],
-    pad_id: int,
+    batcher: Batcher,
     device: torch.device,
     batch_tokens: int,
     seed: int,
@@ -84,10 +84,10 @@ def sample_answers(
 
     Args:
         model: The base.
-        prompts: Token ids per prompt.
+        prompts: Rows to be continued.
         longest: Most tokens per answer, the end token included.
         ends: Ids that end an answer.
-        pad_id: Id to pad with.
+        batcher: Makes the batches.
         device: The model's device.
         batch_tokens: Padded tokens per batch.
         seed: Seed of the sampling.
@@ -101,7 +101,7 @@ def sample_answers(
         prompts,
         [longest] * len(prompts),
         end_tokens=ends,
-        pad_id=pad_id,
+        batcher=batcher,
         device=device,
         batch_tokens=batch_tokens,
         uniforms=uniforms,
@@ -126,11 +126,11 @@ class Reference:
     def of_base(
         cls,
         model: Any,
-        prompts: Sequence[np.ndarray],
+        prompts: Sequence[EncodedRow],
         answers: Sequence[np.ndarray],
         folder: Path,
         *,
-        pad_id: int,
+        batcher: Batcher,
         device: torch.device,
     ) -> Reference:
         """Run the base over its own answers and keep its logits.
@@ -142,8 +142,9 @@ class Reference:
 
         rows = []
         for prompt, answer in zip(prompts, answers, strict=True):
-            ids = np.concatenate([prompt, answer]).astype(np.int32)
-            rows.append(EncodedRow(ids, np.arange(len(ids)) >= len(prompt), prompt_length=len(prompt)))
+            length = len(prompt.input_ids)
+            ids = np.concatenate([prompt.input_ids, answer]).astype(np.int32)
+            rows.append(EncodedRow(ids, np.arange(len(ids)) >= length, prompt_length=length, images=prompt.images))
         offsets = np.concatenate([[0], np.cumsum([len(answer) for answer in answers])]).astype(np.int64)
         vocabulary = model.get_output_embeddings().weight.shape[0]
         size, free = int(offsets[-1]) * vocabulary * 4, shutil.disk_usage(folder).free
@@ -156,21 +157,20 @@ class Reference:
         with tempfile.TemporaryFile(dir=folder) as file:
             logits = np.memmap(file, dtype=np.float32, mode="w+", shape=(int(offsets[-1]), vocabulary))
         reference = cls(rows, offsets, logits)
-        for i, found in reference.passes(model, pad_id, device):
+        for i, found in reference.passes(model, batcher, device):
             logits[offsets[i] : offsets[i + 1]] = found.cpu().numpy()
         return reference
 
-    def passes(self, model: Any, pad_id: int, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+    def passes(self, model: Any, batcher: Batcher, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield (answer i, the model's float32 logits at its positions); the same batches for every model."""
         import torch
 
         lengths = [len(row.input_ids) for row in self.rows]
         batches = length_sorted_batches(lengths, logits_tokens(model, _BATCH_LOGITS))
-        for group, batch in iterate_batches(self.rows, batches, pad_id, device):
+        for group, batch in iterate_batches(self.rows, batches, batcher, device):
             with torch.no_grad():  # never around a yield: a generator left early would leave the mode behind
-                logits = model(
-                    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-                ).logits
+                inputs = {key: value for key, value in batch.items() if key != "labels"}
+                logits = model(**inputs, use_cache=False).logits
             for b, i in enumerate(group):
                 row = self.rows[int(i)]
                 yield int(i), logits[b, row.prompt_length - 1 : len(row.input_ids) - 1].float()
@@ -180,7 +180,7 @@ def measure_drift(
     model: Any,
     reference: Reference,
     *,
-    pad_id: int,
+    batcher: Batcher,
     device: torch.device,
     on_batch: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def measure_drift(
     Args:
         model: Any model with the base's vocabulary, in eval mode on ``device``.
         reference: The base's logits.
-        pad_id: Id to pad with.
+        batcher: Makes the batches.
         device: The model's device.
         on_batch: Called with the number of answers just finished.
 
@@ -205,7 +205,7 @@ def measure_drift(
     sums, agreed = np.zeros(len(reference.rows)), 0
     vocabulary = reference.logits.shape[1]
     step = max(1, _CHUNK_LOGITS // vocabulary)
-    for i, found in reference.passes(model, pad_id, device):
+    for i, found in reference.passes(model, batcher, device):
         if found.shape[-1] != vocabulary:
             raise CheckpointError(
                 f"The model predicts {found.shape[-1]} tokens and the base {vocabulary}; drift needs the same vocabulary."

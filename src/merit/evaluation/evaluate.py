@@ -33,7 +33,7 @@ from merit.evaluation.summary import model_order, summarise
 from merit.evaluation.tables import markdown
 from merit.evaluation.text import exact_match
 from merit.mixture.calibration import draw
-from merit.models import autocast, load_model
+from merit.models import Batcher, autocast, load_model
 from merit.recipe import EvaluateSettings, Recipe
 from merit.run_folder import fingerprint, read_json, write_json, write_text
 
@@ -70,7 +70,7 @@ class _Job:
     folder: Path
     progress: Callable[..., None] | None
     ends: tuple[int, ...] = ()
-    prompts: list[tuple[str, int, np.ndarray]] = field(default_factory=list)
+    prompts: list[tuple[str, int, EncodedRow]] = field(default_factory=list)
     reference: drift.Reference | None = None
     done: int = 0
     total: int = 0
@@ -138,7 +138,7 @@ def evaluate_models(
     chosen = drift.choose_prompts(
         {name: len(rows) for name, rows in source.items()}, settings.drift.prompts, recipe.seed
     )
-    job.prompts = [(name, row, source[name][row].input_ids[: source[name][row].prompt_length]) for name, row in chosen]
+    job.prompts = [(name, row, source[name][row].prompt()) for name, row in chosen]
     keys = {name: _key(recipe, parts, source, fingerprints[name], fingerprints["base"]) for name in names}
     found = _measure_all(job, names, models, keys)
     labels = {"trained_tokens": trained_tokens, "about": about, "method": method or recipe.split.method}
@@ -246,7 +246,7 @@ def _prepare_drift(job: _Job, base: Any) -> None:
         [prompt for _, _, prompt in job.prompts],
         settings.drift.tokens,
         ends=job.ends,
-        pad_id=job.tokenizer.pad_token_id,
+        batcher=Batcher.of(job.tokenizer),
         device=job.device,
         batch_tokens=settings.batch_tokens,
         seed=job.recipe.seed,
@@ -260,7 +260,7 @@ def _prepare_drift(job: _Job, base: Any) -> None:
         [prompt for (_, _, prompt), _ in pairs],
         [answer for _, answer in pairs],
         job.folder / "models",
-        pad_id=job.tokenizer.pad_token_id,
+        batcher=Batcher.of(job.tokenizer),
         device=job.device,
     )
     shown = [
@@ -272,12 +272,12 @@ def _prepare_drift(job: _Job, base: Any) -> None:
 
 def _measure(job: _Job, name: str, model: Any) -> dict[str, Any]:
     """Figures of one loaded model: ``mixture`` and ``kept`` by dataset, and ``drift``."""
-    settings, pad_id = job.recipe.evaluate, job.tokenizer.pad_token_id
+    settings, batcher = job.recipe.evaluate, Batcher.of(job.tokenizer)
     options: dict[str, Any] = {"device": job.device, "on_batch": job.tick}
     rows = [row for item in job.sets for row in item.rows]
     asked = [(item, row) for item in job.sets if item.limit is not None for row in item.rows]
     with autocast(job.recipe.model, job.device):
-        losses, counts = heldout.row_losses(model, rows, pad_id=pad_id, batch_tokens=settings.batch_tokens, **options)
+        losses, counts = heldout.row_losses(model, rows, batcher=batcher, batch_tokens=settings.batch_tokens, **options)
         answers = heldout.greedy_answers(
             model,
             [row for _, row in asked],
@@ -307,7 +307,7 @@ def _measure(job: _Job, name: str, model: Any) -> dict[str, Any]:
     _write_answers(job, name, asked, answers, matches)
     if job.reference is not None:
         try:
-            figures["drift"] = drift.measure_drift(model, job.reference, pad_id=pad_id, **options)
+            figures["drift"] = drift.measure_drift(model, job.reference, batcher=batcher, **options)
         except CheckpointError as error:
             raise CheckpointError(f"evaluate: model {name}: {error.message}", *error.ways_out) from None
     return figures

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from merit.evaluation.decode import decode
-from merit.models import iterate_batches, length_sorted_batches, target_losses
+from merit.models import Batcher, iterate_batches, length_sorted_batches, target_losses
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,7 @@ def row_losses(
     model: Any,
     rows: Sequence[EncodedRow],
     *,
-    pad_id: int,
+    batcher: Batcher,
     device: torch.device,
     batch_tokens: int,
     on_batch: Callable[[int], None] | None = None,
@@ -49,7 +49,7 @@ def row_losses(
     Args:
         model: A causal LM in eval mode on ``device``.
         rows: Rows of any datasets, mixed.
-        pad_id: Id to pad with.
+        batcher: Makes the batches.
         device: The model's device.
         batch_tokens: Padded tokens per batch; the result depends on it by float rounding only.
         on_batch: Called with the number of rows just finished.
@@ -63,7 +63,7 @@ def row_losses(
     lengths = [len(row.input_ids) for row in rows]
     batches = length_sorted_batches(lengths, min(batch_tokens, logits_tokens(model)))
     with torch.inference_mode():
-        for group, batch in iterate_batches(rows, batches, pad_id, device):
+        for group, batch in iterate_batches(rows, batches, batcher, device):
             loss, count = target_losses(model, batch)
             losses[group], counts[group] = loss.double().cpu().numpy(), count.cpu().numpy()
             if on_batch:
@@ -101,10 +101,10 @@ def greedy_answers(
     """
     answers = decode(
         model,
-        [row.input_ids[: row.prompt_length] for row in rows],
+        [row.prompt() for row in rows],
         limits,
         end_tokens=ends,
-        pad_id=tokenizer.pad_token_id,
+        batcher=Batcher.of(tokenizer),
         device=device,
         batch_tokens=batch_tokens,
         on_batch=on_batch,

@@ -6,11 +6,13 @@ It tokenises a rendered conversation once and maps the assistant's characters to
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import itertools
+import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -18,12 +20,16 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from merit.errors import MixtureError
+from merit.images import ImageRef
 from merit.mixture.formats import Chat, Message
 from merit.mixture.template import ChatTemplate, Span
 
-DropReason = Literal["no_target_after_truncation", "answer_lost", "refused_by_template"]
+DropReason = Literal[
+    "no_target_after_truncation", "answer_lost", "refused_by_template", "image_token_in_text", "image_refused"
+]
 
 _BATCH_ROWS = 512
+_TEMPLATE_WAY_OUT = "Use the base's tokenizer files and chat template as they were published."
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class EncodedRow:
         prompt_length: Tokens before the first target of the last assistant turn: what a generated answer starts from.
         truncated: The row was cut at ``max_length``.
         answer: Text of that assistant turn, as its source has it.
+        images: Its images, in the order of their tokens.
     """
 
     input_ids: np.ndarray
@@ -43,6 +50,12 @@ class EncodedRow:
     prompt_length: int = 0
     truncated: bool = False
     answer: str = ""
+    images: tuple[ImageRef, ...] = ()
+
+    def prompt(self) -> EncodedRow:
+        """What a generated answer starts from: the tokens before the last answer, and the images among them."""
+        ids = self.input_ids[: self.prompt_length]
+        return EncodedRow(ids, np.zeros(len(ids), dtype=bool), self.prompt_length, images=self.images)
 
 
 def encode_chat(messages: Sequence[Message], tokenizer: Any, max_length: int) -> EncodedRow | DropReason:
@@ -78,6 +91,7 @@ class ChatEncoder:
             )
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.images = getattr(tokenizer, "merit_images", None)
         self.inventory = CharacterInventory(tokenizer)
         self.template = ChatTemplate(tokenizer)
         added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
@@ -97,12 +111,13 @@ class ChatEncoder:
 
     def _encode_batch(self, chats: Sequence[Chat]) -> list[EncodedRow | DropReason]:
         rendered = [self._render(chat) for chat in chats]
-        good = [index for index, item in enumerate(rendered) if item is not None]
-        rows: list[EncodedRow | DropReason] = ["refused_by_template"] * len(chats)
+        good = [index for index, item in enumerate(rendered) if not isinstance(item, str)]
+        rows: list[EncodedRow | DropReason] = list(rendered)  # type: ignore[arg-type]  # the good ones follow
         if not good:
             return rows
-        self.inventory.learn(rendered[index][0] for index in good)  # type: ignore[index]
-        cleaned = [self._without_dropped(*rendered[index]) for index in good]  # type: ignore[misc]
+        self.inventory.learn(rendered[index][0] for index in good)
+        cleaned = [self._without_dropped(*rendered[index]) for index in good]
+        cleaned = [self._with_images(chats[index], *item) for index, item in zip(good, cleaned, strict=True)]
         encodings = self._tokenize([text for text, _ in cleaned])
         for index, (text, spans), encoding in zip(good, cleaned, encodings, strict=True):
             chat = chats[index]
@@ -117,16 +132,44 @@ class ChatEncoder:
     def _tokenize(self, texts: list[str]) -> list[Any]:
         return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).encodings
 
-    def _render(self, chat: Chat) -> tuple[str, list[Span]] | None:
-        """The rendered text and the character spans of its target turns; None where the template refuses the row."""
+    def _render(self, chat: Chat) -> tuple[str, list[Span]] | DropReason:
+        """The rendered text and the character spans of its target turns, or why the row cannot be used."""
         import jinja2
 
+        if self.images is None and chat.images:
+            raise MixtureError(
+                "A row has images, but the base is text-only.",
+                "Use a vision-language base, or leave the dataset out with mixture.exclude.",
+            )
+        if self.images is not None and any(self.images.token in turn["content"] for turn in chat.messages):
+            return "image_token_in_text"  # it would be read as a place for an image
         try:
-            text, spans = self.template.render(chat.messages)
+            text, spans = self.template.render(chat.messages, images=len(chat.images))
         except jinja2.TemplateError:
-            return None
+            return "refused_by_template"
+        try:
+            for image in chat.images:
+                self.images.text(image)  # type: ignore[union-attr]  # computed once per size
+        except ValueError:
+            return "image_refused"
         wanted = sum(turn["role"] == "assistant" for turn in chat.messages[chat.first_target :])
         return text, spans[-wanted:]
+
+    def _with_images(self, chat: Chat, text: str, spans: list[Span]) -> tuple[str, list[Span]]:
+        """Put each image's tokens in its token's place, as the family's processor does, before tokenising."""
+        if self.images is None or not chat.images:
+            return text, spans
+        token = self.images.token
+        places = [match.start() for match in re.finditer(re.escape(token), text)]
+        longer = [self.images.text(image) for image in chat.images]
+        pieces, cursor = [], 0
+        for place, run in zip(places, longer, strict=True):
+            pieces += [text[cursor:place], run]
+            cursor = place + len(token)
+        pieces.append(text[cursor:])
+        added = list(itertools.accumulate((len(run) - len(token) for run in longer), initial=0))
+        shift = lambda at: at + added[bisect.bisect_left(places, at)]  # noqa: E731
+        return "".join(pieces), [(shift(start), shift(end)) for start, end in spans]
 
     def template_characters_lost(self) -> str:
         """Characters of the template's own text (role markers) that the tokenizer cannot represent."""
@@ -176,12 +219,32 @@ class ChatEncoder:
         input_ids, targets = input_ids[: self.max_length], targets[: self.max_length]
         if not targets.any():
             return "no_target_after_truncation"
+        images = chat.images
+        if images and truncated:  # nothing after the last target counts, and a cut image would have too few tokens
+            end = int(np.flatnonzero(targets)[-1]) + 1
+            input_ids, targets = input_ids[:end], targets[:end]
+        if self.images is not None:
+            images = self._images_in(input_ids, images)
         answers = [turn["content"] for turn in chat.messages if turn["role"] == "assistant"][-len(spans) :]
         prompt_length, answer = 0, ""
         for token_range, content in zip(ranges, answers, strict=False):
             if token_range is not None and max(token_range[0], 1) < min(token_range[1], self.max_length):
                 prompt_length, answer = max(token_range[0], 1), content
-        return EncodedRow(input_ids, targets, prompt_length, truncated, answer)
+        return EncodedRow(input_ids, targets, prompt_length, truncated, answer, images)
+
+    def _images_in(self, input_ids: np.ndarray, images: tuple[ImageRef, ...]) -> tuple[ImageRef, ...]:
+        """The images whose tokens are in ``input_ids``: the first ones, each with all of its tokens."""
+        assert self.images is not None
+        sizes = [self.images.text(image).count(self.images.token) for image in images]
+        found = int(np.count_nonzero(input_ids == self.images.token_id))
+        wanted = list(itertools.accumulate(sizes, initial=0))
+        if found not in wanted:
+            raise MixtureError(
+                f"A row with images of {sizes} tokens has {found} image tokens: the base's tokenizer and chat template do "
+                "not keep its image token whole.",
+                _TEMPLATE_WAY_OUT,
+            )
+        return images[: wanted.index(found)]
 
     def _piecewise(
         self, text: str, spans: list[Span], joint: list[int]
@@ -231,22 +294,33 @@ class EncodedDataset:
     """Encoded rows of one dataset, in memory or in one Parquet file; the token ids are read on first use.
 
     Columns: ``input_ids`` list<int32>, ``targets`` list<bool>, ``length``, ``target_count``, ``prompt_length`` int64,
-    ``truncated`` bool, ``answer`` and ``reference`` text (empty in training files).
+    ``truncated`` bool, ``answer`` and ``reference`` text (empty in training files), and ``images`` list<struct> with the
+    fields of :class:`merit.images.ImageRef` where a row has any. An image file's name that is relative starts from the
+    stage's folder: the one above the file's own.
 
     Args:
         name: The dataset's name.
         rows: Rows to hold in memory.
         references: Per row the text that its last answer's tokens stand for (what exact match compares with).
+        seeing: What decides the pixels of the rows' images (:attr:`merit.vision.ImageInputs.settings`).
 
     Attributes:
         lengths: (rows,) int64 tokens per row.
         target_counts: (rows,) int64 target tokens per row.
         prompt_lengths: (rows,) int64 tokens before the last answer.
         truncated: (rows,) bool, cut at max_length.
-        fingerprint: sha256 over lengths, ids and targets: a changed row, template, tokenizer or max_length changes it.
+        images: Images per row.
+        fingerprint: sha256 over lengths, ids and targets, and over images and how they are seen: a changed row, image,
+            template, tokenizer, image processor or max_length changes it.
     """
 
-    def __init__(self, name: str, rows: Sequence[EncodedRow], references: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        rows: Sequence[EncodedRow],
+        references: Sequence[str] | None = None,
+        seeing: Mapping[str, Any] | None = None,
+    ) -> None:
         ids = np.concatenate([row.input_ids for row in rows]) if rows else np.zeros(0, np.int32)
         targets = np.concatenate([row.targets for row in rows]) if rows else np.zeros(0, bool)
         self.name = name
@@ -256,9 +330,11 @@ class EncodedDataset:
         self.truncated = np.array([row.truncated for row in rows], dtype=bool)
         self.answers = [row.answer for row in rows]
         self.references = list(references) if references is not None else [""] * len(rows)
+        self.images = [row.images for row in rows]
+        self.seeing = json.dumps(seeing, sort_keys=True, default=str) if any(self.images) else ""
         self._starts = _starts(self.lengths)
         self._flat = (ids.astype(np.int32), targets.astype(bool))
-        self.fingerprint = _fingerprint(self.lengths, *self._flat)
+        self.fingerprint = _fingerprint(self.lengths, *self._flat, self.images, self.seeing)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -273,6 +349,7 @@ class EncodedDataset:
             int(self.prompt_lengths[index]),
             bool(self.truncated[index]),
             self.answers[index],
+            self.images[index],
         )
 
     def __repr__(self) -> str:
@@ -285,18 +362,20 @@ class EncodedDataset:
 
         ids, targets = self._flat
         offsets = pa.array(self._starts.astype(np.int64))
-        table = pa.table(
-            {
-                "input_ids": pa.LargeListArray.from_arrays(offsets, pa.array(ids)),
-                "targets": pa.LargeListArray.from_arrays(offsets, pa.array(targets)),
-                "length": self.lengths,
-                "target_count": self.target_counts,
-                "prompt_length": self.prompt_lengths,
-                "truncated": self.truncated,
-                "answer": pa.array(self.answers, pa.large_string()),
-                "reference": pa.array(self.references, pa.large_string()),
-            }
-        ).replace_schema_metadata({"name": self.name, "fingerprint": self.fingerprint})
+        columns: dict[str, Any] = {
+            "input_ids": pa.LargeListArray.from_arrays(offsets, pa.array(ids)),
+            "targets": pa.LargeListArray.from_arrays(offsets, pa.array(targets)),
+            "length": self.lengths,
+            "target_count": self.target_counts,
+            "prompt_length": self.prompt_lengths,
+            "truncated": self.truncated,
+            "answer": pa.array(self.answers, pa.large_string()),
+            "reference": pa.array(self.references, pa.large_string()),
+        }
+        if any(self.images):
+            columns["images"] = pa.array([[asdict(image) for image in images] for images in self.images])
+        metadata = {"name": self.name, "fingerprint": self.fingerprint, "seeing": self.seeing}
+        table = pa.table(columns).replace_schema_metadata(metadata)
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(path.name + ".part")
         pq.write_table(table, unfinished, compression="zstd", row_group_size=65536)
@@ -314,9 +393,11 @@ class EncodedDataset:
 
         columns = ["length", "target_count", "prompt_length", "truncated", "answer", "reference"]
         try:
-            table = pq.read_table(path, columns=columns, partitioning=None)
+            pictured = "images" in pq.read_schema(path).names
+            table = pq.read_table(path, columns=[*columns, *["images"] * pictured], partitioning=None)
             metadata = table.schema.metadata
             name, fingerprint = metadata[b"name"].decode(), metadata[b"fingerprint"].decode()
+            seeing = metadata[b"seeing"].decode()
         except (OSError, pa.ArrowException, KeyError, TypeError) as error:
             raise MixtureError(
                 f"{path} cannot be read as an encoded dataset: {error}.", "Run the mixture stage again."
@@ -328,6 +409,14 @@ class EncodedDataset:
         )
         dataset.truncated = table["truncated"].to_numpy().astype(bool)
         dataset.answers, dataset.references = table["answer"].to_pylist(), table["reference"].to_pylist()
+        dataset.seeing = seeing
+        stored = table["images"].to_pylist() if pictured else [()] * len(dataset.lengths)
+        dataset._stored = [tuple(ImageRef(**image) for image in images) for images in stored]
+        # pathlib keeps an absolute name as it is
+        here = path.absolute().parent.parent
+        dataset.images = [
+            tuple(replace(image, file=str(here / image.file)) for image in images) for images in dataset._stored
+        ]
         dataset._starts = _starts(dataset.lengths)
         return dataset  # type: ignore[return-value]
 
@@ -336,6 +425,7 @@ class _FileDataset(EncodedDataset):
     """The rows of a file; ids and targets are read once, on first use."""
 
     path: Path
+    _stored: list[tuple[ImageRef, ...]]
 
     @cached_property
     def _flat(self) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[override]
@@ -352,7 +442,7 @@ class _FileDataset(EncodedDataset):
             table[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)
             for column in ("input_ids", "targets")
         )
-        if _fingerprint(self.lengths, ids, targets) != self.fingerprint:
+        if _fingerprint(self.lengths, ids, targets, self._stored, self.seeing) != self.fingerprint:
             raise MixtureError(
                 f"{self.path} is damaged: its rows do not match its fingerprint.", "Run the mixture stage again."
             )
@@ -363,8 +453,13 @@ def _starts(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
 
 
-def _fingerprint(lengths: np.ndarray, ids: np.ndarray, targets: np.ndarray) -> str:
+def _fingerprint(
+    lengths: np.ndarray, ids: np.ndarray, targets: np.ndarray, images: Sequence[tuple[ImageRef, ...]], seeing: str
+) -> str:
     digest = hashlib.sha256()
     for array, dtype in ((lengths, "<i8"), (ids, "<i4"), (targets, "u1")):
         digest.update(np.ascontiguousarray(array.astype(dtype, copy=False)).data)
+    if any(images):
+        content = [[(image.digest, image.width, image.height) for image in row] for row in images]
+        digest.update(json.dumps([content, seeing]).encode())
     return digest.hexdigest()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from merit.errors import MixtureError
-from merit.mixture.formats import Message
+from merit.mixture.formats import IMAGE, Message
 
 TemplateSource = Literal["generation markers", "training variant", "turn by turn"]
 Span = tuple[int, int]
@@ -49,13 +49,23 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        images = getattr(tokenizer, "merit_images", None)
+        self._image_token: str | None = images.token if images is not None else None
+        self._image_parts = True
         self.text, self.source = _training_template(tokenizer)
         self._parts = False  # content as a list of parts, as the templates of vision-language models want it
         self._given = ""  # what a marked turn repeats of the generation prompt
         self._probe()
+        if self._image_token is not None:
+            self._probe_images(self._image_token)
 
-    def render(self, messages: list[Message]) -> tuple[str, list[Span]]:
+    def render(self, messages: list[Message], images: int = 0) -> tuple[str, list[Span]]:
         """Render a conversation.
+
+        Args:
+            messages: The turns.
+            images: Number of images in it; where there are any, each :data:`merit.mixture.formats.IMAGE` stands for one and
+                comes out as one image token.
 
         Returns:
             Its text, and one character span per assistant turn, in order.
@@ -65,8 +75,8 @@ class ChatTemplate:
             MixtureError: The template does not tell the assistant's turns apart.
         """
         if self.source == "turn by turn":
-            return self._turn_by_turn(messages)
-        text, marked = self.apply(messages, markers=True)
+            return self._turn_by_turn(messages, images)
+        text, marked = self.apply(messages, markers=True, images=images)
         spans: list[Span] = []
         for start, end in marked:
             if spans and start == spans[-1][1]:
@@ -83,23 +93,29 @@ class ChatTemplate:
         given = self._given
         return text, [(start + len(given) * text.startswith(given, start), end) for start, end in spans]
 
-    def refusal(self, messages: list[Message]) -> str:
+    def refusal(self, messages: list[Message], images: int = 0) -> str:
         """What the template says about a conversation that it refuses (for an error message)."""
         import jinja2
 
         try:
-            self.render(messages)
+            self.render(messages, images)
         except jinja2.TemplateError as error:
             return str(error)
         return "no reason given"
 
-    def apply(self, messages: list[Message], *, prompt: bool = False, markers: bool = False) -> tuple[str, list[Span]]:
+    def apply(
+        self, messages: list[Message], *, prompt: bool = False, markers: bool = False, images: int = 0
+    ) -> tuple[str, list[Span]]:
         """The template's plain output: text and, with ``markers``, the spans of its generation blocks."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         conversation: list[Any] = messages
-        if self._parts:
-            conversation = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in messages]
+        if images and not self._image_parts:
+            conversation = [
+                {**turn, "content": turn["content"].replace(IMAGE, str(self._image_token))} for turn in messages
+            ]
+        if self._parts or (images and self._image_parts):
+            conversation = [{**turn, "content": _parts(turn["content"], bool(images))} for turn in conversation]
         # Declared to return a string; it returns the texts and the spans, one per conversation.
         rendered: Any = render_jinja_template(
             conversations=[conversation],
@@ -111,14 +127,14 @@ class ChatTemplate:
         texts, spans = rendered
         return texts[0], spans[0] if markers else []
 
-    def _turn_by_turn(self, messages: list[Message]) -> tuple[str, list[Span]]:
-        whole, _ = self.apply(messages)
+    def _turn_by_turn(self, messages: list[Message], images: int = 0) -> tuple[str, list[Span]]:
+        whole, _ = self.apply(messages, images=images)
         spans = []
         for index, turn in enumerate(messages):
             if turn["role"] != "assistant":
                 continue
-            before, _ = self.apply(messages[:index], prompt=True) if index else ("", [])
-            upto, _ = self.apply(messages[: index + 1])
+            before, _ = self.apply(messages[:index], prompt=True, images=images) if index else ("", [])
+            upto, _ = self.apply(messages[: index + 1], images=images)
             if not (whole.startswith(upto) and upto.startswith(before)) or len(upto) == len(before):
                 raise MixtureError(
                     "The base's chat template has no {% generation %} markers, and its text for the first turns changes "
@@ -156,6 +172,33 @@ class ChatTemplate:
                     f"(it reads {encoding.tokens}), so a model could not learn to end its turn.",
                     "Correct the base's tokenizer (the added token's `normalized` flag), or set model.chat_template.",
                 )
+
+    def _probe_images(self, token: str) -> None:
+        """Find out how the template takes an image: as a part of the content, or as the image token in its text."""
+        import jinja2
+
+        question = [{"role": "user", "content": f"{IMAGE}{_PROBE[0]['content']}"}, _PROBE[1]]
+        for self._image_parts in (True, False):
+            try:
+                text, [(start, end)] = self.render(question, images=1)
+            except (jinja2.TemplateError, MixtureError):
+                continue
+            if text[:start].count(token) == text.count(token) == 1 and _PROBE[1]["content"] in text[start:end]:
+                return
+        raise MixtureError(
+            f"The base's chat template does not write its image token {token!r} for an image in a user turn.",
+            "Use the chat template that was published with the base, or set model.chat_template to one that does.",
+        )
+
+
+def _parts(content: str, images: bool) -> list[dict[str, str]]:
+    """A turn's content as a list of parts, each image marker an image part."""
+    if not images:
+        return [{"type": "text", "text": content}]
+    found: list[dict[str, str]] = []
+    for number, text in enumerate(content.split(IMAGE)):
+        found += [{"type": "image"}] * bool(number) + [{"type": "text", "text": text}] * bool(text)
+    return found
 
 
 def _training_template(tokenizer: Any) -> tuple[str, TemplateSource]:
