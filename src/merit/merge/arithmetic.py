@@ -23,6 +23,7 @@ from fractions import Fraction
 import numpy as np
 
 from merit.dtypes import BLOCK, DType, to_float
+from merit.merge import native
 
 __all__ = ["Combination", "NonFiniteError", "exact_weights", "round_to"]
 
@@ -117,7 +118,15 @@ class Combination:
         bits = max(abs(n).bit_length() for n in self._numerators) + max(_PRECISION[s.tag] for s in self.sources)
         self._exact_products = bits <= 53 and self._denominator < 2**53
         self._paired = all(d.tag == "BF16" for d in (*self.sources, out))
-        self._sum, self._term, self._test = (np.empty(size, np.float32) for _ in range(3))
+        self._compiled: native.Kernel | None = None
+        function = native.load() if native.Kernel.covers(self.sources, out) else None
+        if function is not None:
+            denominator = self._denominator if self._exact_products else 0
+            self._compiled = native.Kernel(
+                *(function, self._floats, self._numerators, denominator, self.sources, out, self._copyable, size)
+            )
+        else:
+            self._sum, self._term, self._test = (np.empty(size, np.float32) for _ in range(3))
         self._doubts: list[tuple[np.ndarray, np.ndarray, list[np.ndarray]]] = []
 
     def __call__(self, raws: Sequence[np.ndarray], out: np.ndarray) -> None:
@@ -130,11 +139,22 @@ class Combination:
         Raises:
             NonFiniteError: An operand holds NaN or infinity.
         """
-        if self._copyable and _identical(raws):
+        if self._compiled is not None:
+            doubt = self._compiled(raws, out)
+            if isinstance(doubt, int):
+                raise NonFiniteError(doubt)
+        elif self._copyable and _identical(raws):
             if not math.isfinite(_magnitude(raws[0], self.sources[0])):
                 raise NonFiniteError(0)
             out[:] = raws[0]
             return
+        else:
+            doubt = self._in_numpy(raws, out)
+        if doubt.size:
+            self._doubts.append((out, doubt, [raw[doubt] for raw in raws]))
+
+    def _in_numpy(self, raws: Sequence[np.ndarray], out: np.ndarray) -> np.ndarray:
+        """Positions in doubt."""
         spread = 0.0  # Σ|c_k| max|x_k|
         for k, raw in enumerate(raws):
             magnitude = _magnitude(raw, self.sources[k])
@@ -142,9 +162,7 @@ class Combination:
                 raise NonFiniteError(k)
             spread += abs(self._floats[k]) * magnitude
         fast = self._paired and raws[0].size % 2 == 0 and spread < 2.0**126
-        doubt = self._add_pairs(raws, spread, out) if fast else self._add(raws, spread, out)
-        if doubt.size:
-            self._doubts.append((out, doubt, [raw[doubt] for raw in raws]))
+        return self._add_pairs(raws, spread, out) if fast else self._add(raws, spread, out)
 
     def settle(self) -> None:
         """Decide all elements in doubt.
