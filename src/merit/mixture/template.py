@@ -154,7 +154,9 @@ class ChatTemplate:
             try:
                 text, [(start, end)] = self.render(_PROBE)
                 prompt, _ = self.apply(_PROBE[:1], prompt=True)
-            except jinja2.TemplateError as error:
+            except (jinja2.TemplateError, MixtureError) as error:
+                if self._parts and isinstance(error, MixtureError):
+                    raise
                 problem = problem if self._parts else str(error)
                 continue
             if _PROBE[1]["content"] in text[start:end]:
