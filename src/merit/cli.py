@@ -198,7 +198,12 @@ def run(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
+    output: Annotated[
+        Path | None, typer.Option(help="Run folder. Default: runs/demo, with --vision runs/demo-vision.")
+    ] = None,
+    vision: Annotated[
+        bool, typer.Option("--vision", help="A vision-language base and a mixture with pictures.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the generated rows and of the run.")] = 0,
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Branches side by side. Default: one per core, at most 4.")
@@ -212,16 +217,18 @@ def demo(
 
     It trains joint, random-split and conflict-split branches at the same budget and prints how they compare.
 
-    Example: `merit demo --output runs/demo`
+    Example: `merit demo --output runs/demo`, or `merit demo --vision`
     """
     from merit.demo import write_demo
     from merit.recipe import load_recipe
     from merit.run_folder import claim
 
+    name = "demo-vision" if vision else "demo"
+    output = output or Path("runs") / name
     claim(output)
-    recipe = output / "demo" / "recipe.yaml"
+    recipe = output / name / "recipe.yaml"
     if not recipe.is_file() or load_recipe(recipe).seed != seed:
-        write_demo(output / "demo", seed)
+        write_demo(output / name, seed, vision=vision)
     jobs = jobs or max(1, min(4, os.cpu_count() or 1))
     pipeline = _pipeline(recipe, output, overrides, quiet=quiet, jobs=jobs, redo=redo)
     pipeline.run()
