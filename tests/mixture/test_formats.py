@@ -71,12 +71,18 @@ def test_turns_after_the_last_answer_are_cut():
         ({"messages": []}, "messages", "no_assistant_turn", "roles"),
         ({"messages": None}, "messages", "not_text", "messages"),
         ({"messages": [{"role": "assitant", "content": "a"}]}, "messages", "unknown_role", "Did you mean 'assistant'"),
-        ({"messages": [{"role": "user", "content": ["q"]}]}, "messages", "not_text", "part 0, must be a text part"),
         (
-            {"messages": [{"role": "user", "content": [{"type": "text", "text": "see"}, {"type": "image_url"}]}]},
+            {"messages": [{"role": "user", "content": ["q"]}]},
             "messages",
             "not_text",
-            "messages[0] (user), part 1, must be a text part (type 'text'); found a part of type 'image_url'",
+            "part 0, must be a text or image part",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "see"}, {"type": "video"}]}]},
+            "messages",
+            "not_text",
+            "messages[0] (user), part 1, must be a text or image part (type 'text', 'image' or 'image_url'); found a part "
+            "of type 'video'",
         ),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages", "not_text", "null or missing"),
         (

@@ -1,7 +1,8 @@
-"""Row formats: recognise the four common ones and turn a row into one chat form.
+"""Row formats: recognise the common ones and turn a row into one chat form, its images in their places.
 
-It covers ``messages``, ``prompt_completion``, ``alpaca`` and ``sharegpt`` rows. It reads no file, knows no tokenizer,
-and says only what is wrong with a row (:class:`BadRow`), never where it stands; the caller knows that.
+It covers ``messages``, ``prompt_completion``, ``alpaca``, ``sharegpt`` (LLaVA's form too) and ``cauldron`` rows. It reads
+no file, opens no image, knows no tokenizer, and says only what is wrong with a row (:class:`BadRow`), never where it stands;
+the caller knows that.
 """
 
 from __future__ import annotations
@@ -15,16 +16,21 @@ from typing import Any, Literal
 
 from merit.errors import nearest
 from merit.images import ImageRef
+from merit.mixture.row_images import BadRow, RawImage, raw_image, row_images
 
-RowFormat = Literal["messages", "prompt_completion", "alpaca", "sharegpt"]
+RowFormat = Literal["messages", "prompt_completion", "alpaca", "sharegpt", "cauldron"]
 Message = dict[str, str]
 
 IMAGE = "\ufffc"
 """Stands in a turn's content where an image stands (Unicode's object replacement character)."""
 
+PLACEHOLDER = "<image>"
+"""Stands in the text of a row where an image stands."""
+
 COLUMNS: dict[RowFormat, tuple[str, ...]] = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
+    "cauldron": ("texts", "images"),
     "prompt_completion": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
 }
@@ -42,8 +48,11 @@ _ROLES: dict[RowFormat, dict[str, str]] = {
     },
 }
 
-
 _SURROGATE = re.compile("[\ud800-\udfff]")
+# LLaVA's own code takes placeholder and white space away and writes the placeholder and a line end of its own: the line
+# end between a turn's text and a placeholder at its edge belongs to the placeholder, and chat templates write their own.
+_LEADING = re.compile(rf"(?:{PLACEHOLDER}\n?)+")
+_TRAILING = re.compile(rf"(?:\n?{PLACEHOLDER})+\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,25 +64,13 @@ class Chat:
         first_target: Assistant turns before this message index are context, not targets (a list-valued ``prompt``).
         images: The row's images; the i-th ``IMAGE`` of all contents, in order, stands for the i-th. A row without images
             keeps an ``IMAGE`` that is part of its text.
+        raw: The same images as the row has them, before they are opened (:mod:`merit.mixture.image_store`).
     """
 
     messages: list[Message]
     first_target: int = 0
     images: tuple[ImageRef, ...] = ()
-
-
-class BadRow(Exception):
-    """A row that cannot be used.
-
-    Attributes:
-        reason: Key under which dropped rows are counted.
-        detail: What is wrong, for a person.
-    """
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
+    raw: tuple[RawImage, ...] = ()
 
 
 def recognise(columns: Iterable[str]) -> RowFormat | None:
@@ -91,44 +88,118 @@ def describe_formats(columns: Iterable[str]) -> str:
     return f"found columns {found}; expected those of one format ({expected}).{hints}"
 
 
-def to_chat(row: Mapping[str, Any], row_format: RowFormat) -> Chat:
+def to_chat(row: Any, row_format: RowFormat) -> Chat:
     """Turn one row into a chat.
 
     Alpaca rows are joined as ``instruction``, or ``instruction + "\\n\\n" + input`` where there is an input. A prompt
     that is a list of messages is context: only the completion's assistant turns are targets. Turns after the last
-    assistant turn are cut off, an empty system turn is left out.
+    assistant turn are cut off with their images, an empty system turn is left out.
+
+    Images stand where an image part or, in rows without such parts, a ``<image>`` in the text says; images that have no
+    place of their own go before the text of the first user turn. docs/mixture.md shows each form.
 
     Raises:
-        BadRow: no_assistant_turn, unknown_role, not_text, empty_answer, empty_prompt.
+        BadRow: no_assistant_turn, unknown_role, not_text, empty_answer, empty_prompt; image_count, image_turn,
+            image_missing, image_format, image_url, image_damaged.
     """
+    if not isinstance(row, Mapping):
+        raise BadRow("not_text", f"a row must be an object with named columns; found {row!r:.60}")
+    first_target = 0
     if row_format == "alpaca":
         question = _text(row.get("instruction"), "instruction")
         extra = row.get("input")
         if extra is not None and _text(extra, "input").strip():
             question = f"{question}\n\n{extra}" if question.strip() else extra
-        return _checked([_turn("user", question), _turn("assistant", _text(row.get("output"), "output"))])
-    if row_format == "prompt_completion":
+        turns = [_Turn("user", [question]), _Turn("assistant", [_text(row.get("output"), "output")])]
+    elif row_format == "prompt_completion":
         prompt, completion = row.get("prompt"), row.get("completion")
-        before = _turns(prompt, "messages", "prompt") if _is_list(prompt) else [_turn("user", _text(prompt, "prompt"))]
+        before = (
+            _turns(prompt, "messages", "prompt") if _is_list(prompt) else [_Turn("user", [_text(prompt, "prompt")])]
+        )
         after = (
             _turns(completion, "messages", "completion")
             if _is_list(completion)
-            else [_turn("assistant", _text(completion, "completion"))]
+            else [_Turn("assistant", [_text(completion, "completion")])]
         )
-        if not any(turn["role"] == "assistant" for turn in after):
+        if not any(turn.role == "assistant" for turn in after):
             raise BadRow("no_assistant_turn", "the completion has no assistant turn")
-        before = [turn for turn in before if turn["role"] != "system" or turn["content"].strip()]
-        return _checked(before + after, first_target=len(before))
-    column = COLUMNS[row_format][0]
-    return _checked(_turns(row.get(column), row_format, column))
+        turns, first_target = before + after, len(before)
+    elif row_format == "cauldron":
+        turns = _pairs(row.get("texts"))
+    else:
+        column = COLUMNS[row_format][0]
+        turns = _turns(row.get(column), row_format, column)
+    raw = _place(turns, row)
+    return _checked([{"role": turn.role, "content": turn.content()} for turn in turns], first_target, raw)
+
+
+@dataclass
+class _Slot:
+    """A place for an image; ``image`` is None until one is bound to it."""
+
+    image: RawImage | None = None
+
+
+@dataclass
+class _Turn:
+    role: str
+    pieces: list[str | _Slot]
+
+    def content(self) -> str:
+        return "".join(piece if isinstance(piece, str) else IMAGE for piece in self.pieces)
+
+    def slots(self) -> list[_Slot]:
+        return [piece for piece in self.pieces if isinstance(piece, _Slot)]
+
+    def split_text(self) -> None:
+        """Make every ``<image>`` of the text a place."""
+        text = "".join(piece for piece in self.pieces if isinstance(piece, str))
+        for pattern in (_LEADING, _TRAILING):
+            if found := (pattern.match(text) if pattern is _LEADING else pattern.search(text)):
+                bare = PLACEHOLDER * found.group().count(PLACEHOLDER)
+                text = text[: found.start()] + bare + text[found.end() :]
+        first, *rest = text.split(PLACEHOLDER)
+        self.pieces = [first, *(piece for part in rest for piece in (_Slot(), part))]
+
+
+def _place(turns: list[_Turn], row: Mapping[str, Any]) -> tuple[RawImage, ...]:
+    """Bind the row's images to their places in its turns; returns them in order."""
+    own, named = row_images(row)
+    slots = [slot for turn in turns for slot in turn.slots()]
+    if not slots and named:
+        for turn in turns:
+            if turn.role != "assistant" and PLACEHOLDER in turn.content():
+                turn.split_text()
+        slots = [slot for turn in turns for slot in turn.slots()]
+        first = next((turn for turn in turns if turn.role == "user"), None)
+        if own and not slots and first is not None:
+            first.pieces[:0] = slots = [_Slot() for _ in own]
+    free = [slot for slot in slots if slot.image is None]
+    if len(free) != len(own):
+        raise BadRow(
+            "image_count",
+            f"the row has {_many(len(own), 'image')} and {_many(len(free), 'place')} for them ({PLACEHOLDER} in the "
+            "text, or parts of type 'image' without an image of their own)",
+        )
+    for slot, image in zip(free, own, strict=True):
+        slot.image = image
+    if not slots:
+        return ()
+    for turn in turns:
+        if turn.slots() and turn.role != "user":
+            raise BadRow(
+                "image_turn", f"an image stands in the {turn.role}'s turn; only the user's turns can hold images"
+            )
+        turn.pieces = [piece.replace(IMAGE, "") if isinstance(piece, str) else piece for piece in turn.pieces]
+    return tuple(slot.image for slot in slots if slot.image is not None)
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count or 'no'} {noun}{'' if count == 1 else 's'}"
 
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, list)
-
-
-def _turn(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
 
 
 def _text(value: Any, where: str) -> str:
@@ -153,21 +224,41 @@ def refuse_surrogates(text: str, where: str) -> None:
         )
 
 
-def _content(value: Any, where: str) -> str:
-    """The text of a turn; a list of text parts is joined."""
+def _content(value: Any, where: str) -> list[str | _Slot]:
+    """A turn's text, or its text and image parts in order."""
     if not isinstance(value, list):
-        return _text(value, where)
-    texts = []
+        return [_text(value, where)]
+    pieces: list[str | _Slot] = []
     for index, part in enumerate(value):
+        at = f"{where}, part {index},"
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if not isinstance(part, Mapping) or kind != "text":
+        if isinstance(part, Mapping) and kind == "text":
+            pieces.append(_text(part.get("text"), at))
+        elif isinstance(part, Mapping) and kind in ("image", "image_url"):
+            given = [part[key] for key in ("image", "image_url", "path", "url") if part.get(key) is not None]
+            inner = given[0].get("url") if given and isinstance(given[0], Mapping) and "url" in given[0] else None
+            pieces.append(_Slot(raw_image(inner or given[0], at) if given else None))
+        else:
             found = f"a part of type {kind!r}" if kind is not None else _shown(part)
-            raise BadRow("not_text", f"{where}, part {index}, must be a text part (type 'text'); found {found}")
-        texts.append(_text(part.get("text"), f"{where}, part {index},"))
-    return "".join(texts)
+            raise BadRow(
+                "not_text", f"{at} must be a text or image part (type 'text', 'image' or 'image_url'); found {found}"
+            )
+    return pieces
 
 
-def _turns(value: Any, row_format: RowFormat, where: str) -> list[Message]:
+def _pairs(value: Any) -> list[_Turn]:
+    """The Cauldron's ``texts``: questions and answers in turn."""
+    if not isinstance(value, list):
+        raise BadRow("not_text", f"texts must be a list of user and assistant texts; found {_shown(value)}")
+    turns = []
+    for index, item in enumerate(value):
+        if not isinstance(item, Mapping):
+            raise BadRow("not_text", f"texts[{index}] must have a user and an assistant text; found {_shown(item)}")
+        turns += [_Turn(role, [_text(item.get(role), f"texts[{index}].{role}")]) for role in ("user", "assistant")]
+    return turns
+
+
+def _turns(value: Any, row_format: RowFormat, where: str) -> list[_Turn]:
     if isinstance(value, str) and value.lstrip().startswith("["):  # a CSV cell holds a list as JSON
         with contextlib.suppress(ValueError):
             value = json.loads(value)
@@ -183,11 +274,11 @@ def _turns(value: Any, row_format: RowFormat, where: str) -> list[Message]:
             hint = nearest(role, list(roles)) if isinstance(role, str) else ""
             raise BadRow("unknown_role", f"{where}[{index}] has role {role!r}; known: {', '.join(roles)}.{hint}")
         content = item.get("value") if item.get("value") is not None else item.get("content")
-        turns.append(_turn(roles[role], _content(content, f"the content of {where}[{index}] ({role})")))
+        turns.append(_Turn(roles[role], _content(content, f"the content of {where}[{index}] ({role})")))
     return turns
 
 
-def _checked(turns: list[Message], first_target: int = 0) -> Chat:
+def _checked(turns: list[Message], first_target: int, raw: tuple[RawImage, ...]) -> Chat:
     last = max((index for index, turn in enumerate(turns) if turn["role"] == "assistant"), default=-1)
     if last < first_target:
         roles = [turn["role"] for turn in turns]
@@ -201,7 +292,8 @@ def _checked(turns: list[Message], first_target: int = 0) -> Chat:
             reason = "empty_answer" if turn["role"] == "assistant" else "empty_prompt"
             raise BadRow(reason, f"turn {index} ({turn['role']}) has no text")
         kept.append(turn)
-    return Chat(kept, first_target)
+    placed = sum(turn["content"].count(IMAGE) for turn in kept) if raw else 0
+    return Chat(kept, first_target, raw=raw[:placed])
 
 
 def _shown(value: Any) -> str:

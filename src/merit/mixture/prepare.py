@@ -1,8 +1,9 @@
 """The stage itself: read every dataset, encode it within its budget, count, and write the folder.
 
-It joins sources, formats, encoding and draws. What it writes: ``train/<name>.parquet``, ``test/<name>.parquet``,
-``kept/<name>.parquet``, ``datasets.json`` (the mixture's counts, in recipe order), ``kept.json`` (the same for kept sets)
-and ``encoding.json`` (template, length, datasets left out). Nothing appears before everything is done.
+It joins sources, formats, images, encoding and draws. What it writes: ``train/<name>.parquet``, ``test/<name>.parquet``,
+``kept/<name>.parquet``, ``images/<split>/<name>.bin`` (images that were embedded in the rows), ``datasets.json`` (the
+mixture's counts, in recipe order), ``kept.json`` (the same for kept sets) and ``encoding.json`` (template, length, datasets
+left out). Nothing appears before everything is done.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import shutil
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,14 +22,24 @@ import numpy as np
 from merit.errors import MixtureError
 from merit.mixture.calibration import draw
 from merit.mixture.encode import ChatEncoder, EncodedDataset, EncodedRow
-from merit.mixture.formats import BadRow, Chat, RowFormat, to_chat
+from merit.mixture.formats import IMAGE, BadRow, Chat, RowFormat
+from merit.mixture.image_store import ImageFile, ImageFolder, read_chats, usable
 from merit.mixture.reading import Part
-from merit.mixture.sources import Source, as_row, bad_row_error, discover, discover_kept, refuse_shared_names
+from merit.mixture.sources import (
+    Source,
+    bad_row_error,
+    discover,
+    discover_kept,
+    images_without_sight,
+    is_fatal,
+    refuse_shared_names,
+)
 from merit.recipe import Recipe
 from merit.run_folder import write_json
 
 Split = Literal["train", "test", "kept"]
 
+_FILES = ("images", "train", "test", "kept", "kept.json", "encoding.json")
 _CHUNK = 512
 _READ_BACK_ROWS = 32
 
@@ -48,6 +59,9 @@ class DatasetCounts:
         source_rows: Rows in the source.
         rows_over_budget: Usable rows that the budget left out (not looked at further).
         rows_truncated: Used rows that were cut at max_length.
+        images: Images of the rows used, each as often as it stands in a row.
+        image_bytes: Bytes of those images that were embedded in the rows and lie in the stage's folder, each once.
+        image_tokens: Tokens that stand for images (also in tokens).
         rows_answer_lost: Rows whose whole answer the tokenizer cannot represent (also in rows_dropped).
         characters_lost: Share of prompt, answer and all characters that the tokenizer cannot represent.
         characters_lost_most: The lost characters that occur most often.
@@ -71,6 +85,9 @@ class DatasetCounts:
     source_rows: int = 0
     rows_over_budget: int = 0
     rows_truncated: int = 0
+    images: int = 0
+    image_bytes: int = 0
+    image_tokens: int = 0
     rows_answer_lost: int = 0
     characters_lost: dict[str, float] = field(default_factory=dict)
     characters_lost_most: str = ""
@@ -80,6 +97,7 @@ class DatasetCounts:
     test_rows: int = 0
     test_rows_dropped: dict[str, int] = field(default_factory=dict)
     test_rows_truncated: int = 0
+    test_images: int = 0
     test_tokens: int = 0
     test_target_tokens: int = 0
     test_rows_in_train: int = 0
@@ -134,9 +152,9 @@ def prepare_mixture(
         write_json(unfinished / "kept.json", [asdict(entry) for entry in kept_counts])
         write_json(unfinished / "encoding.json", {**stage.description(), "left_out": left_out})
         write_json(unfinished / "datasets.json", [asdict(entry) for entry in counts])
-        for name in ("datasets.json", "train", "test", "kept", "kept.json", "encoding.json"):
+        for name in ("datasets.json", *_FILES):
             _remove(folder / name)
-        for name in ("train", "test", "kept", "kept.json", "encoding.json", "datasets.json"):
+        for name in (*_FILES, "datasets.json"):
             if (unfinished / name).exists():
                 (unfinished / name).replace(folder / name)
     finally:
@@ -200,12 +218,15 @@ class _Stage:
         counts = DatasetCounts(
             source.name, path=source.train.where, budget={"samples": source.samples, "tokens": source.tokens}
         )
-        chats, counts.format = self._chats(source, source.train)
-        counts.source_rows = chats.source_rows
-        part = self._encode(source, chats)
+        with ImageFile(folder, f"images/train/{source.name}.bin") as store:
+            chats, counts.format = self._chats(source, source.train, store)
+            counts.source_rows = chats.source_rows
+            part = self._encode(source, chats)
+            counts.image_bytes = part.keep_images(store)
         self._count_losses(counts, part)
         over = counts.characters_lost["all"] > self.settings.unrepresentable.max_share
         if over and self.settings.unrepresentable.action != "warn":
+            _remove(folder / "images" / "train" / f"{source.name}.bin")
             return self._leave_out(counts)
         if not part.rows:
             hints = {
@@ -221,6 +242,7 @@ class _Stage:
             )
         counts.rows, counts.rows_dropped = len(part.rows), dict(sorted(part.dropped.items()))
         counts.rows_over_budget = part.over_budget
+        counts.images, counts.image_tokens = self._count_images(part.rows)
         encoded = EncodedDataset(source.name, [_without_answer(row) for row in part.rows])
         counts.tokens, counts.target_tokens = int(encoded.lengths.sum()), int(encoded.target_counts.sum())
         counts.rows_truncated = int(encoded.truncated.sum())
@@ -269,15 +291,18 @@ class _Stage:
             "characters_lost_most": counts.characters_lost_most,
         }
 
-    def _chats(self, source: Source, part: Part) -> tuple[_Chats, RowFormat]:
+    def _chats(self, source: Source, part: Part, store: ImageFile) -> tuple[_Chats, RowFormat]:
         row_format = source.recognise(part)
         found = _Chats([], [], Counter())
-        for place, row in part.read():
+        folder = ImageFolder(part, source.images, self.settings.images)
+        for place, chat, seen in read_chats(part, row_format, folder):
+            if seen and self.encoder.images is None:
+                raise images_without_sight(source.name, place)
             try:
-                found.chats.append(to_chat(as_row(row), row_format))
+                found.chats.append(usable(chat, seen, store))
                 found.places.append(place)
             except BadRow as bad:
-                if self.settings.bad_rows == "error":
+                if is_fatal(bad, self.settings):
                     raise bad_row_error(source.name, place, bad) from None
                 found.dropped[bad.reason] += 1
         return found, row_format
@@ -299,9 +324,7 @@ class _Stage:
                     targets += int(row.targets.sum())
                     if _reached(len(used), targets, samples, tokens):
                         break
-                elif row == "refused_by_template" and self.settings.bad_rows == "error":
-                    said = self.encoder.template.refusal(chats[index].messages)
-                    bad = BadRow(row, f"the base's chat template refuses the row: {said}")
+                elif (bad := self._refused(row, chats[index])) is not None and is_fatal(bad, self.settings):
                     raise bad_row_error(source.name, found.places[index], bad)
                 else:
                     dropped[row] += 1
@@ -309,16 +332,38 @@ class _Stage:
         seen = [chats[i] for i in sorted(order[:looked])]
         return _Part([row for _, row in used], [chats[i] for i, _ in used], seen, dropped, len(order) - looked)
 
+    def _refused(self, reason: str, chat: Chat) -> BadRow | None:
+        """What to say about a row that cannot be encoded through a fault of its own."""
+        if reason == "refused_by_template":
+            said = self.encoder.template.refusal(chat.messages)
+            return BadRow(reason, f"the base's chat template refuses the row: {said}")
+        if reason == "image_token_in_text" and (sight := self.encoder.images) is not None:
+            return BadRow(reason, f"its text holds {sight.token}, which the base reads as a place for an image")
+        if reason == "image_refused":
+            shapes = ", ".join(f"{image.width} x {image.height}" for image in chat.images)
+            return BadRow(reason, f"the base's image processor refuses an image of its shape (pixels: {shapes})")
+        return None
+
+    def _count_images(self, rows: Sequence[EncodedRow]) -> tuple[int, int]:
+        """Images of the rows, and the tokens that stand for them."""
+        sight = self.encoder.images
+        tokens = 0 if sight is None else sum(int((row.input_ids == sight.token_id).sum()) for row in rows)
+        return sum(len(row.images) for row in rows), tokens
+
     def _test(self, source: Source, part: Part, counts: DatasetCounts, folder: Path, train: set[int]) -> None:
-        found, row_format = self._chats(source, part)
-        counts.format, counts.test_path = counts.format or row_format, part.where
-        budgeted = source if source.train is None else Source(source.name, None, part)
-        encoded = self._encode(budgeted, found)
+        split = folder.name
+        with ImageFile(folder.parent, f"images/{split}/{source.name}.bin") as store:
+            found, row_format = self._chats(source, part, store)
+            counts.format, counts.test_path = counts.format or row_format, part.where
+            budgeted = source if source.train is None else Source(source.name, None, part)
+            encoded = self._encode(budgeted, found)
+            encoded.keep_images(store)
         if source.train is None:
             counts.source_rows = found.source_rows
             self._count_losses(counts, encoded)
         rows = encoded.rows
         counts.test_rows, counts.test_rows_dropped = len(rows), dict(sorted(encoded.dropped.items()))
+        counts.test_images, _ = self._count_images(rows)
         counts.test_rows_in_train = sum(_key(chat) in train for chat in encoded.chats)
         if not rows:
             return
@@ -338,7 +383,8 @@ class _Stage:
         texts: dict[str, list[str]] = {"prompt": [], "answer": []}
         for chat in part.seen:
             for turn in chat.messages:
-                texts["answer" if turn["role"] == "assistant" else "prompt"].append(turn["content"])
+                text = turn["content"].replace(IMAGE, "") if chat.images else turn["content"]
+                texts["answer" if turn["role"] == "assistant" else "prompt"].append(text)
         most: Counter[str] = Counter()
         totals: dict[str, tuple[int, int]] = {}
         for key, parts in texts.items():
@@ -407,17 +453,28 @@ class _Part:
     dropped: Counter[str]
     over_budget: int
 
+    def keep_images(self, store: ImageFile) -> int:
+        """Keep the embedded images of these rows only, and follow those that move; returns their bytes on disk."""
+        moved = store.keep(row.images for row in self.rows)
+        if moved:
+            self.rows = [
+                replace(row, images=tuple(moved.get(ref, ref) for ref in row.images)) if row.images else row
+                for row in self.rows
+            ]
+        return store.size
+
 
 def _reached(rows: int, targets: int, samples: int | None, tokens: int | None) -> bool:
     return (samples is not None and rows >= samples) or (tokens is not None and targets >= tokens)
 
 
 def _without_answer(row: EncodedRow) -> EncodedRow:
-    return EncodedRow(row.input_ids, row.targets, row.prompt_length, row.truncated)
+    return replace(row, answer="")
 
 
 def _key(chat: Chat) -> int:
-    return hash(tuple((turn["role"], turn["content"]) for turn in chat.messages))
+    turns = tuple((turn["role"], turn["content"]) for turn in chat.messages)
+    return hash((turns, tuple(image.digest for image in chat.images)))
 
 
 def _plain(text: str) -> str:

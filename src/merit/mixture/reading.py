@@ -1,9 +1,10 @@
-"""Reading rows: local files and hub datasets through the ``datasets`` library, each row with its place.
+"""Reading rows: local files, and hub datasets through the ``datasets`` library, each row with its place.
 
 Nothing is copied into anybody's cache for a local file, and text stays as it stands in the file: JSON Lines are read as
 lines and CSV cells as text, because type inference turns answers such as ``2020-01-01``, ``007`` or ``None`` into other
 things. CSV goes through Python's own reader: pandas, which the library uses, shifts the columns without a word where rows
-have more fields than the header. It finds no files (:mod:`merit.mixture.sources`) and does not know what a row means.
+have more fields than the header. Images come as they are stored, paths or encoded bytes, and a few rows at a time. It finds
+no files (:mod:`merit.mixture.sources`) and does not know what a row means.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from merit.errors import MixtureError
 from merit.mixture.formats import recognise
+
+_ROWS_AT_ONCE = 32  # with images in them
 
 
 @dataclass(frozen=True)
@@ -32,12 +37,16 @@ class Part:
         files: Local files, in the order read.
         hub: (id, configuration, split) of a hub dataset.
         rows: Rows read already, each with its place; for datasets cut out of one file.
+        chosen: Instead of ``rows``, where a file may hold images: (Parquet file, row indices from 0, rising).
+        folder: Folder of the data files; image paths start from it unless the recipe names another.
     """
 
     where: str
     files: tuple[Path, ...] = ()
     hub: tuple[str, str | None, str] | None = None
     rows: tuple[tuple[str, Any], ...] | None = None
+    chosen: tuple[tuple[Path, tuple[int, ...]], ...] = ()
+    folder: Path | None = None
 
     def read(self) -> Iterator[tuple[str, Any]]:
         """Yield (place, row): the place is file and line (or row number, from 1) as an error message needs it.
@@ -51,6 +60,25 @@ class Part:
             yield from _read_hub(*self.hub)
         for file in self.files:
             yield from _read_file(file)
+        for file, indices in self.chosen:
+            yield from _read_file(file, indices)
+
+    def split(self, column: str) -> Iterator[tuple[str, Any, tuple[Path, int] | None]]:
+        """Yield (place, row, None), or (place, {column: value}, (file, index)) for a row that is read again later.
+
+        Raises:
+            MixtureError: As :meth:`read`.
+        """
+        for file in self.files:
+            if file.suffix == ".parquet" and _holds_bytes(file):
+                for index, (place, row) in enumerate(_read_file(file, columns=[column])):
+                    yield place, row, (file, index)
+            else:
+                for place, row in _read_file(file):
+                    yield place, row, None
+        if not self.files:
+            for place, row in self.read():
+                yield place, row, None
 
 
 def _datasets() -> Any:
@@ -63,7 +91,10 @@ def _datasets() -> Any:
     return datasets
 
 
-def _read_file(file: Path) -> Iterator[tuple[str, Any]]:
+def _read_file(
+    file: Path, indices: Sequence[int] | None = None, columns: list[str] | None = None
+) -> Iterator[tuple[str, Any]]:
+    """Rows of a file; of a Parquet file maybe some rows or columns only."""
     try:
         if file.suffix == ".jsonl":
             yield from _json_lines(file, _lines(file))
@@ -72,8 +103,8 @@ def _read_file(file: Path) -> Iterator[tuple[str, Any]]:
         elif file.suffix == ".csv":
             yield from _csv(file)
         elif file.stat().st_size:
-            for number, row in enumerate(_stream(file.suffix[1:], file), start=1):
-                yield f"{file}, row {number}", row
+            for index, row in _parquet(file, indices, columns):
+                yield f"{file}, row {index + 1}", row
     except (MixtureError, GeneratorExit):
         raise
     except UnicodeDecodeError as error:
@@ -93,6 +124,45 @@ def _stream(kind: str, file: Path, **options: Any) -> Iterator[dict[str, Any]]:
         )
         for batch in stream.with_format("arrow").iter(batch_size=1000):
             yield from batch.to_pylist()
+
+
+def _parquet(
+    file: Path, indices: Sequence[int] | None = None, columns: list[str] | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(index, row) of a Parquet file, a few rows at a time; row groups without a wanted row are not read.
+
+    The ``datasets`` library would hold a whole row group at once, images and all.
+    """
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(file, pre_buffer=False) as source:
+        columns = [name for name in columns or () if name in source.schema_arrow.names] or None
+        groups = range(source.num_row_groups)
+        ends = np.cumsum([source.metadata.row_group(group).num_rows for group in groups], dtype=np.int64)
+        starts = ends - np.diff(ends, prepend=0)
+        wanted = None if indices is None else np.asarray(indices, dtype=np.int64)
+        for group in groups:
+            start, end = int(starts[group]), int(ends[group])
+            inside = None if wanted is None else wanted[slice(*np.searchsorted(wanted, [start, end]))]
+            if inside is not None and not len(inside):
+                continue
+            for batch in source.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=columns):
+                if inside is None:
+                    yield from enumerate(batch.to_pylist(), start=start)
+                else:
+                    here = inside[slice(*np.searchsorted(inside, [start, start + batch.num_rows]))]
+                    yield from zip(here.tolist(), batch.take(here - start).to_pylist(), strict=True)
+                start += batch.num_rows
+
+
+def _holds_bytes(file: Path) -> bool:
+    """Whether a Parquet file has a column that may hold embedded images."""
+    import pyarrow.parquet as pq
+
+    try:
+        return "binary" in str(pq.read_schema(file))
+    except Exception:  # not Parquet: whoever reads it says so
+        return False
 
 
 def _lines(file: Path) -> Iterator[str]:
@@ -195,8 +265,16 @@ def _read_hub(name: str, subset: str | None, split: str) -> Iterator[tuple[str, 
             f"{type(error).__name__}: {first}",
             "If a local file was meant: it does not exist.",
         ) from error
-    for number, row in enumerate(table, start=1):
+    batches = table.with_format("arrow").iter(_ROWS_AT_ONCE)  # as stored: nothing decodes an image
+    for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):
         yield f"{name} [{split}], row {number}", row
+
+
+def hub_caches() -> tuple[Path, ...]:
+    """Where the ``datasets`` library keeps the image files of hub datasets."""
+    from huggingface_hub import constants
+
+    return (Path(_datasets().config.HF_DATASETS_CACHE), Path(constants.HF_HUB_CACHE))
 
 
 def _excerpt(line: str, position: int) -> str:

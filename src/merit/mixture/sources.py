@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from merit.errors import MixtureError, nearest
-from merit.mixture.formats import BadRow, RowFormat, describe_formats, recognise, refuse_surrogates, to_chat
+from merit.mixture.formats import BadRow, RowFormat, describe_formats, recognise, refuse_surrogates
+from merit.mixture.image_store import ImageFolder, read_chats, usable
 from merit.mixture.reading import Part
 from merit.recipe import DataFormat, DatasetSettings, EvaluateSettings, MixtureSettings, Recipe
 
@@ -34,6 +34,7 @@ class Source:
         row_format: The recipe's format, possibly ``auto``.
         samples: Sample budget (rows).
         tokens: Token budget (target tokens).
+        images: Folder that image paths start from; None: that of the data file.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Source:
     row_format: DataFormat = "auto"
     samples: int | None = None
     tokens: int | None = None
+    images: str | None = None
 
     def recognise(self, part: Part) -> RowFormat:
         """The format of a part's rows, from the recipe or from the first row's columns.
@@ -76,6 +78,8 @@ class SourceSummary:
     test: str | None
     format: str
     kept: bool = False
+    first_image: str | None = None
+    """Place of the first row with an image, among those looked at."""
 
 
 def discover(mixture: MixtureSettings) -> list[Source]:
@@ -93,6 +97,7 @@ def discover(mixture: MixtureSettings) -> list[Source]:
         sources = _from_column(mixture)
     sources = _select(sources, mixture)
     _refuse_twins([source.name for source in sources])
+    sources = [replace(source, images=source.images or mixture.images.folder) for source in sources]
     return [
         source if source.samples or source.tokens else replace(source, samples=mixture.samples, tokens=mixture.tokens)
         for source in sources
@@ -125,20 +130,29 @@ def check_sources(recipe: Recipe, rows: int | None = 8) -> list[SourceSummary]:
     refuse_shared_names(sources, kept)
     summaries = []
     for source in [*sources, *kept]:
-        formats = []
+        formats, first_image = [], None
         for part in (source.train, source.test):
             if part is None:
                 continue
             formats.append(source.recognise(part))
-            for place, row in islice(part.read(), rows):
+            folder = ImageFolder(part, source.images, recipe.mixture.images)
+            for place, chat, seen in read_chats(part, formats[-1], folder, rows):
+                first_image = first_image or (place if seen else None)
                 try:
-                    to_chat(as_row(row), formats[-1])
+                    usable(chat, seen)
                 except BadRow as bad:
-                    if recipe.mixture.bad_rows == "error":
+                    if is_fatal(bad, recipe.mixture):
                         raise bad_row_error(source.name, place, bad) from None
         where = [part.where if part else None for part in (source.train, source.test)]
         summaries.append(
-            SourceSummary(source.name, where[0] or where[1] or "", where[1], formats[0], kept=source.train is None)
+            SourceSummary(
+                source.name,
+                where[0] or where[1] or "",
+                where[1],
+                formats[0],
+                kept=source.train is None,
+                first_image=first_image,
+            )
         )
     return summaries
 
@@ -153,22 +167,27 @@ def refuse_shared_names(sources: list[Source], kept: list[Source]) -> None:
         )
 
 
-def as_row(row: Any) -> dict[str, Any]:
-    """The row as a mapping.
-
-    Raises:
-        BadRow: It is none.
-    """
-    if not isinstance(row, dict):
-        raise BadRow("not_text", f"a row must be an object with named columns; found {row!r:.60}")
-    return row
+def is_fatal(bad: BadRow, settings: MixtureSettings) -> bool:
+    """Whether the recipe wants to stop at such a row rather than drop and count it."""
+    return (settings.images.bad if bad.about_image else settings.bad_rows) == "error"
 
 
 def bad_row_error(name: str, place: str, bad: BadRow) -> MixtureError:
     """The error for a row that cannot be used."""
+    key = "mixture.images.bad" if bad.about_image else "mixture.bad_rows"
     return MixtureError(
         f"Dataset {name}: {place}: {bad.detail}.",
-        "Correct the row, or set mixture.bad_rows: drop to leave such rows out and count them. Nothing was written.",
+        f"Correct the row, or set {key}: drop to leave such rows out and count them. Nothing was written.",
+        *(["`merit check --images RECIPE` lists every image that cannot be used."] if bad.about_image else []),
+    )
+
+
+def images_without_sight(name: str, place: str) -> MixtureError:
+    """The error for a row with images where the base is text-only."""
+    return MixtureError(
+        f"Dataset {name}: {place}: the row has images, but the base (model.base) is text-only.",
+        "Choose a vision-language base, leave the dataset out with mixture.exclude, or take the images out of its rows.",
+        "Nothing was written.",
     )
 
 
@@ -183,8 +202,8 @@ def _listed(item: DatasetSettings, key: str = "mixture.datasets") -> Source:
         test = _part(item.test, f"{where} (test)", item.subset, "test", stem="test")
     elif (folder := Path(item.path)).is_dir() and _stem_files(folder, "train"):
         files = _stem_files(folder, "test")
-        test = Part(str(folder), tuple(files)) if files else None
-    return Source(item.name, train, test, item.format, item.samples, item.tokens)
+        test = Part(str(folder), tuple(files), folder=folder) if files else None
+    return Source(item.name, train, test, item.format, item.samples, item.tokens, item.images)
 
 
 def _part(text: str, where: str, subset: str | None, split: str, stem: str) -> Part:
@@ -194,13 +213,13 @@ def _part(text: str, where: str, subset: str | None, split: str, stem: str) -> P
         files = _stem_files(path, stem) or ([] if _stem_files(path, "train") else _data_files(path))
         if not files:
             raise MixtureError(f"{where}: {path} holds no data files ({', '.join(SUFFIXES)}).{_inside(path)}")
-        return Part(text, tuple(_confined(file, path) for file in files))
+        return Part(text, tuple(_confined(file, path) for file in files), folder=path)
     if path.is_file():
         if path.suffix not in SUFFIXES:
             raise MixtureError(
                 f"{where}: {path} is no {', '.join(SUFFIXES)} file.", "Convert it, or name another file."
             )
-        return Part(text, (path,))
+        return Part(text, (path,), folder=path.parent)
     if path.is_absolute() or path.suffix in SUFFIXES or not _HUB_ID.fullmatch(text):
         raise MixtureError(f"{where}: {path} does not exist.{_nearby(path)}")
     return Part(text, hub=(text, subset, split))
@@ -235,7 +254,7 @@ def _from_folder(
         parts = {}
         for stem in ("train", "test"):
             files = tuple(_confined(file, folder) for file in _stem_files(sub, stem))
-            parts[stem] = Part(str(files[0] if len(files) == 1 else sub), files) if files else None
+            parts[stem] = Part(str(files[0] if len(files) == 1 else sub), files, folder=sub) if files else None
         needed = "test" if kept else "train"
         if kept and parts["test"] is None:
             parts["test"] = parts["train"]
@@ -283,7 +302,8 @@ def _from_column(mixture: MixtureSettings) -> list[Source]:
 
 def _groups(part: Part, column: str) -> dict[str, Part]:
     groups: dict[str, list[tuple[str, Any]]] = {}
-    for place, row in part.read():
+    chosen: dict[str, dict[Path, list[int]]] = {}
+    for place, row, later in part.split(column):
         if not isinstance(row, dict) or column not in row:
             columns = list(row) if isinstance(row, dict) else []
             raise MixtureError(
@@ -299,10 +319,22 @@ def _groups(part: Part, column: str) -> dict[str, Part]:
             refuse_surrogates(str(value), f"{column} (mixture.split_by)")
         except BadRow as bad:
             raise MixtureError(f"{place}: {bad.detail}.", "Correct the row, or remove it.") from None
-        groups.setdefault(str(value), []).append((place, row))
+        rows = groups.setdefault(str(value), [])
+        if later is None:
+            rows.append((place, row))
+        else:
+            chosen.setdefault(str(value), {}).setdefault(later[0], []).append(later[1])
     if not groups:
         raise MixtureError(f"{part.where} has no rows.")
-    return {value: Part(f"{part.where} [{column}={value}]", rows=tuple(rows)) for value, rows in groups.items()}
+    return {
+        value: Part(
+            f"{part.where} [{column}={value}]",
+            rows=tuple(rows) or None,
+            chosen=tuple((file, tuple(indices)) for file, indices in chosen.get(value, {}).items()),
+            folder=part.folder,
+        )
+        for value, rows in groups.items()
+    }
 
 
 def _wanted(name: str, include: list[str], exclude: list[str]) -> bool:
