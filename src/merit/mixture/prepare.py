@@ -8,12 +8,11 @@ left out). Nothing appears before everything is done.
 
 from __future__ import annotations
 
-import json
 import shutil
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ import numpy as np
 
 from merit.errors import MixtureError
 from merit.mixture.calibration import draw
+from merit.mixture.counts import DatasetCounts, read_counts
 from merit.mixture.encode import ChatEncoder, EncodedDataset, EncodedRow
 from merit.mixture.formats import IMAGE, BadRow, Chat, RowFormat
 from merit.mixture.image_store import ImageFile, ImageFolder, read_chats, usable
@@ -42,69 +42,6 @@ Split = Literal["train", "test", "kept"]
 _FILES = ("images", "train", "test", "kept", "kept.json", "encoding.json")
 _CHUNK = 512
 _READ_BACK_ROWS = 32
-
-
-@dataclass
-class DatasetCounts:
-    """One entry of ``datasets.json``. Rows, tokens and target tokens count what is kept and used.
-
-    Attributes:
-        name: Dataset name.
-        rows: Training rows used (0 for kept sets).
-        rows_dropped: Rows looked at and left out, by reason.
-        tokens: Tokens of the training rows.
-        target_tokens: Of these, predicted in the loss: n_t.
-        format: Row format recognised.
-        path: Source of the training rows.
-        source_rows: Rows in the source.
-        rows_over_budget: Usable rows that the budget left out (not looked at further).
-        rows_truncated: Used rows that were cut at max_length.
-        images: Images of the rows used, each as often as it stands in a row.
-        image_bytes: Bytes of those images that were embedded in the rows and lie in the stage's folder, each once.
-        image_tokens: Tokens that stand for images (also in tokens).
-        rows_answer_lost: Rows whose whole answer the tokenizer cannot represent (also in rows_dropped).
-        characters_lost: Share of prompt, answer and all characters that the tokenizer cannot represent.
-        characters_lost_most: The lost characters that occur most often.
-        budget: Sample and token budget.
-        answer_tokens: Quantiles of target tokens per row.
-        test_path: Source of the test rows, if any; the ``test_`` fields say the same about them.
-        test_rows_in_train: Test rows whose whole conversation is also a training row.
-        test_answer_tokens: Quantiles of the last answer's tokens over test rows, end of turn included.
-        fingerprint: Of the encoded training rows.
-        test_fingerprint: Of the encoded test rows.
-        warnings: What a person should know.
-    """
-
-    name: str
-    rows: int = 0
-    rows_dropped: dict[str, int] = field(default_factory=dict)
-    tokens: int = 0
-    target_tokens: int = 0
-    format: str = ""
-    path: str = ""
-    source_rows: int = 0
-    rows_over_budget: int = 0
-    rows_truncated: int = 0
-    images: int = 0
-    image_bytes: int = 0
-    image_tokens: int = 0
-    rows_answer_lost: int = 0
-    characters_lost: dict[str, float] = field(default_factory=dict)
-    characters_lost_most: str = ""
-    budget: dict[str, int | None] = field(default_factory=dict)
-    answer_tokens: dict[str, int] = field(default_factory=dict)
-    test_path: str | None = None
-    test_rows: int = 0
-    test_rows_dropped: dict[str, int] = field(default_factory=dict)
-    test_rows_truncated: int = 0
-    test_images: int = 0
-    test_tokens: int = 0
-    test_target_tokens: int = 0
-    test_rows_in_train: int = 0
-    test_answer_tokens: dict[str, int] = field(default_factory=dict)
-    fingerprint: str = ""
-    test_fingerprint: str = ""
-    warnings: list[str] = field(default_factory=list)
 
 
 def prepare_mixture(
@@ -179,19 +116,6 @@ def load_split(folder: Path, split: Split) -> dict[str, EncodedDataset]:
     }
 
 
-def read_counts(folder: Path, which: Literal["mixture", "kept"] = "mixture") -> list[dict[str, Any]]:
-    """The entries of ``datasets.json`` or ``kept.json``.
-
-    Raises:
-        MixtureError: The file is missing or damaged.
-    """
-    path = folder / ("kept.json" if which == "kept" else "datasets.json")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MixtureError(f"{path} cannot be read: {error}.", "Run the mixture stage again.") from None
-
-
 class _Stage:
     """What all datasets share: settings and the encoder."""
 
@@ -201,6 +125,7 @@ class _Stage:
         self.tokenizer = tokenizer
         self.max_length = min(recipe.train.max_length, tokenizer.model_max_length or recipe.train.max_length)
         self.encoder = ChatEncoder(tokenizer, self.max_length)
+        self.seeing = None if self.encoder.images is None else self.encoder.images.settings
 
     def description(self) -> dict[str, Any]:
         return {
@@ -243,7 +168,7 @@ class _Stage:
         counts.rows, counts.rows_dropped = len(part.rows), dict(sorted(part.dropped.items()))
         counts.rows_over_budget = part.over_budget
         counts.images, counts.image_tokens = self._count_images(part.rows)
-        encoded = EncodedDataset(source.name, [_without_answer(row) for row in part.rows])
+        encoded = EncodedDataset(source.name, [_without_answer(row) for row in part.rows], seeing=self.seeing)
         counts.tokens, counts.target_tokens = int(encoded.lengths.sum()), int(encoded.target_counts.sum())
         counts.rows_truncated = int(encoded.truncated.sum())
         counts.answer_tokens = _quantiles(encoded.target_counts)
@@ -367,7 +292,7 @@ class _Stage:
         counts.test_rows_in_train = sum(_key(chat) in train for chat in encoded.chats)
         if not rows:
             return
-        dataset = EncodedDataset(source.name, rows, self._read_back(rows))
+        dataset = EncodedDataset(source.name, rows, self._read_back(rows), self.seeing)
         counts.test_tokens, counts.test_target_tokens = int(dataset.lengths.sum()), int(dataset.target_counts.sum())
         counts.test_rows_truncated = int(dataset.truncated.sum())
         counts.test_answer_tokens = _quantiles(np.array([int(row.targets[row.prompt_length :].sum()) for row in rows]))

@@ -1,0 +1,175 @@
+"""Every image of every dataset, decoded, for ``merit check --images``: what is wrong with which, and how large they are.
+
+It changes nothing and needs no model. The mixture stage does the same check on the way; this one goes on after the first
+bad image and names them all.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from merit.images import BadImage
+from merit.mixture.image_store import ImageFolder, read_chats
+from merit.mixture.reading import Part
+from merit.mixture.row_images import BadRow
+from merit.mixture.sources import Source, discover, discover_kept, refuse_shared_names
+from merit.recipe import Recipe
+
+_SHOWN = 40
+_EVERY = 64  # rows between two ticks
+
+
+@dataclass(frozen=True)
+class BadEntry:
+    """A row with an image that cannot be used, or that cannot be placed."""
+
+    dataset: str
+    place: str
+    reason: str
+    detail: str
+
+
+@dataclass
+class DatasetImages:
+    """The images of one dataset, train and test rows together.
+
+    Attributes:
+        name: Dataset name.
+        rows: Rows read.
+        rows_with_images: Of these, with at least one image.
+        images: Images in the rows, good ones, each as often as it stands in one.
+        distinct: Different ones among them, by content.
+        pixels: Quantiles of width x height over the different ones.
+        widest: Largest width and largest height (pixels).
+        bad: Rows that cannot be used for their images, by reason.
+    """
+
+    name: str
+    rows: int = 0
+    rows_with_images: int = 0
+    images: int = 0
+    distinct: int = 0
+    pixels: dict[str, int] = field(default_factory=dict)
+    widest: tuple[int, int] = (0, 0)
+    bad: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass
+class ImageReport:
+    """What :func:`check_images` found.
+
+    Attributes:
+        datasets: One entry per dataset, kept sets last.
+        bad: Every row that cannot be used for its images, one entry per bad image.
+        fatal: The recipe stops at such rows (``mixture.images.bad: error``), and there are some.
+    """
+
+    datasets: list[DatasetImages]
+    bad: list[BadEntry]
+    fatal: bool
+
+    def facts(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        return {
+            "datasets": [{**vars(item), "widest": list(item.widest), "bad": dict(item.bad)} for item in self.datasets],
+            "bad": [vars(entry) for entry in self.bad],
+            "fatal": self.fatal,
+        }
+
+    def render(self) -> list[Any]:
+        """The report as something that rich can print."""
+        from rich.markup import escape
+        from rich.table import Table
+
+        sizes = Table(
+            "dataset",
+            "rows",
+            "with images",
+            "images",
+            "different",
+            "pixels",
+            "bad",
+            title="Images",
+            title_justify="left",
+        )
+        for item in self.datasets:
+            spread = " / ".join(f"{item.pixels[key]:,}" for key in ("min", "p50", "max")) if item.pixels else "-"
+            counts = (item.rows, item.rows_with_images, item.images, item.distinct)
+            sizes.add_row(item.name, *(f"{count:,}" for count in counts), spread, f"{sum(item.bad.values()):,}")
+        sizes.caption = "pixels: smallest / median / largest, over different images"
+        if not self.bad:
+            return [sizes, "Every image can be used."]
+        wrong = Table("dataset", "row", "what is wrong", title="Images that cannot be used", title_justify="left")
+        for entry in self.bad[:_SHOWN]:
+            wrong.add_row(entry.dataset, escape(entry.place), escape(f"{entry.detail} ({entry.reason})"))
+        rest = len(self.bad) - _SHOWN
+        reasons = Counter(entry.reason for entry in self.bad)
+        counted = ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items()))
+        lines = [f"{len(self.bad):,} images cannot be used: {counted}."]
+        if rest > 0:
+            lines[0] += f" {rest:,} more than are shown; --json lists all."
+        lines.append(
+            "mixture.images.bad is error: a run stops at the first of them. Correct the rows, or set it to drop."
+            if self.fatal
+            else "mixture.images.bad is drop: their rows are left out and counted."
+        )
+        return [sizes, wrong, *lines]
+
+
+def check_images(recipe: Recipe, progress: Callable[..., None] | None = None) -> ImageReport:
+    """Decode every image of every dataset and kept set.
+
+    Args:
+        recipe: The recipe.
+        progress: Called as ``progress(done, total, name)`` with rows, now and then.
+
+    Raises:
+        MixtureError: A dataset's files are missing or cannot be read.
+    """
+    sources, kept = discover(recipe.mixture), discover_kept(recipe.evaluate)
+    refuse_shared_names(sources, kept)
+    everything = [*sources, *kept]
+    total = sum(part.count() for source in everything for part in _parts(source)) if progress else 0
+    datasets: list[DatasetImages] = []
+    bad: list[BadEntry] = []
+    done = 0
+    for source in everything:
+        entry = DatasetImages(source.name)
+        sizes: dict[str, tuple[int, int]] = {}
+        for part in _parts(source):
+            folder = ImageFolder(part, source.images, recipe.mixture.images)
+            for place, chat, seen in read_chats(part, source.recognise(part), folder):
+                if progress and done % _EVERY == 0:
+                    progress(done, total, source.name)
+                done += 1
+                entry.rows += 1
+                entry.rows_with_images += bool(seen)
+                wrong: list[BadImage | BadRow] = [item for item in seen if isinstance(item, BadImage)]
+                if isinstance(chat, BadRow) and chat.about_image:
+                    wrong.append(chat)
+                for item in wrong:
+                    bad.append(BadEntry(source.name, place, item.reason, item.detail))
+                    entry.bad[item.reason] += 1
+                good = [item[0] for item in seen if not isinstance(item, BadImage)]
+                entry.images += len(good)
+                sizes.update((ref.digest, (ref.width, ref.height)) for ref in good)
+        if sizes:
+            pixels = np.array(list(sizes.values()), dtype=np.int64)
+            areas = pixels.prod(axis=1)
+            levels = {"min": 0.0, "p50": 0.5, "p90": 0.9, "max": 1.0}
+            entry.distinct = len(sizes)
+            entry.pixels = {key: int(np.quantile(areas, level, method="higher")) for key, level in levels.items()}
+            entry.widest = (int(pixels[:, 0].max()), int(pixels[:, 1].max()))
+        datasets.append(entry)
+    if progress:
+        progress(total, total, "")
+    return ImageReport(datasets, bad, bool(bad) and recipe.mixture.images.bad == "error")
+
+
+def _parts(source: Source) -> Iterator[Part]:
+    yield from (part for part in (source.train, source.test) if part is not None)
