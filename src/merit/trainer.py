@@ -277,7 +277,10 @@ class GroupTrainer(SFTTrainer):
     ) -> torch.Tensor:
         """Summed loss of the micro-batch over the target tokens of the whole step."""
         losses, _ = target_losses(model, inputs)
-        return losses.sum() / num_items_in_batch.clamp(min=1)
+        loss = losses.sum() / num_items_in_batch.clamp(min=1)
+        if not loss.requires_grad:  # rows without an image, where the projector alone is trained
+            loss = loss + sum(parameter.sum() * 0 for parameter in trainable_parameters(self.model).values())
+        return loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
         self._norm = super()._clip_grad_norm(model)

@@ -247,7 +247,10 @@ def token_types(input_ids: np.ndarray, images: ImageInputs) -> np.ndarray:
 
 def _image_token(folder: Path, tokenizer: Any, token_id: int) -> str:
     token = tokenizer.convert_ids_to_tokens(token_id) if 0 <= token_id < len(tokenizer) else None
-    if token is None or tokenizer(token, add_special_tokens=False)["input_ids"] != [token_id]:
+    whole = token in tokenizer.get_added_vocab() and tokenizer(token, add_special_tokens=False)["input_ids"] == [
+        token_id
+    ]
+    if token is None or not whole:
         raise CheckpointError(
             f"model.base: {folder / 'config.json'} names token {token_id} as the image token, but the tokenizer "
             + ("has no such token." if token is None else f"does not read {token!r} as that one token."),

@@ -227,7 +227,9 @@ class GradientMeter:
         with self._autocast():
             losses, counts = target_losses(self.model, batch)
         means = losses / counts.clamp(min=1)
-        (means if self._settings.weighting == "examples" else losses).sum().backward()
+        total = (means if self._settings.weighting == "examples" else losses).sum()
+        if total.requires_grad:  # not so for rows without an image, where the projector alone is trained
+            total.backward()
         weights = torch.ones_like(means) if self._settings.weighting == "examples" else counts.double()
         sums = torch.stack([x.detach().double().sum() for x in (weights, weights**2, means, losses, counts)]).tolist()
         if not np.isfinite(sums).all():

@@ -1,0 +1,465 @@
+"""Vision-language bases see what the published processors and the library's own classes would show them."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.vision.bases import ALL_FAMILIES, FAMILIES, make_base
+from tests.vision.vision_cases import picture, picture_chats, save
+
+from merit.errors import CheckpointError, MixtureError, RecipeError
+from merit.evaluation.decode import decode
+from merit.evaluation.drift import Reference, measure_drift
+from merit.images import read_image
+from merit.mixture.encode import ChatEncoder, EncodedDataset, EncodedRow
+from merit.mixture.formats import IMAGE, Chat
+from merit.models import (
+    Batcher,
+    file_names,
+    inspect_base,
+    load_model,
+    load_tokenizer,
+    mark_trainable,
+    save_branch,
+    target_losses,
+    trainable_parameters,
+)
+from merit.recipe import ModelSettings
+from merit.vision import FAMILIES as KNOWN
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("vision")
+    for family in ALL_FAMILIES:
+        make_base(family, root / family, dtype="bfloat16" if family == "llava" else "float32")
+    return root
+
+
+def settings(folder: Path, family: str, **changes: Any) -> ModelSettings:
+    return ModelSettings(base=str(folder / family), **changes)
+
+
+def encoded(folder: Path, family: str, count: int = 9, length: int = 512) -> tuple[Any, list[EncodedRow]]:
+    tokenizer = load_tokenizer(settings(folder, family))
+    rows = ChatEncoder(tokenizer, length).encode(picture_chats(folder / "pictures", count))
+    assert all(isinstance(row, EncodedRow) for row in rows), rows
+    return tokenizer, rows  # type: ignore[return-value]
+
+
+def library_processor(folder: Path, family: str, tokenizer: Any) -> Any:
+    """The family's published processor, put together without the parts that need torchvision."""
+    from transformers import AutoImageProcessor, Idefics3Processor, LlavaProcessor
+    from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
+
+    images = AutoImageProcessor.from_pretrained(folder / family, backend="pil")
+    template = json.loads((folder / family / "chat_template.json").read_text())["chat_template"]
+    published = folder / family / "processor_config.json"
+    options = json.loads(published.read_text()) if published.is_file() else {}
+    options.pop("processor_class", None)
+    if family == "llava":
+        return LlavaProcessor(images, tokenizer, chat_template=template, **options)
+    if family in ("idefics3", "smolvlm"):  # SmolVLM writes images as Idefics3 does
+        return Idefics3Processor(images, tokenizer, chat_template=template, **options)
+
+    class ImagesOnly(Qwen2_5_VLProcessor):
+        def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str) -> None:
+            self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+            self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+            self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
+            self.image_processor, self.tokenizer, self.chat_template = image_processor, tokenizer, chat_template
+
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return ["image_processor", "tokenizer"]
+
+    return ImagesOnly(images, tokenizer, template)
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_ids_and_pixels_are_those_of_the_published_processor(folder: Path, family: str) -> None:
+    tokenizer, rows = encoded(folder, family)
+    processor = library_processor(folder, family, load_tokenizer(settings(folder, family)))
+    batcher = Batcher.of(tokenizer)
+    chats = picture_chats(folder / "pictures", 9)
+    assert {len(chat.images) for chat in chats} == {0, 1, 2}
+    for chat, row in zip(chats, rows, strict=True):
+        turns = []
+        for turn in chat.messages:
+            before, *after = turn["content"].split(IMAGE)
+            parts: list[dict[str, str]] = [{"type": "text", "text": before}] if before else []
+            parts += [{"type": "image"}, {"type": "text", "text": after[0]}] if after else []
+            turns.append({"role": turn["role"], "content": parts})
+        text = processor.apply_chat_template(turns, chat_template=processor.chat_template, tokenize=False)
+        pictures = [read_image(image) for image in chat.images]
+        found = processor(images=pictures or None, text=[text], return_tensors="pt", add_special_tokens=False)
+        assert row.input_ids.tolist() == found["input_ids"][0].tolist()
+        batch = batcher([row])
+        for key in ("pixel_values", "image_grid_thw", "pixel_attention_mask", "mm_token_type_ids"):
+            assert (key in batch) == (key in found and bool(pictures)), key
+            if key in batch:
+                assert torch.equal(batch[key].flatten().float(), found[key].flatten().float()), key
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_a_batch_of_mixed_rows_gives_every_row_its_own_loss(folder: Path, family: str) -> None:
+    tokenizer, rows = encoded(folder, family)
+    model, batcher = load_model(settings(folder, family), CPU), Batcher.of(tokenizer)
+    with torch.no_grad():
+        together, counts = target_losses(model, batcher(rows))
+        apart = [target_losses(model, batcher([row])) for row in rows]
+        batch = batcher(rows)
+        own = model(**{key: value for key, value in batch.items()}).loss  # the class's own loss, from labels
+    assert torch.allclose(together, torch.cat([loss for loss, _ in apart]), atol=2e-5)
+    assert counts.tolist() == [int(row.targets.sum()) for row in rows]
+    assert float(together.sum() / counts.sum()) == pytest.approx(float(own), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_the_picture_reaches_the_model(folder: Path, family: str) -> None:
+    tokenizer = load_tokenizer(settings(folder, family))
+    encoder, model, batcher = (
+        ChatEncoder(tokenizer, 512),
+        load_model(settings(folder, family), CPU),
+        Batcher.of(tokenizer),
+    )
+    losses = []
+    for colour in ("red", "blue"):
+        ref = save(picture(colour, (32, 32)), folder / "pictures" / f"{colour}.png")
+        turns = [{"role": "user", "content": f"{IMAGE}Which colour?"}, {"role": "assistant", "content": "red"}]
+        rows = encoder.encode([Chat(turns, images=(ref,))])
+        losses.append(float(target_losses(model, batcher(rows))[0]))  # type: ignore[arg-type]
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_positions_are_numbered_in_three_dimensions(folder: Path, family: str) -> None:
+    """Without ``mm_token_type_ids`` Qwen2.5-VL numbers patches like words, without a word: another loss."""
+    tokenizer, rows = encoded(folder, family)
+    model, batch = load_model(settings(folder, family), CPU), Batcher.of(tokenizer)([rows[0]])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.0 if parameter.ndim < 2 else 4.0)
+        right = target_losses(model, batch)[0]
+        positions, _ = model.model.get_rope_index(
+            batch["input_ids"], batch["mm_token_type_ids"], image_grid_thw=batch["image_grid_thw"]
+        )
+        explicit = target_losses(model, {**batch, "position_ids": positions})[0]
+        flat = torch.arange(batch["input_ids"].shape[1])[None, None].expand(3, 1, -1)
+        wrong = target_losses(model, {**batch, "position_ids": flat})[0]
+    assert torch.allclose(right, explicit, atol=1e-6)
+    assert abs(float(right - wrong)) > 1e-4
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_greedy_answers_equal_growing_the_sequence_without_a_cache(folder: Path, family: str) -> None:
+    tokenizer, rows = encoded(folder, family)
+    model, batcher = load_model(settings(folder, family), CPU), Batcher.of(tokenizer)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.0 if parameter.ndim < 2 else 6.0)  # answers that depend on what was asked
+    prompts = [row.prompt() for row in rows]
+
+    def grow(prompt: EncodedRow, ends: tuple[int, ...]) -> list[int]:
+        ids = prompt.input_ids.tolist()
+        while len(ids) < len(prompt.input_ids) + 8 and (len(ids) == len(prompt.input_ids) or ids[-1] not in ends):
+            row = EncodedRow(np.asarray(ids, np.int32), np.zeros(len(ids), bool), images=prompt.images)
+            batch = batcher([row])
+            del batch["labels"]
+            with torch.no_grad():
+                ids.append(int(model(**batch, use_cache=False).logits[0, -1].argmax()))
+        return ids[len(prompt.input_ids) :]
+
+    free = [grow(prompt, ()) for prompt in prompts]
+    ends = (free[0][1], free[1][3], free[3][2])  # rows end at different steps and leave the batch early
+    wanted = [next((a[: i + 1] for i, t in enumerate(a) if t in ends), a) for a in free]
+    found = decode(model, prompts, [8] * len(prompts), end_tokens=ends, batcher=batcher, device=CPU, batch_tokens=10**6)
+    assert [answer.tolist() for answer in found] == wanted
+    assert len({len(answer) for answer in wanted}) > 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_drift_of_the_base_from_itself_is_none_and_pictures_count(folder: Path, family: str, tmp_path: Path) -> None:
+    tokenizer, rows = encoded(folder, family)
+    model, batcher = load_model(settings(folder, family), CPU), Batcher.of(tokenizer)
+    prompts = [row.prompt() for row in rows]
+    answers = [np.asarray([7, 8, 9])] * len(prompts)
+    reference = Reference.of_base(model, prompts, answers, tmp_path, batcher=batcher, device=CPU)
+    found = measure_drift(model, reference, batcher=batcher, device=CPU)
+    assert found["kl"] == pytest.approx(0, abs=1e-9)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if KNOWN[family].role(name) == "projector":
+                parameter.mul_(-3)
+    assert measure_drift(model, reference, batcher=batcher, device=CPU)["kl"] > 1e-6
+
+
+ROLE_OF_MODULE = {
+    "qwen2_5_vl": {"model.visual.merger": "projector", "model.visual": "vision"},
+    "qwen3_vl": {"model.visual.merger": "projector", "model.visual.deepstack": "projector", "model.visual": "vision"},
+    "llava": {"model.multi_modal_projector": "projector", "model.vision_tower": "vision"},
+    "idefics3": {"model.connector": "projector", "model.vision_model": "vision"},
+}
+
+
+@pytest.mark.parametrize("family", ROLE_OF_MODULE)
+def test_roles(folder: Path, family: str) -> None:
+    def role_of(name: str) -> str:
+        return next((role for prefix, role in ROLE_OF_MODULE[family].items() if name.startswith(prefix)), "language")
+
+    for wanted in ("language", "projector", "vision", "all", ["vision", "projector"], ["projector", "*norm*"]):
+        model = load_model(settings(folder, family), CPU)
+        names = file_names(model)
+        mark_trainable(model, settings(folder, family, trainable=wanted), 0)
+        for name, parameter in model.named_parameters():
+            expected = wanted == "all" or role_of(name) in wanted or ("*norm*" in wanted and "norm" in names[name])
+            assert parameter.requires_grad == expected, (wanted, name)
+    model = load_model(settings(folder, family, trainable="lora"), CPU, trainable=True)
+    adapted = [name for name in trainable_parameters(model) if "lora_A" in name]
+    assert adapted
+    assert {role_of(name.removeprefix("base_model.model.")) for name in adapted} == {"language"}
+    with pytest.raises(RecipeError, match="matches none"):
+        mark_trainable(load_model(settings(folder, family), CPU), settings(folder, family, trainable=["nope.*"]), 0)
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_gradient_names_are_not_file_names_and_branches_have_the_bases(
+    folder: Path, family: str, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    base = inspect_base(settings(folder, family))
+    model = load_model(settings(folder, family), CPU, trainable=True)
+    if family in ("qwen2_5_vl", "llava"):
+        assert set(trainable_parameters(model)) - set(base.dtypes)  # the trap: these differ
+    with torch.no_grad():
+        for parameter in trainable_parameters(model).values():
+            parameter.add_(0.5)
+    tokenizer = load_tokenizer(settings(folder, family))
+    save_branch(model, tmp_path / "branch", base, save_dtype="base", tokenizer=tokenizer)
+    before, after = load_file(folder / family / "model.safetensors"), load_file(tmp_path / "branch/model.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype
+        frozen = KNOWN[family].role(name) != "language"
+        assert torch.equal(tensor, after[name]) == frozen, name
+    again = load_model(settings(folder, family), CPU, weights=tmp_path / "branch")
+    for (name, one), other in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=0 if base.dtypes != "BF16" else 1, rtol=1e-2), name
+    for file in ("preprocessor_config.json", "chat_template.json"):
+        assert (tmp_path / "branch" / file).read_bytes() == (folder / family / file).read_bytes()
+    assert load_tokenizer(ModelSettings(base=str(tmp_path / "branch"))).merit_images.settings == (
+        tokenizer.merit_images.settings
+    )
+
+
+def test_published_llava_files_keep_their_names(folder: Path, tmp_path: Path) -> None:
+    """They have ``vision_tower.vision_model.`` in their names, which today's modules do not."""
+    from safetensors.torch import load_file, save_file
+
+    old = tmp_path / "old"
+    shutil.copytree(folder / "llava", old)
+    state = load_file(old / "model.safetensors")
+    renamed = {name.replace("vision_tower.", "vision_tower.vision_model."): tensor for name, tensor in state.items()}
+    assert renamed.keys() != state.keys()
+    save_file(renamed, old / "model.safetensors", metadata={"format": "pt"})
+    wanted = ModelSettings(base=str(old))
+    model = load_model(wanted, CPU, trainable=True)
+    save_branch(model, tmp_path / "branch", inspect_base(wanted), save_dtype="base", tokenizer=load_tokenizer(wanted))
+    assert load_file(tmp_path / "branch/model.safetensors").keys() == renamed.keys()
+
+
+def test_names_that_would_change_are_refused_before_training(folder: Path, tmp_path: Path) -> None:
+    """Files without the ``model.`` in front load, but would be written back with it."""
+    from safetensors.torch import load_file, save_file
+
+    old = tmp_path / "old"
+    shutil.copytree(folder / "qwen3_vl", old)
+    state = load_file(old / "model.safetensors")
+    save_file(
+        {name.removeprefix("model."): tensor for name, tensor in state.items()},
+        old / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(CheckpointError):
+        load_model(ModelSettings(base=str(old)), CPU, trainable=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_long_row_never_loses_part_of_an_image(folder: Path, family: str) -> None:
+    """max_length cuts between images: what is left has every token of the images that it has."""
+    chats = [chat for chat in picture_chats(folder / "pictures", 9) if len(chat.images) == 2]
+    tokenizer, whole = encoded(folder, family)
+    whole = [row for row in whole if len(row.images) == 2]
+    token = tokenizer.merit_images.token_id
+    model, batcher = load_model(settings(folder, family), CPU), Batcher.of(tokenizer)
+    seen = set()
+    for length in range(8, len(whole[0].input_ids) + 2, 5):
+        [row] = ChatEncoder(tokenizer, length).encode(chats[:1])
+        if row == "no_target_after_truncation":
+            continue
+        assert isinstance(row, EncodedRow)
+        assert len(row.input_ids) <= length
+        sizes = [tokenizer.merit_images.text(image).count(tokenizer.merit_images.token) for image in row.images]
+        assert int((row.input_ids == token).sum()) == sum(sizes)
+        assert not row.targets[row.input_ids == token].any()
+        assert row.images == chats[0].images[: len(row.images)]
+        target_losses(model, batcher([row]))  # the model finds as many features as tokens
+        decode(model, [row.prompt()], [2], end_tokens=(0,), batcher=batcher, device=CPU, batch_tokens=999)
+        seen.add(len(row.images))
+    assert seen == {1, 2}
+
+
+def test_targets_are_the_assistants_alone(folder: Path) -> None:
+    for family in FAMILIES:
+        tokenizer, rows = encoded(folder, family)
+        for row in rows:
+            assert tokenizer.merit_images.token_id not in row.input_ids[row.targets]
+            text = tokenizer.decode(row.input_ids[row.targets], skip_special_tokens=True)
+            assert "colour" not in text and "Say" not in text  # noqa: PT018
+
+
+def test_an_image_token_in_the_text_is_no_image(folder: Path) -> None:
+    tokenizer = load_tokenizer(settings(folder, "llava"))
+    turns = [{"role": "user", "content": "What does <image> mean?"}, {"role": "assistant", "content": "a place"}]
+    assert ChatEncoder(tokenizer, 99).encode([Chat(turns)]) == ["image_token_in_text"]
+
+
+def test_images_for_a_text_base_are_refused(folder: Path, tmp_path: Path) -> None:
+    from tests.e2e.conftest import make_base as text_base
+
+    tokenizer = load_tokenizer(ModelSettings(base=str(text_base(tmp_path / "text"))))
+    assert tokenizer.merit_images is None
+    with pytest.raises(MixtureError, match="text-only"):
+        ChatEncoder(tokenizer, 99).encode(picture_chats(tmp_path, 1))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_max_pixels_makes_images_cheaper_by_the_processors_own_resizing(folder: Path, family: str) -> None:
+    large = save(picture("red", (600, 400)), folder / "pictures" / "large.png")
+    counts = {}
+    for limit in (784, 1600, 614656):
+        images = load_tokenizer(settings(folder, family, max_pixels=limit)).merit_images
+        counts[limit] = images.text(large).count(images.token)
+        batch = images.tensors([large])
+        if family == "qwen2_5_vl":
+            assert int(batch["image_grid_thw"].prod()) * 16 <= min(limit, 4096)
+            assert counts[limit] * 4 == int(batch["image_grid_thw"].prod())
+        if family == "idefics3":
+            assert batch["pixel_values"].shape[1] * 4 == counts[limit]
+    assert (counts[784] == counts[614656]) == (family == "llava")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_size_gets_as_many_tokens_as_the_model_makes_features(folder: Path, family: str) -> None:
+    tokenizer = load_tokenizer(settings(folder, family))
+    encoder, model, batcher = (
+        ChatEncoder(tokenizer, 2048),
+        load_model(settings(folder, family), CPU),
+        Batcher.of(tokenizer),
+    )
+    for size in [(1, 1), (3, 90), (90, 3), (17, 31), (33, 16), (200, 150)]:
+        ref = save(picture("green", (max(size[0], 8), max(size[1], 8))).resize(size), folder / "pictures" / "any.png")
+        turns = [{"role": "user", "content": IMAGE}, {"role": "assistant", "content": "ok"}]
+        [row] = encoder.encode([Chat(turns, images=(ref,))])
+        assert isinstance(row, EncodedRow), (size, row)
+        target_losses(model, batcher([row]))
+
+
+def test_a_shape_that_the_processor_refuses_is_told_before_training(folder: Path) -> None:
+    ref = save(picture("red", (8, 8)).resize((801, 3)), folder / "pictures" / "thin.png")
+    turns = [{"role": "user", "content": IMAGE}, {"role": "assistant", "content": "ok"}]
+    encoder = ChatEncoder(load_tokenizer(settings(folder, "qwen2_5_vl")), 512)
+    assert encoder.encode([Chat(turns, images=(ref,))]) == ["image_refused"]
+
+
+def test_saved_rows_keep_their_images_and_notice_a_changed_one(folder: Path, tmp_path: Path) -> None:
+    tokenizer, rows = encoded(folder, "llava")
+    seeing = tokenizer.merit_images.settings
+    dataset = EncodedDataset("squares", rows, seeing=seeing)
+    dataset.save(tmp_path / "train" / "squares.parquet")
+    again = EncodedDataset.load(tmp_path / "train" / "squares.parquet")
+    assert again.fingerprint == dataset.fingerprint
+    assert [row.images for row in again] == [row.images for row in rows]  # type: ignore[attr-defined]
+    other = {**seeing, "backend": "another"}
+    assert EncodedDataset("squares", rows, seeing=other).fingerprint != dataset.fingerprint
+    changed = [EncodedRow(r.input_ids, r.targets, images=tuple(reversed(r.images))) for r in rows]
+    assert EncodedDataset("squares", changed, seeing=seeing).fingerprint != dataset.fingerprint
+    ref = save(picture("red", (32, 32)), tmp_path / "a.png")
+    read_image(ref)
+    save(picture("blue", (32, 32)), tmp_path / "a.png")
+    with pytest.raises(MixtureError, match="not the one"):
+        read_image(ref)
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(MixtureError, match="cannot be read"):
+        read_image(ref)
+
+
+def test_inputs_go_to_worker_processes(folder: Path) -> None:
+    tokenizer, rows = encoded(folder, "idefics3")
+    batcher = Batcher.of(tokenizer)
+    again = pickle.loads(pickle.dumps(batcher))
+    one, other = batcher(rows), again(rows)
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_base_without_its_processor_is_refused(folder: Path, tmp_path: Path) -> None:
+    """AutoProcessor would answer with a bare tokenizer, and images would be ignored."""
+    shutil.copytree(folder / "qwen2_5_vl", tmp_path / "bare")
+    (tmp_path / "bare" / "preprocessor_config.json").unlink()
+    with pytest.raises(CheckpointError, match="image processor"):
+        load_tokenizer(ModelSettings(base=str(tmp_path / "bare")))
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "llava", tmp_path / "mixed")
+    config = json.loads((tmp_path / "mixed" / "config.json").read_text())
+    config["image_token_index" if "image_token_index" in config else "image_token_id"] = 77
+    (tmp_path / "mixed" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="image token"):
+        load_tokenizer(ModelSettings(base=str(tmp_path / "mixed")))
+
+
+def test_a_wrong_run_length_is_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "idefics3", tmp_path / "wrong")
+    (tmp_path / "wrong" / "processor_config.json").write_text(json.dumps({"image_seq_len": 9}))
+    with pytest.raises(CheckpointError, match="tile is 9 tokens"):
+        load_tokenizer(ModelSettings(base=str(tmp_path / "wrong")))
+
+
+def test_the_librarys_new_folder_layout_loads_as_well(folder: Path, tmp_path: Path) -> None:
+    """transformers 5 saves a processor as one ``processor_config.json`` with the image processor inside."""
+    for family in ("llava", "idefics3"):
+        new = tmp_path / family
+        shutil.copytree(folder / family, new)
+        processor = library_processor(folder, family, load_tokenizer(settings(folder, family)))
+        for name in ("preprocessor_config.json", "processor_config.json", "chat_template.json"):
+            (new / name).unlink()
+        processor.save_pretrained(new)
+        assert not (new / "preprocessor_config.json").exists()
+        tokenizer = load_tokenizer(ModelSettings(base=str(new)))
+        chats = picture_chats(tmp_path / "pictures", 6)
+        _, wanted = encoded(folder, family, 6)
+        rows = ChatEncoder(tokenizer, 512).encode(chats)
+        for row, other in zip(rows, wanted, strict=True):
+            assert isinstance(row, EncodedRow)
+            assert row.input_ids.tolist() == other.input_ids.tolist()
+
+
+def test_unknown_families_are_named(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "llava", tmp_path / "blip")
+    config = json.loads((tmp_path / "blip" / "config.json").read_text())
+    (tmp_path / "blip" / "config.json").write_text(
+        json.dumps({**config, "model_type": "blip-2", "architectures": ["Blip2ForConditionalGeneration"]})
+    )
+    with pytest.raises(CheckpointError, match="qwen2_5_vl, qwen3_vl, llava"):
+        inspect_base(ModelSettings(base=str(tmp_path / "blip")))
