@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Image formats that are decoded; everything else is refused."""
 
+_ORIENTATION = 0x0112
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -203,9 +204,7 @@ def read_image_file(path: Path, max_pixels: int) -> bytes:
 
 def encode_image(image: Any) -> bytes:
     """A PIL image as the bytes of a PNG file, which keeps every pixel."""
-    from PIL import ImageOps
-
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
         image = image.convert("RGB")
     buffer = io.BytesIO()
@@ -232,13 +231,27 @@ def _quiet() -> None:
 
 
 def _upright(image: Any) -> Any:
-    """Turned as the EXIF mark says; an EXIF block that cannot be read turns nothing."""
-    from PIL import ImageOps
+    """Turned as the EXIF mark says; an EXIF block that cannot be read turns nothing.
+
+    Pillow's ``exif_transpose`` also writes the block anew, which fails where any other entry of it is damaged.
+    """
+    from PIL.Image import Transpose
 
     try:
-        return ImageOps.exif_transpose(image)
+        mark = image.getexif().get(_ORIENTATION)
     except Exception:  # what a damaged block raises depends on where it is damaged
         return image
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    turn = turns.get(mark) if isinstance(mark, int) else None
+    return image if turn is None else image.transpose(turn)
 
 
 def _rgb(image: Any, kind: str) -> Any:

@@ -7,6 +7,7 @@ itself (:mod:`merit.mixture.reading`), does not know what a row means (:mod:`mer
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -180,6 +181,17 @@ def bad_row_error(name: str, place: str, bad: BadRow) -> MixtureError:
         f"Correct the row, or set {key}: drop to leave such rows out and count them. Nothing was written.",
         *(["`merit check --images RECIPE` lists every image that cannot be used."] if bad.about_image else []),
     )
+
+
+def refuse_images(summaries: Sequence[SourceSummary]) -> None:
+    """Refuse datasets with images, for a text-only base.
+
+    Raises:
+        MixtureError: One of the rows looked at has an image.
+    """
+    for summary in summaries:
+        if summary.first_image is not None:
+            raise images_without_sight(summary.name, summary.first_image)
 
 
 def images_without_sight(name: str, place: str) -> MixtureError:
