@@ -29,6 +29,7 @@ MODEL_FACING = (
     "merit.models",
     "merit.train",
     "merit.trainer",
+    "merit.basin.assemble",
     "merit.conflict.gradients",
     "merit.evaluation.heldout",
     "merit.evaluation.decode",
@@ -40,6 +41,7 @@ JOINING = (
     "merit.merging",
     "merit.evaluating",
     "merit.scale_search",
+    "merit.basin.preparation",
     "merit.stages",
     "merit.cli",
 )

@@ -166,7 +166,7 @@ def run(
     recipe: Target,
     output: Output = None,
     until: Annotated[
-        str, typer.Option(metavar="STAGE", help="Stop after mixture, gradients, split, train or merge.")
+        str, typer.Option(metavar="STAGE", help="Stop after prepare, mixture, gradients, split, train or merge.")
     ] = ("evaluate"),
     launch: Annotated[str, typer.Option(help="Where branches run: local (this machine).")] = "local",
     jobs: Jobs = 1,
@@ -177,7 +177,7 @@ def run(
 ) -> None:
     """The whole chain in one run folder; run it again and it goes on from what is done.
 
-    check → mixture → gradients → split → train (one branch per group) → merge → evaluate
+    check → (prepare) → mixture → gradients → split → train (one branch per group) → merge → evaluate
 
     Example: `merit run recipe.yaml --jobs 2 --set train.learning_rate=2e-5`
     """
@@ -321,6 +321,33 @@ def check(
 
 
 # ---- one stage ------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def prepare(
+    target: Target,
+    output: Output = None,
+    overrides: Overrides = None,
+    redo: Redo = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make the base that every branch starts from: join checkpoints, train LLaVA-style stages; as the recipe says.
+
+    The result is RUN/prepared/base, an ordinary checkpoint folder; `merit run` uses it, and makes it where it is missing.
+
+    Example: `merit prepare recipe.yaml --output runs/my-run`
+    """
+    pipeline = _pipeline(target, output, overrides, quiet=quiet, redo=redo)
+    pipeline.prepare_alone()
+    base = pipeline.run_folder / "prepared" / "base"
+    if as_json:
+        from merit.status import run_status
+
+        found = run_status(pipeline.run_folder, pipeline.recipe)["stages"]
+        _print_json({"base": str(base), "stages": [row for row in found if row["stage"].startswith("prepare")]})
+    elif not quiet:
+        _out(f"Prepared base: {base}")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The chain of stages, top to bottom: check → mixture → conflict → split → branches → merged → evaluation.
+"""The chain of stages, top to bottom: check → (prepare) → mixture → conflict → split → branches → merged → evaluation.
 
 One short method per stage: load the inputs, compute, save. It joins modules that do not know each other and holds no
 maths. Everything a stage needs comes from the recipe and from earlier stages' folders.
@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merit import stages
+from merit.basin import with_prepared_base
+from merit.basin.preparation import prepare
 from merit.branches import BranchId, train_branches
 from merit.errors import ConflictError, MixtureError, RecipeError, RunFolderError
 from merit.evaluating import evaluate_run
 from merit.merging import merge_run
-from merit.plan import Plan, check_groups, make_plan
+from merit.plan import Plan, check_groups, check_preparation, make_plan
 from merit.progress import Reporter, duration
 from merit.recipe import Recipe, dump_recipe
 from merit.run_folder import (
@@ -37,7 +39,7 @@ from merit.status import rank, run_status
 if TYPE_CHECKING:
     from merit.split import Split
 
-STAGES = ("mixture", "gradients", "split", "train", "merge", "evaluate")
+STAGES = ("prepare", "mixture", "gradients", "split", "train", "merge", "evaluate")
 """Names of the stages as commands, in order."""
 
 
@@ -55,7 +57,8 @@ class Pipeline:
     def __init__(
         self, recipe: Recipe, run: Path, reporter: Reporter | None = None, *, jobs: int = 1, redo: bool = False
     ) -> None:
-        self.recipe = recipe
+        self.given = recipe
+        self.recipe = with_prepared_base(recipe, run)
         self.run_folder = run
         self.reporter = reporter or Reporter(quiet=True)
         self.jobs = max(1, jobs)
@@ -65,10 +68,23 @@ class Pipeline:
 
     @cached_property
     def base(self) -> Any:
-        """Facts of the base (:class:`merit.models.BaseInfo`), from its small files."""
+        """Facts of the base (:class:`merit.models.BaseInfo`), from its small files.
+
+        Raises:
+            RunFolderError: The recipe prepares its base, and that has not been done.
+        """
         from merit.models import inspect_base
 
+        if not self.base_stands:
+            raise RunFolderError(
+                f"{self.run_folder}: the base is not prepared yet.", "`merit prepare` makes it; `merit run` does all."
+            )
         return inspect_base(self.recipe.model)
+
+    @property
+    def base_stands(self) -> bool:
+        """Whether the base is there: always, unless the recipe prepares it."""
+        return self.recipe.prepare is None or (self.run_folder / "prepared" / "record.json").is_file()
 
     @cached_property
     def base_fingerprint(self) -> str:
@@ -137,9 +153,13 @@ class Pipeline:
         if command == "run" and self.redo:
             return
         last = STAGES.index(until or command) if command == "run" else STAGES.index(command) - (self.redo or not own)
-        known: dict[str, Any] = {"base": self.base_fingerprint}
-        if command != "merge":  # merging needs no tokenizer, and loading one takes longer than many a merge
-            known |= {"tokenizer": tokenizer_fingerprint(self.tokenizer), "sources": self.sources()}
+        known: dict[str, Any] = {"base": self.base_fingerprint} if self.base_stands else {}
+        if command not in (
+            "merge",
+            "prepare",
+        ):  # they need no tokenizer, and loading one takes longer than many a merge
+            known |= {"tokenizer": tokenizer_fingerprint(self.tokenizer)} if self.base_stands else {}
+            known |= {"sources": self.sources()}
         for row in run_status(self.run_folder, self.recipe, **known)["stages"]:
             changed = row["changed"]
             if row["stage"] == "evaluation":  # made again unasked when only the models changed
@@ -192,7 +212,7 @@ class Pipeline:
 
     def write_recipe(self) -> None:
         """Write the resolved recipe into the run folder."""
-        file, text = self.run_folder / "recipe.yaml", dump_recipe(self.recipe)
+        file, text = self.run_folder / "recipe.yaml", dump_recipe(self.given)
         if not file.is_file() or file.read_text(encoding="utf-8") != text:
             write_text(file, text)
 
@@ -207,6 +227,10 @@ class Pipeline:
                 other.__dict__[name] = self.__dict__[name]
         other.__dict__["root"] = self.run_folder / "baselines" / method
         return other
+
+    def inner(self, recipe: Recipe, folder: Path) -> Pipeline:
+        """A run of its own inside this one: a stage of the preparation."""
+        return Pipeline(recipe, folder, self.reporter, redo=self.redo)
 
     @cached_property
     def root(self) -> Path:
@@ -224,9 +248,30 @@ class Pipeline:
         Raises:
             UserError: The first thing that is wrong.
         """
-        return make_plan(
-            self.recipe, self.run_folder, base=None if offline else self.base, tokenizer=lambda: self.tokenizer
-        )
+        base = self.base if self.base_stands and not offline else None
+        return make_plan(self.given, self.run_folder, base=base, tokenizer=lambda: self.tokenizer, offline=offline)
+
+    # ---- prepare -----------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> Path:
+        """Make the base that the later stages start from, where the recipe says how.
+
+        Raises:
+            RecipeError: It does not.
+        """
+        if self.given.prepare is None:
+            raise RecipeError(
+                f"{self.given.name}: the recipe has no prepare block, so there is nothing to prepare.",
+                "model.base is the base as it stands; docs/preparation.md says when another one is needed.",
+            )
+        return prepare(self)
+
+    def prepare_alone(self) -> None:
+        """`merit prepare`: the preparation and nothing else; the recipe's own mixture need not be there yet."""
+        if self.given.prepare is not None and not self.base_stands:
+            check_preparation(self.given, self.run_folder)
+        with self.begun("prepare"):
+            self.prepare()
 
     # ---- mixture -----------------------------------------------------------------------------------------------------
 
@@ -484,24 +529,29 @@ class Pipeline:
         """The whole chain up to and including ``until``, going on from what is done."""
         from merit.split import needs_conflict
 
-        last = STAGES.index(until)
+        def wanted(stage: str) -> bool:
+            return STAGES.index(stage) <= STAGES.index(until)
+
         if self._sources_here():
             for note in self.check().notes:
                 self.reporter.note(note)
         else:
             self.reporter.note("the mixture's source files are gone; the rows that were encoded from them are used")
         with self.begun("run", until):
-            self.mixture()
-            check_groups(self.recipe, len(stages.train_rows(self.run_folder)))
-            if last >= 1 and any(needs_conflict(method) for method in self._methods()):
+            if self.given.prepare is not None or until == "prepare":
+                self.prepare()
+            if wanted("mixture"):
+                self.mixture()
+                check_groups(self.recipe, len(stages.train_rows(self.run_folder)))
+            if wanted("gradients") and any(needs_conflict(method) for method in self._methods()):
                 self.gradients()
-            if last >= 2:
+            if wanted("split"):
                 self.split_all()
-            if last >= 3:
+            if wanted("train"):
                 self.train()
-            if last >= 4:
+            if wanted("merge"):
                 self.merge_all()
-            if last >= 5:
+            if wanted("evaluate"):
                 self.evaluate()
 
     def _sources_here(self) -> bool:

@@ -1,25 +1,57 @@
 """The check before a run: everything that can be found wrong before the first expensive step, and the plan to print.
 
 It reads small files and headers, the first rows of every dataset, and free disk space. It loads no weights, encodes no
-dataset and writes nothing.
+dataset and writes nothing. Offline it looks at nothing that is not on this machine: sizes of published models come from
+:mod:`merit.known`, and data that is not there is listed as not looked at.
 """
 
 from __future__ import annotations
 
-import fnmatch
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merit.errors import MergeError, RecipeError, ResourceError
+from merit.basin import stage_recipe
+from merit.errors import MergeError, RecipeError, ResourceError, UserError
+from merit.known import PUBLISHED
 from merit.progress import size
-from merit.recipe import Recipe
+from merit.recipe import MixtureSettings, Recipe
 
 if TYPE_CHECKING:
     from merit.mixture.sources import SourceSummary
     from merit.models import BaseInfo
+
+UNSEEN = "not looked at"
+"""Format of a dataset that an offline check did not find on this machine."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A base by the numbers that decide memory and disk.
+
+    Attributes:
+        parameters: Number of stored weights.
+        trainable: Of these, trained.
+        stored: Bytes per stored weight.
+        stages: Weights that each stage of a preparation trains.
+    """
+
+    parameters: int
+    trainable: int
+    stored: int
+    stages: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One step of a preparation, as it is printed: its name, what it does, what it reads."""
+
+    name: str
+    does: str
+    datasets: tuple[SourceSummary, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -32,8 +64,12 @@ class Plan:
         datasets: Datasets of the mixture, in order.
         kept: Datasets that only evaluation reads.
         base: Facts of the base; None when it was not looked at (offline).
-        disk_bytes: Disk for branches, baselines, merges and the training checkpoints that exist at once; None offline.
-        memory_bytes: Memory for one branch's weights, gradients and optimizer state, activations aside; None offline.
+        weights: Its size, counted or published; None when neither is known.
+        steps: Optimizer steps of joint training, where every dataset's rows are stated by a budget; else None.
+        preparation: Steps that make the base first.
+        disk_bytes: Disk for preparation, branches, baselines, merges and the training checkpoints that exist at once; None
+            without a known size.
+        memory_bytes: Memory for one branch's weights, gradients and optimizer state, activations aside; likewise.
         notes: What a person should know.
     """
 
@@ -42,6 +78,9 @@ class Plan:
     datasets: tuple[SourceSummary, ...]
     kept: tuple[SourceSummary, ...]
     base: BaseInfo | None
+    weights: Weights | None
+    steps: int | None
+    preparation: tuple[StagePlan, ...]
     disk_bytes: int | None
     memory_bytes: int | None
     notes: tuple[str, ...]
@@ -55,7 +94,8 @@ class Plan:
             "base": {
                 "path": recipe.model.base,
                 "architecture": base.architecture if base else None,
-                "parameters": base.parameters if base else None,
+                "parameters": self.weights.parameters if self.weights else None,
+                "trainable": self.weights.trainable if self.weights else None,
                 "context": base.context if base else None,
             },
             "datasets": [
@@ -66,6 +106,11 @@ class Plan:
             "split": {"method": recipe.split.method, "groups": recipe.group_count},
             "baselines": recipe.baselines,
             "branches": branch_count(recipe),
+            "steps": self.steps,
+            "preparation": [
+                {"name": step.name, "does": step.does, "datasets": [item.name for item in step.datasets]}
+                for step in self.preparation
+            ],
             "disk_bytes": self.disk_bytes,
             "memory_bytes": self.memory_bytes,
             "notes": list(self.notes),
@@ -77,13 +122,16 @@ class Plan:
 
         recipe, base = self.recipe, self.base
         table = Table(show_header=False, title=f"{recipe.name} → {self.run}", title_justify="left")
-        found = (
-            f"{base.architecture}, {base.parameters:,} parameters, context {base.context}" if base else "not checked"
-        )
-        table.add_row("base", f"{recipe.model.base}\n{found}; trained: {recipe.model.trainable}")
+        found = f"{base.architecture}, context {base.context}" if base else "not checked"
+        weights = self.weights
+        counts = f", {weights.parameters:,} parameters, {weights.trainable:,} trained" if weights else ""
+        table.add_row("base", f"{recipe.model.base}\n{found}{counts}; trained: {recipe.model.trainable}")
+        for step in self.preparation:
+            table.add_row("prepare", f"{step.name}: {step.does}")
         formats = sorted({item.format for item in self.datasets})
         tested = sum(item.test is not None for item in self.datasets)
-        table.add_row("mixture", f"{len(self.datasets)} datasets ({', '.join(formats)}), {tested} with held-out rows")
+        what = f"{len(self.datasets)} datasets ({', '.join(formats)}), {tested} with held-out rows"
+        table.add_row("mixture", what if self.datasets else UNSEEN)
         if self.kept:
             table.add_row("kept", f"{len(self.kept)} datasets that the base is measured on and nobody trains on")
         conflict = recipe.conflict
@@ -96,6 +144,9 @@ class Plan:
         table.add_row(
             "train", f"{branch_count(recipe)} branches, each {steps}, at most {train.max_length} tokens a row"
         )
+        if self.steps is not None:
+            each = f"; about {self.steps // recipe.group_count:,} in each of {recipe.group_count} branches"
+            table.add_row("", f"at most {self.steps:,} optimizer steps in all{each if recipe.group_count > 1 else ''}")
         if recipe.baselines:
             table.add_row("baselines", f"{', '.join(recipe.baselines)}, at the same budget")
         table.add_row("merge", f"{recipe.merge.operator}, weights: {recipe.merge.weights}, scale: {recipe.merge.scale}")
@@ -111,89 +162,287 @@ def branch_count(recipe: Recipe) -> int:
     return sum(groups)
 
 
-def make_plan(recipe: Recipe, run: Path, *, base: BaseInfo | None, tokenizer: Callable[[], Any]) -> Plan:
+def make_plan(
+    recipe: Recipe, run: Path, *, base: BaseInfo | None, tokenizer: Callable[[], Any], offline: bool = False
+) -> Plan:
     """Check a recipe against data, base and disk.
 
     Args:
         recipe: The recipe.
         run: The run folder, which need not be there.
-        base: Facts of the base, or None to check without it.
+        base: Facts of the base, or None: offline, or where a preparation will make it.
         tokenizer: Loads the tokenizer; called only with a base.
+        offline: Look at nothing that is not on this machine.
 
     Raises:
         UserError: The first thing that is wrong.
     """
-    from merit.mixture.sources import check_sources
     from merit.train import check_trainer_options
 
     notes: list[str] = []
-    summaries = check_sources(recipe)
+    summaries = _sources(recipe, "mixture", offline=offline)
     datasets = tuple(item for item in summaries if not item.kept)
     kept = tuple(item for item in summaries if item.kept)
-    check_groups(recipe, len(datasets))
+    if datasets or not offline:
+        check_groups(recipe, len(datasets))
     if recipe.train.trainer:
         check_trainer_options(recipe)
     _check_merge(recipe)
-    if recipe.train.device == "cuda":
+    if recipe.train.device == "cuda" and not offline:
         from merit.models import pick_device
 
         pick_device("cuda")
-    without = [item.name for item in datasets if item.test is None]
+    without = [item.name for item in datasets if item.test is None and item.format != UNSEEN]
     if without and recipe.evaluate.heldout:
         notes.append(
             f"{len(without)} of {len(datasets)} datasets have no held-out rows and are not scored: {_list(without)}."
         )
-    if base is None:
-        notes.append(
-            "the base was not looked at: neither its weights nor its tokenizer nor memory and disk are checked."
+    sizes: Mapping[str, int] | None = None
+    weights = None
+    if base is not None:
+        sizes = _sizes(base)
+    elif not offline:
+        from merit.basin.preparation import planned_base
+
+        base, sizes = planned_base(recipe, run)
+    if base is not None and sizes is not None:
+        weights = weigh(recipe, base, sizes)
+        _check_length(recipe, base, "train.max_length")
+        if base.folder.is_dir() and tokenizer().merit_template == "default":
+            notes.append(
+                "the base has no chat template; a plain default one is used, and carried along into the merged model "
+                "(docs/mixture.md). Give your own with model.chat_template."
+            )
+    else:
+        weights = _published(recipe)
+        said = "their sizes are those published" if weights else "memory and disk are not known"
+        notes.append(f"the base was not looked at: neither its files nor its tokenizer are checked; {said}.")
+    preparation = _preparation(recipe, base, offline=offline)
+    unseen = [item.name for item in summaries if item.format == UNSEEN]
+    unseen += [f"{step.name}/{item.name}" for step in preparation for item in step.datasets if item.format == UNSEEN]
+    if unseen or not datasets:
+        what = f"{len(unseen)} datasets, {_list(unseen)}" if unseen else "the mixture"
+        notes.append(f"not on this machine, so not looked at: {what}.")
+    disk = memory = None
+    if weights is not None:
+        disk, memory = needs(recipe, weights)
+        parent = next(folder for folder in (run, *run.resolve().parents) if folder.is_dir())
+        free = shutil.disk_usage(parent).free
+        begun = any((run / "branches").glob("*/record.json")) or (run / "preparation").is_dir()
+        if not begun and not offline and free < disk:
+            raise ResourceError(
+                f"{run}: the run needs about {size(disk)} of disk, {size(free)} are free.",
+                "Free space, use another disk (--output DIR), or train fewer branches (split.axes, baselines).",
+                "Nothing was written.",
+            )
+    steps = _stated_steps(recipe)
+    return Plan(recipe, run, datasets, kept, base, weights, steps, preparation, disk, memory, tuple(notes))
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+
+
+def _sources(recipe: Recipe, key: str, *, offline: bool) -> list[SourceSummary]:
+    """The recipe's datasets, checked; offline those on this machine only, the others as not looked at.
+
+    Raises:
+        MixtureError: A dataset cannot be used.
+    """
+    from merit.mixture.sources import SourceSummary, check_sources
+
+    if not offline:
+        return check_sources(recipe)
+    mixture, unseen = recipe.mixture, []
+    if mixture.datasets is not None:
+        here = [item for item in mixture.datasets if Path(item.path).exists()]
+        wanted = MixtureSettings.model_fields["include"].default == mixture.include and not mixture.exclude
+        unseen = [
+            SourceSummary(item.name, item.path, item.test, UNSEEN)
+            for item in mixture.datasets
+            if not Path(item.path).exists()
+        ]
+        if unseen and not here:
+            return _in_order(unseen, mixture)
+        if unseen:  # patterns may mean datasets that are not here
+            changed = {"datasets": here} | ({} if wanted else {"include": ["*"], "exclude": []})
+            mixture = mixture.model_copy(update=changed)
+    elif not Path(mixture.folder or mixture.path or "").exists():
+        return []
+    kept = [item for item in recipe.evaluate.kept if Path(item.path).exists()]
+    folder = recipe.evaluate.kept_folder
+    evaluate = recipe.evaluate.model_copy(
+        update={"kept": kept, "kept_folder": folder if folder and Path(folder).is_dir() else None}
+    )
+    found = check_sources(recipe.model_copy(update={"mixture": mixture, "evaluate": evaluate}))
+    return _in_order([*found, *unseen], recipe.mixture)
+
+
+def _in_order(found: list[SourceSummary], mixture: MixtureSettings) -> list[SourceSummary]:
+    places = {item.name: place for place, item in enumerate(mixture.datasets or [])}
+    return sorted(found, key=lambda item: (item.kept, places.get(item.name, 0)))
+
+
+def _stated_steps(recipe: Recipe) -> int | None:
+    """Optimizer steps of joint training at most, where a budget states every dataset's rows."""
+    budgets = [item.samples or recipe.mixture.samples for item in recipe.mixture.datasets or []]
+    rows = [budget for budget in budgets if budget is not None]
+    if not rows or len(rows) < len(budgets):
+        return None
+    return math.ceil(recipe.train.epochs * math.ceil(sum(rows) / recipe.train.batch_size))
+
+
+# ---- preparation ---------------------------------------------------------------------------------------------------
+
+
+def check_preparation(recipe: Recipe, run: Path) -> tuple[StagePlan, ...]:
+    """Check a recipe's preparation alone: checkpoints, data, trainable subsets, lengths.
+
+    Raises:
+        UserError: The first thing that is wrong.
+    """
+    from merit.basin.preparation import planned_base
+
+    base, _ = planned_base(recipe, run)
+    return _preparation(recipe, base, offline=False)
+
+
+def _preparation(recipe: Recipe, base: BaseInfo | None, *, offline: bool) -> tuple[StagePlan, ...]:
+    if recipe.prepare is None:
+        return ()
+    steps = []
+    if recipe.prepare.assemble is not None:
+        joined = recipe.prepare.assemble
+        does = f"vision encoder of {joined.vision_from} and {recipe.model.base}; projector: {joined.projector}"
+        steps.append(StagePlan("assemble", does))
+    for stage in recipe.prepare.stages:
+        where = f"prepare.stages: {stage.name}"
+        inner = stage_recipe(recipe, stage, recipe.model.base)
+        try:
+            found = tuple(_sources(inner, where, offline=offline))
+            if base is not None:
+                weigh(inner, base, {})
+                _check_length(inner, base, "train.max_length")
+        except UserError as error:
+            raise type(error)(f"{where}: {error.message}", *error.ways_out) from None
+        train = stage.train
+        does = (
+            f"{stage.trainable}; {len(found) or 'unseen'} datasets, {train.epochs:g} epochs, batch {train.batch_size}, "
         )
-        return Plan(recipe, run, datasets, kept, None, None, None, tuple(notes))
-    if base.context is not None and recipe.train.max_length > base.context:
-        raise RecipeError(
-            f"train.max_length is {recipe.train.max_length} tokens, but the base was made for at most {base.context}.",
-            f"Set train.max_length to {base.context} or less, or choose a base with a longer context.",
-        )
-    _check_trainable(recipe, base)
-    if tokenizer().merit_template == "default":
-        notes.append(
-            "the base has no chat template; a plain default one is used, and carried along into the merged model "
-            "(docs/mixture.md). Give your own with model.chat_template."
-        )
-    disk, memory = estimate(recipe, base)
-    parent = next(folder for folder in (run, *run.resolve().parents) if folder.is_dir())
-    free = shutil.disk_usage(parent).free
-    if not any((run / "branches").glob("*/record.json")) and free < disk:
-        raise ResourceError(
-            f"{run}: the run needs about {size(disk)} of disk, {size(free)} are free.",
-            "Free space, use another disk (--output DIR), or train fewer branches (split.axes, baselines).",
-            "Nothing was written.",
-        )
-    return Plan(recipe, run, datasets, kept, base, disk, memory, tuple(notes))
+        steps.append(StagePlan(stage.name, f"{does}learning rate {train.learning_rate:g}", found))
+    return tuple(steps)
+
+
+# ---- memory and disk -----------------------------------------------------------------------------------------------
+
+_WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+_MOMENTS = {
+    "sgd": 0,
+    "adafactor": 0,
+}  # bytes of optimizer state per trained weight; adafactor's rows and columns are few
+
+
+def weigh(recipe: Recipe, base: BaseInfo, sizes: Mapping[str, int]) -> Weights:
+    """Count a base's weights and those that ``model.trainable`` means.
+
+    Args:
+        recipe: The recipe.
+        base: Its base.
+        sizes: Number of weights by name in its files.
+
+    Raises:
+        RecipeError: ``model.trainable`` means nothing in this base.
+    """
+    from merit.models import trainable_names
+
+    def count(trainable: str | list[str]) -> int:
+        return sum(sizes.get(name, 0) for name in trainable_names(list(base.dtypes), trainable, base.family))
+
+    stored = max(_WIDTHS.get(dtype, 4) for dtype in base.dtypes.values())
+    return Weights(base.parameters, count(recipe.model.trainable), stored, tuple(map(count, _stage_subsets(recipe))))
 
 
 def estimate(
     recipe: Recipe, base: BaseInfo, *, branches: int | None = None, merges: int | None = None, at_once: int = 1
 ) -> tuple[int, int]:
+    """:func:`needs` of a base that is there, its preparation done."""
+    recipe = recipe.model_copy(update={"prepare": None})
+    return needs(recipe, weigh(recipe, base, _sizes(base)), branches=branches, merges=merges, at_once=at_once)
+
+
+def needs(
+    recipe: Recipe, weights: Weights, *, branches: int | None = None, merges: int | None = None, at_once: int = 1
+) -> tuple[int, int]:
     """Disk and memory (bytes) that a run needs, by counting weights.
 
-    Disk: branches and merges in the stored dtype, and for each branch that trains at once one checkpoint (float32 weights
-    and two moments). Memory: float32 weights, gradients and two moments of one branch.
+    Disk: branches, merges and what a preparation leaves in the stored dtype, and for each branch that trains at once one
+    checkpoint (float32 weights, and the optimizer's state of the trained ones). Memory: float32 weights of one branch, with
+    gradients and optimizer state of the trained ones; a preparation's stages may train more than the branches do. Images are
+    read where they lie and add nothing.
 
     Args:
         recipe: The recipe.
-        base: Its base.
+        weights: Its base's.
         branches: Branches to store. Default: the recipe's.
         merges: Merges to store. Default: the recipe's.
         at_once: Branches that train side by side.
     """
     if merges is None:
         merges = 1 + sum(method != "joint" for method in recipe.baselines)
-    widths = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
-    stored = 4 if recipe.train.save_dtype == "float32" else max(widths.get(dtype, 4) for dtype in base.dtypes.values())
+    total, stored = weights.parameters, 4 if recipe.train.save_dtype == "float32" else weights.stored
+    models = 0
+    trained = [(recipe.train.optimizer, 0 if recipe.model.trainable == "lora" else weights.trainable)]
+    if recipe.prepare is not None:
+        models += len(recipe.prepare.stages) + (recipe.prepare.assemble is not None)
+        trained += zip([stage.train.optimizer for stage in recipe.prepare.stages], weights.stages, strict=True)
     if recipe.model.trainable == "lora":
-        return base.parameters * stored * merges, base.parameters * 4
-    models = (branch_count(recipe) if branches is None else branches) + merges
-    return base.parameters * (stored * models + 12 * at_once), base.parameters * 16
+        models, at_once = models + merges, 1 if recipe.prepare is not None and recipe.prepare.stages else 0
+    else:
+        models += (branch_count(recipe) if branches is None else branches) + merges
+    state = max(_MOMENTS.get(optimizer, 8) * count for optimizer, count in trained)
+    memory = 4 * total + max((4 + _MOMENTS.get(optimizer, 8)) * count for optimizer, count in trained)
+    return total * stored * models + (4 * total + state) * at_once, memory
+
+
+def _sizes(base: BaseInfo) -> dict[str, int]:
+    from merit import checkpoint
+
+    return {name: header.size for name, header in checkpoint.read_headers(base.folder).tensors.items()}
+
+
+def _published(recipe: Recipe) -> Weights | None:
+    """Size of the base by the published figures; None for a model that :mod:`merit.known` does not list."""
+    found = PUBLISHED.get(recipe.model.base)
+    if found is None:
+        return None
+    sizes = {"language": found.language, "projector": found.projector, "vision": found.vision}
+    if recipe.prepare is not None and recipe.prepare.assemble is not None:
+        giver = PUBLISHED.get(recipe.prepare.assemble.vision_from)
+        if giver is None:
+            return None
+        sizes |= {"projector": giver.projector, "vision": giver.vision}
+    total = sum(sizes.values())
+
+    def count(trainable: str | Sequence[str]) -> int:
+        wanted = {"language" if item == "lora" else item for item in _items(trainable)}
+        return sum(sizes[role] for role in wanted) if wanted <= sizes.keys() else total  # all, or patterns: at most all
+
+    return Weights(total, count(recipe.model.trainable), found.stored, tuple(map(count, _stage_subsets(recipe))))
+
+
+def _items(trainable: str | Sequence[str]) -> Sequence[str]:
+    return [trainable] if isinstance(trainable, str) else trainable
+
+
+def _stage_subsets(recipe: Recipe) -> list[str | list[str]]:
+    return [stage.trainable for stage in recipe.prepare.stages] if recipe.prepare else []
+
+
+def _check_length(recipe: Recipe, base: BaseInfo, key: str) -> None:
+    if base.context is not None and recipe.train.max_length > base.context:
+        raise RecipeError(
+            f"{key} is {recipe.train.max_length} tokens, but the base was made for at most {base.context}.",
+            f"Set {key} to {base.context} or less, or choose a base with a longer context.",
+        )
 
 
 def check_groups(recipe: Recipe, count: int) -> None:
@@ -225,22 +474,6 @@ def _check_merge(recipe: Recipe) -> None:
             f"merge.operator {operator.name} ranks all entries of a model and cannot work on LoRA adapters.",
             "Use average, task_arithmetic, star, tsv or iso_cts, or train full weights.",
         )
-
-
-def _check_trainable(recipe: Recipe, base: BaseInfo) -> None:
-    """Roles and patterns of ``model.trainable``, against the names in the base's files."""
-    wanted = recipe.model.trainable
-    if wanted in ("projector", "vision"):
-        raise RecipeError(f"model.trainable: {wanted} is a role of vision-language models; this base is text-only.")
-    if isinstance(wanted, str):
-        return
-    names = list(base.dtypes)
-    for pattern in wanted:
-        if not fnmatch.filter(names, pattern):
-            raise RecipeError(
-                f"model.trainable: pattern {pattern!r} matches none of the {len(names)} tensors of the base.",
-                f"Names look like {names[0]} and {names[-1]}.",
-            )
 
 
 def _list(names: list[str]) -> str:

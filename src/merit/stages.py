@@ -82,11 +82,16 @@ def split_stage(recipe: Recipe, run: Path, root: Path, *, conflict: Stage | None
     return Stage(SPLIT, root / "split", settings, inputs)
 
 
+def training_settings(recipe: Recipe) -> dict[str, Any]:
+    """The settings that decide a branch's weights, its group aside."""
+    train = _without(recipe.train.model_dump(mode="json"), "device", "threads", "checkpoint_minutes", "max_length")
+    return {"train": train, "model": _model(recipe), "seed": recipe.seed}
+
+
 def branch_stage(recipe: Recipe, run: Path, root: Path, k: int, group: list[str], *, base: str) -> Stage:
     """Branch ``k``: fine-tuning on ``group`` alone; it depends on no other group."""
-    train = _without(recipe.train.model_dump(mode="json"), "device", "threads", "checkpoint_minutes", "max_length")
     rows = train_rows(run)
-    settings = {"train": train, "model": _model(recipe), "seed": recipe.seed, "group": sorted(group)}
+    settings = {**training_settings(recipe), "group": sorted(group)}
     inputs = {"base": base, **_rows_of({name: rows[name] for name in sorted(group)})}
     return Stage(f"branch {k}", root / "branches" / str(k), settings, inputs)
 

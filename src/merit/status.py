@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from merit import stages
+from merit.basin.preparation import status_rows
 from merit.errors import RunFolderError
 from merit.progress import duration, size
 from merit.recipe import Recipe
 from merit.run_folder import Stage, differences, is_locked, read_json
 
-COMMANDS = ("mixture", "gradients", "split", "branch", "merged", "evaluation")
+COMMANDS = ("prepare", "mixture", "gradients", "split", "branch", "merged", "evaluation")
 """The last word of a row's name before its number, in the order of the chain."""
 
 
@@ -45,7 +46,10 @@ def run_status(
         ``{run, name, running, stages: [{stage, state, changed, seconds, finished, bytes, detail}]}``.
     """
     inputs: dict[str, Any] = {"tokenizer": tokenizer, "sources": sources or {}}
-    rows = [_row("mixture", folder / "mixture", lambda: stages.mixture_stage(recipe, folder, **inputs))]
+    rows: list[dict[str, Any]] = []
+    if recipe.prepare is not None:
+        rows += status_rows(recipe, folder, _row, lambda inner, stage: run_status(inner, stage)["stages"])
+    rows += [_row("mixture", folder / "mixture", lambda: stages.mixture_stage(recipe, folder, **inputs))]
     rows.append(_row("gradients", folder / "conflict", lambda: stages.conflict_stage(recipe, folder, base=base)))
     for method in [None, *recipe.baselines]:
         chosen = recipe

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 import shutil
 from collections import Counter
@@ -142,7 +143,6 @@ def assemble(plan: Assembly, folder: Path, *, seed: int) -> dict[str, Any]:
     Raises:
         CheckpointError: A source lacks weights, or what was read back is not what was to be written.
     """
-    import torch
     from transformers import AutoModelForImageTextToText
 
     family = plan.family
@@ -151,8 +151,7 @@ def assemble(plan: Assembly, folder: Path, *, seed: int) -> dict[str, Any]:
     state = {name: tensor for name, tensor in giver.state_dict().items() if family.role(name) in taken}
     del giver
     state |= _language_state(plan, seed)
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(plan.config)
+    model = _empty(plan.config)
     drawn: list[str] = []
     if plan.projector == "new":
         new = _new_projector(model, family, seed, next(iter(state.values())).dtype)
@@ -184,6 +183,14 @@ def assemble(plan: Assembly, folder: Path, *, seed: int) -> dict[str, Any]:
         "embedding_rows_added": plan.rows,
         "notes": list(plan.notes),
     }
+
+
+def parameter_sizes(plan: Assembly) -> dict[str, int]:
+    """Number of weights of every parameter of the result, by its name in files."""
+    from merit.models import file_names
+
+    names = file_names(_empty(plan.config))
+    return {names[name]: math.prod(shape) for name, shape in plan.shapes.items()}
 
 
 # ---- configs and tokens --------------------------------------------------------------------------------------------
@@ -285,13 +292,17 @@ def _file_dtype(folder: Path) -> str:
 
 def _shapes(config: Any, *, causal: bool = False) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter of a model of this config; tied ones once."""
+    return {name: tuple(parameter.shape) for name, parameter in _empty(config, causal=causal).named_parameters()}
+
+
+def _empty(config: Any, *, causal: bool = False) -> Any:
+    """A model of this config without memory for its weights."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     kind: Any = AutoModelForCausalLM if causal else AutoModelForImageTextToText
     with torch.device("meta"):
-        model = kind.from_config(config)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        return kind.from_config(config)
 
 
 def _prefix(names: Iterable[str]) -> str:
@@ -369,7 +380,7 @@ def _digest(tensor: torch.Tensor) -> str:
     import torch
 
     flat = (tensor.detach().float() if tensor.is_floating_point() else tensor).contiguous().reshape(-1)
-    return f"{tuple(tensor.shape)} {xxhash.xxh3_128_hexdigest(memoryview(flat.view(torch.uint8).numpy()))}"
+    return f"{tuple(tensor.shape)} {xxhash.xxh3_128_hexdigest(flat.view(torch.uint8).numpy().data)}"
 
 
 def _read_back(folder: Path, digests: Mapping[str, str]) -> None:
