@@ -1,5 +1,6 @@
 """Three small tokenizers: byte-level (loses nothing), one that drops what it does not know, one that writes <unk>."""
 
+import importlib.util
 import string
 from pathlib import Path
 
@@ -82,6 +83,19 @@ def whole_words(request):
     made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
     made.chat_template = default_chat_template()
     return made
+
+
+@pytest.fixture(scope="session")
+def seeing(tmp_path_factory):
+    """The tokenizer of a tiny LLaVA, which sees images."""
+    from merit.models import load_tokenizer
+    from merit.recipe import ModelSettings
+
+    file = Path(__file__).parents[1] / "vision" / "bases.py"
+    spec = importlib.util.spec_from_file_location("vision_bases", file)
+    bases = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bases)
+    return load_tokenizer(ModelSettings(base=str(bases.make_base("llava", tmp_path_factory.mktemp("llava")))))
 
 
 @pytest.fixture
