@@ -586,8 +586,11 @@ _NEXT = "`merit run` does every stage in order; `merit status RUN` shows what is
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Content of a tokenizer and of the chat template in force."""
-    return fingerprint({"tokenizer": tokenizer.backend_tokenizer.to_str(), "template": tokenizer.chat_template})
+    """Content of a tokenizer, of the chat template in force, and of how images are seen where they are."""
+    content = {"tokenizer": tokenizer.backend_tokenizer.to_str(), "template": tokenizer.chat_template}
+    if tokenizer.merit_images is not None:
+        content["images"] = tokenizer.merit_images.settings
+    return fingerprint(content)
 
 
 __all__ = ["STAGES", "BranchId", "Pipeline"]

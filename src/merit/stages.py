@@ -32,6 +32,7 @@ def mixture_stage(recipe: Recipe, run: Path, *, tokenizer: str, sources: Mapping
         mixture["datasets"] = [_dataset(item) for item in recipe.mixture.datasets]
     settings = {
         "mixture": mixture,
+        "model": {"max_pixels": recipe.model.max_pixels},
         "train": {"max_length": recipe.train.max_length},
         "evaluate": {"kept": [_dataset(item) for item in recipe.evaluate.kept]},
         "seed": recipe.seed,
