@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -299,16 +299,20 @@ class TensorDigest:
 
     def __init__(self) -> None:
         self._blocks: dict[str, bytearray] = {}
+        self._steps: dict[str, int] = {}
         self._tensors: dict[str, TensorInfo] = {}
 
     def add_tensor(self, tensor: TensorInfo) -> None:
         """Announce a tensor (before its blocks; from one thread)."""
         self._tensors[tensor.name] = tensor
         self._blocks[tensor.name] = bytearray(16 * tensor.blocks)
+        self._steps[tensor.name] = BLOCK * tensor.dtype.itemsize
 
-    def add_block(self, name: str, block: int, data: Any) -> None:
-        """Add the bytes of block number ``block`` of tensor ``name``."""
-        self._blocks[name][16 * block : 16 * block + 16] = xxhash.xxh3_128_digest(data)
+    def add(self, name: str, first: int, data: memoryview) -> None:
+        """Add bytes of tensor ``name``, from the start of block number ``first`` to the end of a block or of the tensor."""
+        step, digest = self._steps[name], xxhash.xxh3_128_digest
+        parts = b"".join([digest(data[start : start + step]) for start in range(0, len(data), step)])
+        self._blocks[name][16 * first : 16 * first + len(parts)] = parts
 
     def same(self, other: TensorDigest) -> list[str]:
         """Names of tensors that differ from, or lack in, ``other``."""
@@ -331,6 +335,30 @@ class TensorDigest:
         return total.hexdigest()
 
 
+def read_digest(tensors: Iterable[TensorInfo], descriptors: Mapping[str, int], folder: Path) -> TensorDigest:
+    """Read tensors of open files (file name → descriptor) and hash them, with one thread per core.
+
+    Raises:
+        CheckpointError: A file became shorter.
+    """
+    digest, jobs, piece = TensorDigest(), [], 4
+    for tensor in tensors:
+        digest.add_tensor(tensor)
+        jobs += [(tensor, first) for first in range(0, tensor.blocks, piece)]
+
+    def work(take: Callable[[], int]) -> None:
+        buffer = memoryview(bytearray(piece * 8 * BLOCK))
+        while (job := take()) < len(jobs):
+            tensor, first = jobs[job]
+            start = first * BLOCK * tensor.dtype.itemsize
+            part = buffer[: min(piece * BLOCK * tensor.dtype.itemsize, tensor.nbytes - start)]
+            pread_into(descriptors[tensor.file], part, tensor.start + start, folder / tensor.file)
+            digest.add(tensor.name, first, part)
+
+    parallel(work, min(threads(), max(1, len(jobs))))
+    return digest
+
+
 def weights_digest(checkpoint: Checkpoint, memo: MutableMapping[str, str] | None = None) -> str:
     """Digest of all tensors (names, dtypes, shapes, values), independent of their order and of the sharding.
 
@@ -346,25 +374,9 @@ def weights_digest(checkpoint: Checkpoint, memo: MutableMapping[str, str] | None
     key = json.dumps([str(checkpoint.folder.resolve()), stats])
     if memo is not None and key in memo:
         return memo[key]
-    digest = TensorDigest()
-    jobs = []
-    for tensor in checkpoint.tensors.values():
-        digest.add_tensor(tensor)
-        jobs += [(tensor, first) for first in range(0, tensor.blocks, 64)]
     descriptors = {name: os.open(checkpoint.folder / name, os.O_RDONLY) for name in checkpoint.files}
-
-    def work(take: Callable[[], int]) -> None:
-        buffer = memoryview(bytearray(8 * BLOCK))
-        while (job := take()) < len(jobs):
-            tensor, first = jobs[job]
-            step = BLOCK * tensor.dtype.itemsize
-            for block in range(first, min(first + 64, tensor.blocks)):
-                part = buffer[: min(step, tensor.nbytes - block * step)]
-                pread_into(descriptors[tensor.file], part, tensor.start + block * step, checkpoint.path(tensor))
-                digest.add_block(tensor.name, block, part)
-
     try:
-        parallel(work, min(threads(), max(1, len(jobs))))
+        digest = read_digest(checkpoint.tensors.values(), descriptors, checkpoint.folder)
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)

@@ -31,6 +31,7 @@ from merit.checkpoint import (
     fingerprint,
     pread_into,
     read_config,
+    read_digest,
 )
 from merit.dtypes import BLOCK
 from merit.errors import CheckpointError, MergeError, ResourceError
@@ -215,22 +216,20 @@ class _Run:
         entries: TrimmedEntries | None,
     ) -> None:
         worker = Worker(self.reader, self.plan, self.statistics, entries)
-        ahead = 0
+        ahead, window = 0, 2 * threads() + 2
         while (i := take()) < len(spans):
             tensor, first = spans[i]
-            for later in spans[max(i, ahead) : i + threads() + 1]:
+            for later in spans[max(i, ahead) : i + window]:
                 self.reader.prefetch(*later)
-            ahead = i + threads() + 1
+            ahead = i + window
             try:
                 result = worker.merge(tensor, first)
             except NonFiniteError as error:
                 raise self._not_finite(tensor.out.name, tensor.out.dtype.tag, error.source) from None
             out = tensor.out
             data = memoryview(result.view(np.uint8))  # type: ignore[arg-type]
-            step = BLOCK * out.dtype.itemsize
-            for block, start in enumerate(range(0, len(data), step)):
-                self.written.add_block(out.name, first + block, data[start : start + step])
-            _pwrite(output, data, out.start + first * step)
+            self.written.add(out.name, first, data)
+            _pwrite(output, data, out.start + first * BLOCK * out.dtype.itemsize)
             self._advance(
                 len(data) + sum(s.dtype.itemsize * result.size for s in tensor.sources[not self.reader.with_base :])
             )
@@ -249,23 +248,7 @@ class _Run:
 
     def _verify(self, file: OutputFile, output: int, path: Path) -> str:
         """Read every block back; returns the file's weights digest."""
-        digest = TensorDigest()
-        jobs = []
-        for tensor in file.tensors:
-            digest.add_tensor(tensor.out)
-            jobs += [(tensor.out, first) for first in range(0, tensor.out.blocks, SPAN)]
-
-        def work(take: Callable[[], int]) -> None:
-            buffer = memoryview(bytearray(8 * BLOCK))
-            while (i := take()) < len(jobs):
-                out, first = jobs[i]
-                step = BLOCK * out.dtype.itemsize
-                for block in range(first, min(first + SPAN, out.blocks)):
-                    part = buffer[: min(step, out.nbytes - block * step)]
-                    pread_into(output, part, out.start + block * step, path)
-                    digest.add_block(out.name, block, part)
-
-        parallel(work, max(1, min(threads(), len(jobs))))
+        digest = read_digest([t.out for t in file.tensors], {file.name: output}, path.parent)
         bad = [name for name in digest.same(self.written) if name in {t.out.name for t in file.tensors}]
         if bad:
             raise CheckpointError(

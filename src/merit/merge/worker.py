@@ -28,7 +28,7 @@ __all__ = ["SPAN", "Reader", "Statistics", "TrimmedEntries", "Worker"]
 
 PIECE = 4
 """Blocks that a linear merge takes at once: longer array operations, so that threads wait less for the interpreter lock."""
-SPAN = 16
+SPAN = 8
 """Blocks per unit of work."""
 
 
@@ -80,8 +80,7 @@ class Reader:
         part = buffer[: min(blocks * step, source.nbytes - block * step)]
         descriptor, path = self._files[k, source.file]
         pread_into(descriptor, part, source.start + block * step, path)
-        for place, start in enumerate(range(0, len(part), step)):
-            self.digests[k].add_block(source.name, block + place, part[start : start + step])
+        self.digests[k].add(source.name, block, part)
         return np.frombuffer(part, source.dtype.raw)
 
 
@@ -156,7 +155,7 @@ class Worker:
 
     def _kernel(self, tensor: TensorPlan) -> tuple[list[int], Combination]:
         used = [k for k, c in enumerate(tensor.coefficients) if c]
-        key = (tensor.coefficients, tuple(tensor.sources[k].dtype.tag for k in used), tensor.out.dtype.tag)
+        key = (id(tensor.coefficients), tuple(tensor.sources[k].dtype.tag for k in used), tensor.out.dtype.tag)
         if key not in self._kernels:
             coefficients = [tensor.coefficients[k] for k in used]
             dtypes = [tensor.sources[k].dtype for k in used]
