@@ -75,16 +75,19 @@ class Pipeline:
         """
         from merit.models import inspect_base
 
-        if not self.base_stands:
-            raise RunFolderError(
-                f"{self.run_folder}: the base is not prepared yet.", "`merit prepare` makes it; `merit run` does all."
-            )
+        self._require_base()
         return inspect_base(self.recipe.model)
 
     @property
     def base_stands(self) -> bool:
         """Whether the base is there: always, unless the recipe prepares it."""
         return self.recipe.prepare is None or (self.run_folder / "prepared" / "record.json").is_file()
+
+    def _require_base(self) -> None:
+        if not self.base_stands:
+            raise RunFolderError(
+                f"{self.run_folder}: the base is not prepared yet.", "`merit prepare` makes it; `merit run` does all."
+            )
 
     @cached_property
     def base_fingerprint(self) -> str:
@@ -111,6 +114,7 @@ class Pipeline:
         """The base's tokenizer, chat template set."""
         from merit.models import load_tokenizer
 
+        self._require_base()
         return load_tokenizer(self.recipe.model)
 
     @cached_property
@@ -157,7 +161,7 @@ class Pipeline:
         if command not in (
             "merge",
             "prepare",
-        ):  # they need no tokenizer, and loading one takes longer than many a merge
+        ):  # they need no tokenizer, and to load one takes longer than a small merge
             known |= {"tokenizer": tokenizer_fingerprint(self.tokenizer)} if self.base_stands else {}
             known |= {"sources": self.sources()}
         for row in run_status(self.run_folder, self.recipe, **known)["stages"]:
@@ -264,7 +268,10 @@ class Pipeline:
                 f"{self.given.name}: the recipe has no prepare block, so there is nothing to prepare.",
                 "model.base is the base as it stands; docs/preparation.md says when another one is needed.",
             )
-        return prepare(self)
+        base = prepare(self)
+        for name in ("base", "base_fingerprint", "tokenizer"):  # what is known of an earlier one counts no more
+            self.__dict__.pop(name, None)
+        return base
 
     def prepare_alone(self) -> None:
         """`merit prepare`: the preparation and nothing else; the recipe's own mixture need not be there yet."""

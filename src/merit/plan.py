@@ -205,6 +205,7 @@ def make_plan(
         from merit.basin.preparation import planned_base
 
         base, sizes = planned_base(recipe, run)
+    preparation = _preparation(recipe, base, offline=offline)
     if base is not None and sizes is not None:
         weights = weigh(recipe, base, sizes)
         _check_length(recipe, base, "train.max_length")
@@ -217,7 +218,6 @@ def make_plan(
         weights = _published(recipe)
         said = "their sizes are those published" if weights else "memory and disk are not known"
         notes.append(f"the base was not looked at: neither its files nor its tokenizer are checked; {said}.")
-    preparation = _preparation(recipe, base, offline=offline)
     unseen = [item.name for item in summaries if item.format == UNSEEN]
     unseen += [f"{step.name}/{item.name}" for step in preparation for item in step.datasets if item.format == UNSEEN]
     if unseen or not datasets:
