@@ -8,17 +8,32 @@ from hypothesis import strategies as st
 from merge_cases import FORMATS, TORCH, nearest, raw, values
 
 from merit.dtypes import BLOCK, DTYPES
+from merit.merge import native
 from merit.merge.arithmetic import Combination, NonFiniteError, exact_weights, round_to
 
 BF16 = DTYPES["BF16"]
 
 
 def combine(coefficients, raws, sources, out):
-    kernel = Combination(coefficients, [DTYPES[s] for s in sources], DTYPES[out])
-    result = np.empty(raws[0].size, DTYPES[out].raw)
-    kernel(raws, result)
-    kernel.settle()
-    return result
+    """By NumPy and by the compiled kernel: the same bits, or the same error."""
+    results = []
+    for compiled in (None, native.load()):
+        kernel = Combination(coefficients, [DTYPES[s] for s in sources], DTYPES[out], compiled=compiled)
+        result = np.empty(raws[0].size, DTYPES[out].raw)
+        try:
+            kernel(raws, result)
+            kernel.settle()
+        except NonFiniteError as error:
+            results.append(error)
+        else:
+            results.append(result)
+    errors = [r for r in results if isinstance(r, NonFiniteError)]
+    assert len({e.source for e in errors}) <= 1
+    assert len(errors) in (0, len(results))
+    if errors:
+        raise errors[0]
+    assert all(r.tobytes() == results[0].tobytes() for r in results)
+    return results[0]
 
 
 def exact(coefficients, raws, sources):

@@ -23,7 +23,7 @@ from fractions import Fraction
 import numpy as np
 
 from merit.dtypes import BLOCK, DType, to_float
-from merit.merge import native
+from merit.merge.native import Function, Kernel
 
 __all__ = ["Combination", "NonFiniteError", "exact_weights", "round_to"]
 
@@ -104,10 +104,16 @@ class Combination:
         sources: Dtype of each operand x_k (floating).
         out: Dtype of y.
         size: Most elements per call.
+        compiled: ``native.load()``'s function, used where it knows the dtypes: the same bits, sooner. None: NumPy.
     """
 
     def __init__(
-        self, coefficients: Sequence[Fraction], sources: Sequence[DType], out: DType, size: int = BLOCK
+        self,
+        coefficients: Sequence[Fraction],
+        sources: Sequence[DType],
+        out: DType,
+        size: int = BLOCK,
+        compiled: Function | None = None,
     ) -> None:
         self.sources, self.out = list(sources), out
         self._denominator = math.lcm(*(c.denominator for c in coefficients))
@@ -118,12 +124,11 @@ class Combination:
         bits = max(abs(n).bit_length() for n in self._numerators) + max(_PRECISION[s.tag] for s in self.sources)
         self._exact_products = bits <= 53 and self._denominator < 2**53
         self._paired = all(d.tag == "BF16" for d in (*self.sources, out))
-        self._compiled: native.Kernel | None = None
-        function = native.load() if native.Kernel.covers(self.sources, out) else None
-        if function is not None:
+        self._compiled: Kernel | None = None
+        if compiled is not None and Kernel.covers(self.sources, out):
             denominator = self._denominator if self._exact_products else 0
-            self._compiled = native.Kernel(
-                *(function, self._floats, self._numerators, denominator, self.sources, out, self._copyable, size)
+            self._compiled = Kernel(
+                *(compiled, self._floats, self._numerators, denominator, self.sources, out, self._copyable, size)
             )
         else:
             self._sum, self._term, self._test = (np.empty(size, np.float32) for _ in range(3))
@@ -240,6 +245,10 @@ class Combination:
         for i in np.flatnonzero(~known):
             exact = sum((n * Fraction(float(x[i])) for n, x in zip(self._numerators, xs, strict=True)), Fraction(0))
             exact /= self._denominator
+            if not exact:  # the sign that a floating sum gives a zero
+                negative = all(bool(np.signbit(x[i])) != (n < 0) for n, x in zip(self._numerators, xs, strict=True))
+                odd[i] = -0.0 if negative and not any(x[i] for x in xs) else 0.0
+                continue
             nearest = np.array([float(exact)])
             odd[i] = _to_odd(nearest, np.array([float((exact > nearest[0]) - (exact < nearest[0]))]))[0]
         return round_to(odd, self.out)

@@ -87,7 +87,8 @@ static int narrow(const struct terms *t, const void *const *x, double spread, in
 static int wide(const struct terms *t, const void *const *x, double spread, int64_t n, void *result,
                 uint16_t *restrict doubt)
 {
-    double sum[CHUNK] = {0};
+    double sum[CHUNK];
+    for (int64_t i = 0; i < n; i++) sum[i] = -0.0; /* what changes no sum, of zeros either */
     for (int32_t k = 0; k < t->count; k++) {
         const double c = t->coefficients[k];
         if (t->kinds[k] == BF16) {

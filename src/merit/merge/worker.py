@@ -19,6 +19,7 @@ import numpy as np
 from merit.checkpoint import TensorDigest, TensorInfo, pread_into
 from merit.dtypes import BLOCK, to_float
 from merit.errors import MergeError
+from merit.merge import native
 from merit.merge.arithmetic import Combination, NonFiniteError, round_to
 from merit.merge.operators import ties
 from merit.merge.plan import MergePlan, TensorPlan
@@ -159,7 +160,7 @@ class Worker:
         if key not in self._kernels:
             coefficients = [tensor.coefficients[k] for k in used]
             dtypes = [tensor.sources[k].dtype for k in used]
-            self._kernels[key] = Combination(coefficients, dtypes, tensor.out.dtype, PIECE * BLOCK)
+            self._kernels[key] = Combination(coefficients, dtypes, tensor.out.dtype, PIECE * BLOCK, native.load())
         return used, self._kernels[key]
 
     def _linear(self, tensor: TensorPlan, block: int, out: np.ndarray, used: list[int], kernel: Combination) -> None:
