@@ -1,5 +1,6 @@
 """Image mixtures from files to encoded rows: what is kept where, what is noticed, and what is in memory at a time."""
 
+import copy
 import gc
 import io
 import json
@@ -466,14 +467,18 @@ def test_rows_with_other_images_are_other_rows(recipe, seeing, tmp_path):
     assert changed.tokens == counts.tokens
 
 
-def test_places_of_images_are_not_lost_characters(recipe, tmp_path, seeing):
-    from merit.mixture.formats import IMAGE
-
+def test_places_of_images_are_not_lost_characters(recipe, tmp_path, seeing, dropping):
+    """A tokenizer that knows few characters does not know the sign that stands for an image, and need not."""
+    tokenizer = copy.deepcopy(dropping)
+    tokenizer.add_special_tokens({"additional_special_tokens": [seeing.merit_images.token]})
+    tokenizer.chat_template = seeing.chat_template
+    tokenizer.merit_images = copy.copy(seeing.merit_images)
+    tokenizer.merit_images.token_id = tokenizer.convert_tokens_to_ids(seeing.merit_images.token)
     file(tmp_path / "a.png", picture(1))
-    path = lines(tmp_path / "x.jsonl", [llava("a.png", question=f"<image>\n{IMAGE}q")])
-    [counts] = prepare_mixture(recipe(listed(path)), seeing, tmp_path / "out")
-    assert counts.characters_lost["all"] == 0
-    assert counts.characters_lost_most == ""
+    path = lines(tmp_path / "x.jsonl", [llava("a.png")])
+    [counts] = prepare_mixture(recipe(listed(path)), tokenizer, tmp_path / "out")
+    assert counts.images == 1
+    assert counts.characters_lost == {"prompt": 0.0, "answer": 0.0, "all": 0.0}
 
 
 def test_a_changed_image_file_changes_its_sources_fingerprint(recipe, tmp_path):
