@@ -12,7 +12,8 @@ from typing import Any
 
 QWEN_TEMPLATE = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
-    "<|im_start|>system\nBe brief.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n"
+    "<|im_start|>system\nBe brief.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n"
     "{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' or 'image' in content %}"
     "<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}"
     "<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -61,40 +62,60 @@ def byte_tokenizer(specials: list[str], eos: str, pad: str) -> Any:
     )
 
 
-def make_base(family: str, folder: Path, *, dtype: str = "float32", seed: int = 0) -> Path:
-    """Write a tiny base of ``family`` into ``folder``; equal arguments give equal bytes."""
+def make_base(
+    family: str,
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    seed: int = 0,
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+    processor: dict[str, Any] | None = None,
+) -> Path:
+    """Write a tiny base of ``family`` into ``folder``; equal arguments give equal bytes.
+
+    ``text``, ``vision`` and ``processor`` change single settings of a Qwen base's config and image processor.
+    """
     import torch
 
-    maker = {"llava": _llava, "idefics3": _idefics3, "smolvlm": _idefics3}.get(family, _qwen)
     torch.manual_seed(seed)
-    model, tokenizer, template, preprocessor, processor = maker(family)
+    if family.startswith("qwen"):
+        model, tokenizer, template, preprocessor, published = _qwen(family, text or {}, vision or {}, processor or {})
+    else:
+        model, tokenizer, template, preprocessor, published = (_llava if family == "llava" else _idefics3)(family)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2))
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
-    if processor:
-        (folder / "processor_config.json").write_text(json.dumps(processor, indent=2))
+    if published:
+        (folder / "processor_config.json").write_text(json.dumps(published, indent=2))
     return folder
 
 
-def _qwen(family: str) -> tuple[Any, ...]:
+def _qwen(family: str, text: dict[str, Any], vision: dict[str, Any], processor: dict[str, Any]) -> tuple[Any, ...]:
     import transformers
 
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"]
     specials += ["<|image_pad|>", "<|video_pad|>"]
     tokenizer = byte_tokenizer(specials, "<|im_end|>", "<|endoftext|>")
-    text = {**TEXT, "vocab_size": len(tokenizer)}
-    rope: dict[str, Any] = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    text = {**TEXT, "vocab_size": len(tokenizer), **text}
+    half = text["hidden_size"] // text["num_attention_heads"] // 2
+    side = half * 3 // 8
+    rope: dict[str, Any] = {
+        "rope_type": "default",
+        "mrope_section": [half - 2 * side, side, side],
+        "rope_theta": 10000.0,
+    }
     if family == "qwen3_vl":
         rope["mrope_interleaved"] = True
-        vision = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "patch_size": 4}
-        vision |= {"out_hidden_size": 32, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+        seen = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "patch_size": 4}
+        seen |= {"out_hidden_size": 32, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
         text["head_dim"] = 16
     elif family == "qwen2_vl":
-        vision = {"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 32, "mlp_ratio": 2, "patch_size": 4}
+        seen = {"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 32, "mlp_ratio": 2, "patch_size": 4}
     else:
-        vision = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 32}
-        vision |= {"patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1]}
+        seen = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 32}
+        seen |= {"patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1]}
     prefix = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}[family]
     ids = {
         key: tokenizer.convert_tokens_to_ids(token)
@@ -106,7 +127,7 @@ def _qwen(family: str) -> tuple[Any, ...]:
         )
     }
     config = getattr(transformers, f"{prefix}Config")(
-        text_config={**text, "rope_scaling": rope, "rope_parameters": rope}, vision_config=vision, **ids
+        text_config={**text, "rope_scaling": rope, "rope_parameters": rope}, vision_config={**seen, **vision}, **ids
     )
     preprocessor = {
         "image_processor_type": "Qwen2VLImageProcessor" + ("Fast" if family == "qwen3_vl" else ""),
@@ -118,6 +139,7 @@ def _qwen(family: str) -> tuple[Any, ...]:
         "merge_size": 2,
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
+        **processor,
     }
     model = getattr(transformers, f"{prefix}ForConditionalGeneration")(config)
     return model, tokenizer, QWEN_TEMPLATE, preprocessor, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import xxhash
@@ -29,12 +30,18 @@ def save(image: Image.Image, file: Path) -> ImageRef:
     return ImageRef(str(file), 0, len(data), *image.size, xxhash.xxh3_128_hexdigest(data))
 
 
-def picture_chats(folder: Path, count: int, seed: int = 0, many: bool = True) -> list[Chat]:
+def picture_chats(
+    folder: Path,
+    count: int,
+    seed: int = 0,
+    many: bool = True,
+    sizes: Sequence[tuple[int, int]] = ((32, 32), (40, 24), (24, 56)),
+) -> list[Chat]:
     """Chats about coloured squares: one image, two images in two turns (every third), none (every fourth)."""
     rng = random.Random(seed)
     chats = []
     for i in range(count):
-        colour, size = rng.choice(list(COLOURS)), rng.choice([(32, 32), (40, 24), (24, 56)])
+        colour, size = rng.choice(list(COLOURS)), rng.choice(sizes)
         ref = save(picture(colour, size, rng.randrange(4)), folder / f"{seed}-{i}.png")
         turns = [{"role": "user", "content": f"{IMAGE}Which colour?"}, {"role": "assistant", "content": colour}]
         images: tuple[ImageRef, ...] = (ref,)
