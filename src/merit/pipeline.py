@@ -316,9 +316,10 @@ class Pipeline:
         if len(said) > _SHOWN:
             self.reporter.note(f"and {len(said) - _SHOWN} more in {stage.path / 'datasets.json'}")
         left_out = read_json(stage.path / "encoding.json")["left_out"]
-        if left_out:
-            names = ", ".join(item["name"] for item in left_out)
-            self.reporter.note(f"left out, since the tokenizer cannot represent their text: {names}")
+        for why, small in (("the tokenizer cannot represent their text", False), ("they have too few rows", True)):
+            names = [item["name"] for item in left_out if ("characters_lost" not in item) == small]
+            if names:
+                self.reporter.note(f"left out, since {why}: {', '.join(names)}")
 
     def _ending(self, stage: Stage, again: bool) -> str:
         return f" ({duration(stage.record()['seconds'])})" if again else " (done before)"

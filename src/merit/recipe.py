@@ -139,6 +139,8 @@ class MixtureSettings(Settings):
     """Sample budget per dataset (rows) where the dataset has none of its own. Default: all."""
     tokens: Annotated[int, Field(ge=1)] | None = None
     """Target-token budget per dataset where the dataset has none of its own. Default: all."""
+    min_rows: Annotated[int, Field(ge=0)] = 0
+    """Leave out datasets with fewer usable training rows than this, and say which; a budget does not count against it."""
     bad_rows: Literal["error", "drop"] = "error"
     """A row without an assistant turn, with an unknown role or empty text: stop with its file and line, or drop and
     count it."""
@@ -484,7 +486,11 @@ def parse_recipe(
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML: every setting, defaults included."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    values = recipe.model_dump(mode="json")
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+    if yaml.safe_load(text) != values:  # some line separators do not come back as they stand, only when escaped
+        text = yaml.safe_dump(values, sort_keys=False, width=120)
+    return text
 
 
 def recipe_schema() -> dict[str, Any]:

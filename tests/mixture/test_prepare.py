@@ -257,3 +257,18 @@ def test_fingerprints_follow_what_the_model_sees(recipe, mixture, byte_level, tm
 def test_a_missing_result_is_named(tmp_path):
     with pytest.raises(MixtureError, match=r"datasets\.json"):
         load_split(tmp_path, "train")
+
+
+def test_datasets_with_too_few_rows_are_left_out_by_name(recipe, mixture, byte_level, tmp_path):
+    write(mixture / "bad" / "train.jsonl", [*words(3, 28), *([{"messages": [{"role": "user", "content": "?"}]}] * 4)])
+    settings = recipe({"folder": str(mixture), "min_rows": 30, "samples": 10, "bad_rows": "drop"})
+    counts = prepare_mixture(settings, byte_level, tmp_path / "out")
+    assert [(entry.name, entry.rows) for entry in counts] == [("three", 10), ("two", 10)], "a budget does not count"
+    left = json.loads((tmp_path / "out" / "encoding.json").read_text())["left_out"]
+    assert [item["name"] for item in left] == ["bad", "one"]
+    assert "28 usable rows" in left[0]["reason"], "bad rows do not count"
+    assert not (tmp_path / "out" / "train" / "one.parquet").exists()
+    with pytest.raises(MixtureError, match=r"20 usable rows, fewer than mixture.min_rows \(99\)"):
+        prepare_mixture(
+            recipe({"folder": str(mixture), "min_rows": 99, "include": ["one", "two"]}), byte_level, tmp_path
+        )

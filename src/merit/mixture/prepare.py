@@ -23,7 +23,7 @@ from merit.mixture.calibration import draw
 from merit.mixture.counts import DatasetCounts, read_counts
 from merit.mixture.encode import ChatEncoder, EncodedDataset, EncodedRow
 from merit.mixture.formats import IMAGE, BadRow, Chat, RowFormat
-from merit.mixture.image_store import ImageFile, ImageFolder, read_chats, usable
+from merit.mixture.image_store import ImageFile, ImageFolder, look_at_images, read_chats, usable
 from merit.mixture.reading import Part
 from merit.mixture.sources import (
     Source,
@@ -40,7 +40,7 @@ from merit.run_folder import write_json
 Split = Literal["train", "test", "kept"]
 
 _FILES = ("images", "train", "test", "kept", "kept.json", "encoding.json")
-_CHUNK = 512
+_CHUNK, _CHUNK_OF_IMAGES = 512, 64
 _READ_BACK_ROWS = 32
 
 
@@ -82,9 +82,8 @@ def prepare_mixture(
                 left_out.append(entry)
         if not counts:
             raise MixtureError(
-                f"No dataset is left: the tokenizer cannot represent the text of any of the {len(left_out)} datasets "
-                f"(mixture.unrepresentable.max_share {recipe.mixture.unrepresentable.max_share:g}).",
-                "Use a base with another tokenizer, or raise max_share.",
+                f"No dataset is left of {len(left_out)}. The first: {left_out[0]['reason']}.",
+                "Use a base with another tokenizer, raise mixture.unrepresentable.max_share, or lower mixture.min_rows.",
             )
         write_json(unfinished / "kept.json", [asdict(entry) for entry in kept_counts])
         write_json(unfinished / "encoding.json", {**stage.description(), "left_out": left_out})
@@ -138,7 +137,7 @@ class _Stage:
         }
 
     def dataset(self, source: Source, folder: Path) -> DatasetCounts | dict[str, Any]:
-        """Encode and write one dataset; what was left out and why, if the tokenizer cannot represent it."""
+        """Encode and write one dataset; what was left out and why, if it is too small or cannot be represented."""
         assert source.train is not None
         counts = DatasetCounts(
             source.name, path=source.train.where, budget={"samples": source.samples, "tokens": source.tokens}
@@ -146,13 +145,16 @@ class _Stage:
         with ImageFile(folder, f"images/train/{source.name}.bin") as store:
             chats, counts.format = self._chats(source, source.train, store)
             counts.source_rows = chats.source_rows
-            part = self._encode(source, chats)
+            part = self._encode(source, chats, ImageFolder(source.train, source.images, self.settings.images, store))
             counts.image_bytes = part.keep_images(store)
         self._count_losses(counts, part)
         over = counts.characters_lost["all"] > self.settings.unrepresentable.max_share
         if over and self.settings.unrepresentable.action != "warn":
             _remove(folder / "images" / "train" / f"{source.name}.bin")
             return self._leave_out(counts)
+        if len(part.rows) + part.over_budget < self.settings.min_rows:
+            _remove(folder / "images" / "train" / f"{source.name}.bin")
+            return self._too_small(counts, len(part.rows) + part.over_budget)
         if not part.rows:
             hints = {
                 "answer_lost": "answer_lost: the base's tokenizer cannot represent the answers; leave the dataset out with "
@@ -175,7 +177,9 @@ class _Stage:
         counts.fingerprint = encoded.fingerprint
         encoded.save(folder / "train" / f"{source.name}.parquet")
         if source.test is not None:
-            self._test(source, source.test, counts, folder / "test", {_key(chat) for chat in chats.chats})
+            self._test(
+                source, source.test, counts, folder / "test", {_key(chat) for chat in chats.chats if not chat.raw}
+            )
         self._warn(counts, over, part)
         return counts
 
@@ -192,6 +196,10 @@ class _Stage:
                 f"({_listing(counts.test_rows_dropped)})."
             )
         return counts
+
+    def _too_small(self, counts: DatasetCounts, rows: int) -> dict[str, Any]:
+        reason = f"Dataset {counts.name}: {rows} usable rows, fewer than mixture.min_rows ({self.settings.min_rows})"
+        return {"name": counts.name, "reason": reason, "path": counts.path, "source_rows": counts.source_rows}
 
     def _leave_out(self, counts: DatasetCounts) -> dict[str, Any]:
         share, limit = counts.characters_lost["all"], self.settings.unrepresentable.max_share
@@ -219,21 +227,27 @@ class _Stage:
     def _chats(self, source: Source, part: Part, store: ImageFile) -> tuple[_Chats, RowFormat]:
         row_format = source.recognise(part)
         found = _Chats([], [], Counter())
-        folder = ImageFolder(part, source.images, self.settings.images)
-        for place, chat, seen in read_chats(part, row_format, folder):
-            if seen and self.encoder.images is None:
-                raise images_without_sight(source.name, place)
-            try:
-                found.chats.append(usable(chat, seen, store))
-                found.places.append(place)
-            except BadRow as bad:
-                if is_fatal(bad, self.settings):
-                    raise bad_row_error(source.name, place, bad) from None
-                found.dropped[bad.reason] += 1
+        for place, chat in read_chats(part, row_format):
+            if isinstance(chat, BadRow):
+                if is_fatal(chat, self.settings):
+                    raise bad_row_error(source.name, place, chat)
+                found.dropped[chat.reason] += 1
+                continue
+            if chat.raw:
+                if self.encoder.images is None:
+                    raise images_without_sight(source.name, place)
+                raw = tuple(store.put(image) if isinstance(image, bytes) else image for image in chat.raw)
+                chat = replace(chat, raw=raw)
+            found.chats.append(chat)
+            found.places.append(place)
+        store.written()
         return found, row_format
 
-    def _encode(self, source: Source, found: _Chats) -> _Part:
-        """Encode chats in a seeded order until a budget is reached; without budgets all, in source order."""
+    def _encode(self, source: Source, found: _Chats, folder: ImageFolder) -> _Part:
+        """Encode chats in a seeded order until a budget is reached; without budgets all, in source order.
+
+        Images are decoded as their rows' turn comes: a budget of a few rows looks at few.
+        """
         chats, dropped = found.chats, Counter(found.dropped)
         samples, tokens = source.samples, source.tokens
         drawn = samples is not None or tokens is not None
@@ -242,7 +256,14 @@ class _Stage:
         looked, targets = 0, 0
         while looked < len(order) and not _reached(len(used), targets, samples, tokens):
             chunk = order[looked : looked + _CHUNK]
-            for index, row in zip(chunk, self.encoder.encode([chats[i] for i in chunk]), strict=True):
+            with_images = any(chats[i].raw for i in chunk)
+            if with_images:
+                chunk = chunk[:_CHUNK_OF_IMAGES]
+            bad_images = self._open_images(source, found, chunk, folder) if with_images else {}
+            good = [i for i in chunk if i not in bad_images]
+            encoded = dict(zip(good, self.encoder.encode([chats[i] for i in good]), strict=True))
+            for index in chunk:
+                row: EncodedRow | str = bad_images.get(index) or encoded[index]
                 looked += 1
                 if isinstance(row, EncodedRow):
                     used.append((int(index), row))
@@ -256,6 +277,21 @@ class _Stage:
         used.sort(key=lambda item: item[0])
         seen = [chats[i] for i in sorted(order[:looked])]
         return _Part([row for _, row in used], [chats[i] for i, _ in used], seen, dropped, len(order) - looked)
+
+    def _open_images(
+        self, source: Source, found: _Chats, indices: Sequence[int], folder: ImageFolder
+    ) -> dict[int, str]:
+        """Look at the images of some chats, in place; why a row cannot be used, by index."""
+        bad_images = {}
+        rows = ((found.places[i], found.chats[i]) for i in indices)
+        for index, (place, chat, seen) in zip(indices, look_at_images(rows, folder), strict=True):
+            try:
+                found.chats[index] = usable(chat, seen)
+            except BadRow as bad:
+                if is_fatal(bad, self.settings):
+                    raise bad_row_error(source.name, place, bad) from None
+                bad_images[index] = bad.reason
+        return bad_images
 
     def _refused(self, reason: str, chat: Chat) -> BadRow | None:
         """What to say about a row that cannot be encoded through a fault of its own."""
@@ -281,7 +317,8 @@ class _Stage:
             found, row_format = self._chats(source, part, store)
             counts.format, counts.test_path = counts.format or row_format, part.where
             budgeted = source if source.train is None else Source(source.name, None, part)
-            encoded = self._encode(budgeted, found)
+            images = ImageFolder(part, source.images, self.settings.images, store)
+            encoded = self._encode(budgeted, found, images)
             encoded.keep_images(store)
         if source.train is None:
             counts.source_rows = found.source_rows
@@ -308,7 +345,7 @@ class _Stage:
         texts: dict[str, list[str]] = {"prompt": [], "answer": []}
         for chat in part.seen:
             for turn in chat.messages:
-                text = turn["content"].replace(IMAGE, "") if chat.images else turn["content"]
+                text = turn["content"].replace(IMAGE, "") if chat.images or chat.raw else turn["content"]
                 texts["answer" if turn["role"] == "assistant" else "prompt"].append(text)
         most: Counter[str] = Counter()
         totals: dict[str, tuple[int, int]] = {}
@@ -382,10 +419,8 @@ class _Part:
         """Keep the embedded images of these rows only, and follow those that move; returns their bytes on disk."""
         moved = store.keep(row.images for row in self.rows)
         if moved:
-            self.rows = [
-                replace(row, images=tuple(moved.get(ref, ref) for ref in row.images)) if row.images else row
-                for row in self.rows
-            ]
+            place = lambda ref: replace(ref, offset=moved[ref.digest]) if ref.file == store.name else ref  # noqa: E731
+            self.rows = [replace(row, images=tuple(map(place, row.images))) if row.images else row for row in self.rows]
         return store.size
 
 
