@@ -305,17 +305,33 @@ def check(
     offline: Annotated[
         bool, typer.Option(help="Check names, fields and the plan without the base and hub data.")
     ] = False,
+    images: Annotated[
+        bool, typer.Option("--images", help="Also decode every image of every dataset, and list all that cannot be used.")
+    ] = False,
     overrides: Overrides = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Validate everything that can be validated before the first expensive step, and print the plan. Trains nothing.
 
-    Example: `merit check recipe.yaml`
+    Example: `merit check recipe.yaml`, and `merit check recipe.yaml --images` before a long run on images
     """
-    plan = _pipeline(recipe, output, overrides, quiet=quiet).check(offline=offline)
+    pipeline = _pipeline(recipe, output, overrides, quiet=quiet)
+    report = None
+    if images:
+        from merit.mixture.image_check import check_images
+
+        with pipeline.reporter.progress("images") as tick:
+            report = check_images(pipeline.recipe, tick)
+        if not as_json:
+            _out(*report.render())
+        elif report.fatal:
+            _print_json({"images": report.facts()})
+        if report.fatal:
+            raise typer.Exit(2)
+    plan = pipeline.check(offline=offline)
     if as_json:
-        _print_json(plan.facts())
+        _print_json(plan.facts() | ({"images": report.facts()} if report else {}))
     else:
         _out(*plan.render())
 

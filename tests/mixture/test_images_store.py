@@ -5,6 +5,7 @@ import gc
 import io
 import json
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +19,7 @@ from merit.mixture import load_split, prepare_mixture
 from merit.mixture.fingerprint import source_fingerprints
 from merit.mixture.formats import to_chat
 from merit.mixture.image_check import check_images
-from merit.mixture.image_store import ImageFolder, image_threads, read_chats
+from merit.mixture.image_store import ImageFolder, image_threads, look_at_images, read_chats
 from merit.mixture.sources import check_sources, discover
 
 IMAGE_COLUMN = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -129,6 +130,8 @@ def test_where_paths_start_from(recipe, seeing, tmp_path):
         prepare_mixture(recipe(mixture), seeing, tmp_path / "out")
         return used(tmp_path / "out")[0].images[0].width
 
+    with pytest.raises(MixtureError, match="elsewhere is no folder"):
+        width({"images": str(tmp_path / "elsewhere")}, {})
     shared = {"folder": str(tmp_path / "shared")}
     assert width({"images": str(tmp_path / "own")}, shared) == 11
     assert width({}, shared) == 12
@@ -193,6 +196,22 @@ def test_a_budget_keeps_the_images_of_used_rows_only(recipe, seeing, tmp_path):
     assert counts.image_bytes == len(b"".join(kept))
     for row, data in zip(rows, kept, strict=True):
         assert (np.asarray(read_image(row.images[0])) == pixels(data)).all()
+
+
+def test_a_budget_of_few_rows_looks_at_few_images(recipe, seeing, tmp_path):
+    rows = [llava(f"{i}.png") for i in range(100)]
+    for i in range(100):
+        file(tmp_path / f"{i}.png", picture(i))
+    path = lines(tmp_path / "x.jsonl", rows)
+    settings = recipe({**listed(path), "samples": 5})
+    [counts] = prepare_mixture(settings, seeing, tmp_path / "out")
+    names = [Path(row.images[0].file).name for row in used(tmp_path / "out")]
+    assert len(names) == counts.images == 5
+    for i in range(100):
+        if f"{i}.png" not in names:
+            (tmp_path / f"{i}.png").unlink()
+    [again] = prepare_mixture(settings, seeing, tmp_path / "out")
+    assert again == counts
 
 
 def test_the_same_mixture_gives_the_same_files(recipe, seeing, tmp_path):
@@ -268,7 +287,10 @@ def test_rows_in_flight_are_few_and_come_in_order(recipe, tmp_path, monkeypatch)
     part = Counted(source.train.where, source.train.files, folder=source.train.folder)
     ahead = []
     for number, (place, _, seen) in enumerate(
-        read_chats(part, "prompt_completion", ImageFolder(part, None, recipe(listed(path)).mixture.images)), start=1
+        look_at_images(
+            read_chats(part, "prompt_completion"), ImageFolder(part, None, recipe(listed(path)).mixture.images)
+        ),
+        start=1,
     ):
         assert place.endswith(f", row {number}")
         assert bool(seen) == bool((number - 1) % 3)
@@ -307,11 +329,11 @@ def test_image_files_of_hub_datasets_lie_in_its_cache(recipe, tmp_path, monkeypa
     limits = recipe(listed(outside)).mixture.images
     part = Part("x/y", hub=("x/y", None, "train"))
     folder = ImageFolder(part, None, limits)
-    assert folder.look(str(inside))[0].width == 24
+    assert folder.look(str(inside)).width == 24
     for path, words in ((str(outside), "leads out"), ("a.png", "no folder is named")):
         with pytest.raises(Exception, match=words):
             folder.look(path)
-    assert ImageFolder(part, tmp_path / "cache", limits).look("a.png")[0].file == str(inside)
+    assert ImageFolder(part, tmp_path / "cache", limits).look("a.png").file == str(inside)
 
 
 # ---- what is wrong -------------------------------------------------------------------------------------------------

@@ -64,13 +64,14 @@ class Chat:
         first_target: Assistant turns before this message index are context, not targets (a list-valued ``prompt``).
         images: The row's images; the i-th ``IMAGE`` of all contents, in order, stands for the i-th. A row without images
             keeps an ``IMAGE`` that is part of its text.
-        raw: The same images as the row has them, before they are opened (:mod:`merit.mixture.image_store`).
+        raw: The same images before anybody looked at them: a path or bytes, as the row has them, or where the bytes lie
+            meanwhile (:mod:`merit.mixture.image_store`).
     """
 
     messages: list[Message]
     first_target: int = 0
     images: tuple[ImageRef, ...] = ()
-    raw: tuple[RawImage, ...] = ()
+    raw: tuple[RawImage | ImageRef, ...] = ()
 
 
 def recognise(columns: Iterable[str]) -> RowFormat | None:

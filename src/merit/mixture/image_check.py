@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from merit.images import BadImage
-from merit.mixture.image_store import ImageFolder, read_chats
+from merit.mixture.image_store import ImageFolder, look_at_images, read_chats
 from merit.mixture.reading import Part
 from merit.mixture.row_images import BadRow
 from merit.mixture.sources import Source, discover, discover_kept, refuse_shared_names
@@ -143,7 +143,7 @@ def check_images(recipe: Recipe, progress: Callable[..., None] | None = None) ->
         sizes: dict[str, tuple[int, int]] = {}
         for part in _parts(source):
             folder = ImageFolder(part, source.images, recipe.mixture.images)
-            for place, chat, seen in read_chats(part, source.recognise(part), folder):
+            for place, chat, seen in look_at_images(read_chats(part, source.recognise(part)), folder):
                 if progress and done % _EVERY == 0:
                     progress(done, total, source.name)
                 done += 1
@@ -155,7 +155,7 @@ def check_images(recipe: Recipe, progress: Callable[..., None] | None = None) ->
                 for item in wrong:
                     bad.append(BadEntry(source.name, place, item.reason, item.detail))
                     entry.bad[item.reason] += 1
-                good = [item[0] for item in seen if not isinstance(item, BadImage)]
+                good = [item for item in seen if not isinstance(item, BadImage)]
                 entry.images += len(good)
                 sizes.update((ref.digest, (ref.width, ref.height)) for ref in good)
         if sizes:

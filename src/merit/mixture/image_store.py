@@ -1,8 +1,8 @@
 """The images of a dataset's rows: each found, read and decoded once, by several threads; embedded ones put into one file.
 
 An image file is referred to where it lies. Embedded bytes go to disk as their rows are read, each once, into one file per
-dataset and split; after the rows are chosen it keeps those of used rows. No more images than threads, times two, are in
-memory at any time. It does not know what a row means (:mod:`merit.mixture.formats`) nor what a model makes of an image.
+dataset and split; after the rows are chosen it keeps those of used rows. No more images than threads, times two, are looked
+at at any time. It does not know what a row means (:mod:`merit.mixture.formats`) nor what a model makes of an image.
 """
 
 from __future__ import annotations
@@ -16,75 +16,12 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, Self
 
+from merit.errors import MixtureError
 from merit.images import BadImage, ImageRef, digest, examine, locate_image, read_image_file
 from merit.mixture.formats import Chat, RowFormat, to_chat
 from merit.mixture.reading import Part, hub_caches
 from merit.mixture.row_images import BadRow, RawImage
 from merit.recipe import ImageSettings
-
-Seen = tuple[ImageRef, bytes | None]
-"""An image that was examined, with its bytes where they were embedded."""
-
-
-class ImageFolder:
-    """Where the images of one part's rows are looked for, and what is known of those seen.
-
-    Args:
-        part: The rows.
-        folder: Folder that their paths start from; None: that of the data file.
-        settings: The recipe's limits.
-    """
-
-    def __init__(self, part: Part, folder: str | Path | None, settings: ImageSettings) -> None:
-        start = Path(folder) if folder is not None else part.folder
-        caches = hub_caches() if part.hub is not None and folder is None else ()
-        self.folders = tuple(path.resolve() for path in ((start,) if start is not None else caches))
-        self.relative = start is not None
-        self.max_pixels = settings.max_file_pixels
-        self._files: dict[str, ImageRef | BadImage] = {}
-        self._sizes: dict[str, tuple[int, int] | BadImage] = {}
-
-    def locate(self, raw: str) -> Path:
-        """The file that a path means.
-
-        Raises:
-            BadImage: There is none, or it lies elsewhere.
-        """
-        return locate_image(raw, self.folders if self.relative or Path(raw).is_absolute() else ())
-
-    def look(self, raw: RawImage) -> Seen:
-        """Read and decode one image, unless it was seen before.
-
-        Raises:
-            BadImage: It cannot be used.
-        """
-        if isinstance(raw, bytes):
-            return self._examined(raw, ""), raw
-        known = self._files.get(raw)
-        if known is None:
-            try:
-                path = self.locate(raw)
-                known = self._examined(read_image_file(path, self.max_pixels), str(path))
-            except BadImage as bad:
-                named = raw if len(raw) <= 200 else raw[:197] + "..."
-                known = bad if named in bad.detail else BadImage(bad.reason, f"{named}: {bad.detail}")
-            self._files[raw] = known
-        if isinstance(known, BadImage):
-            raise known
-        return known, None
-
-    def _examined(self, data: bytes, file: str) -> ImageRef:
-        key = digest(data)
-        found = self._sizes.get(key)
-        if found is None:
-            try:
-                found = examine(data, self.max_pixels)
-            except BadImage as bad:
-                found = bad
-            self._sizes[key] = found
-        if isinstance(found, BadImage):
-            raise found
-        return ImageRef(file, 0, len(data), *found, key)
 
 
 class ImageFile:
@@ -104,35 +41,47 @@ class ImageFile:
         self._refs: dict[str, ImageRef] = {}
         self._end = self.size = 0
 
-    def add(self, ref: ImageRef, data: bytes) -> ImageRef:
-        """Write an image, unless its bytes are there; returns where it lies."""
-        if ref.digest not in self._refs:
+    def put(self, data: bytes) -> ImageRef:
+        """Write an image that nobody has looked at yet, unless its bytes are there; width and height are 0."""
+        key = digest(data)
+        if key not in self._refs:
             if self._handle is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._handle = self.path.open("wb")
+                self._handle = self.path.open("w+b")
             self._handle.write(data)
-            self._refs[ref.digest] = replace(ref, file=self.name, offset=self._end)
+            self._refs[key] = ImageRef(self.name, self._end, len(data), 0, 0, key)
             self._end += len(data)
-        return self._refs[ref.digest]
+        return self._refs[key]
 
-    def keep(self, rows: Iterable[Sequence[ImageRef]]) -> dict[ImageRef, ImageRef]:
+    def written(self) -> Self:
+        """Itself, with all bytes where :meth:`read` finds them."""
+        if self._handle is not None:
+            self._handle.flush()
+        return self
+
+    def read(self, ref: ImageRef) -> bytes:
+        """The bytes of an image that was put in; by any thread."""
+        assert self._handle is not None
+        return os.pread(self._handle.fileno(), ref.nbytes, ref.offset)
+
+    def keep(self, rows: Iterable[Sequence[ImageRef]]) -> dict[str, int]:
         """Close the file with the images of ``rows`` only, in the order of their first use.
 
         Returns:
-            The new place of every image that has moved.
+            The first byte of every image by its digest, if any has moved.
         """
         self.close()
-        used = list(dict.fromkeys(ref for images in rows for ref in images if ref.file == self.name))
-        self.size = sum(ref.nbytes for ref in used)
-        if used == list(self._refs.values()):
+        used = list(dict.fromkeys(ref.digest for images in rows for ref in images if ref.file == self.name))
+        self.size = sum(self._refs[key].nbytes for key in used)
+        if used == list(self._refs):
             return {}
-        moved: dict[ImageRef, ImageRef] = {}
+        moved: dict[str, int] = {}
         unfinished = self.path.with_name(self.path.name + ".part")
         with self.path.open("rb") as old, unfinished.open("wb") as new:
-            for ref in used:
-                old.seek(ref.offset)
-                moved[ref] = replace(ref, offset=new.tell())
-                new.write(old.read(ref.nbytes))
+            for key in used:
+                old.seek(self._refs[key].offset)
+                moved[key] = new.tell()
+                new.write(old.read(self._refs[key].nbytes))
         unfinished.replace(self.path)
         if not used:
             self.path.unlink()
@@ -151,27 +100,112 @@ class ImageFile:
         self.close()
 
 
-Item = tuple[str, Chat | BadRow, list[Seen | BadImage]]
-"""A row's place; its chat, or why it cannot be used; and what was found behind each of its images."""
+class ImageFolder:
+    """Where the images of one part's rows are looked for, and what is known of those seen.
+
+    Args:
+        part: The rows.
+        folder: Folder that their paths start from; None: that of the data file.
+        settings: The recipe's limits.
+        store: Where embedded images were put, if they were.
+
+    Raises:
+        MixtureError: ``folder`` is none.
+    """
+
+    def __init__(
+        self, part: Part, folder: str | Path | None, settings: ImageSettings, store: ImageFile | None = None
+    ) -> None:
+        if folder is not None and not Path(folder).is_dir():
+            raise MixtureError(
+                f"{folder} is no folder; image paths were to start from it (images of a dataset, or "
+                "mixture.images.folder)."
+            )
+        start = Path(folder) if folder is not None else part.folder
+        caches = hub_caches() if part.hub is not None and folder is None else ()
+        self.folders = tuple(path.resolve() for path in ((start,) if start is not None else caches))
+        self.relative = start is not None
+        self.max_pixels = settings.max_file_pixels
+        self._store = store
+        self._files: dict[str, ImageRef | BadImage] = {}
+        self._sizes: dict[str, tuple[int, int] | BadImage] = {}
+
+    def locate(self, raw: str) -> Path:
+        """The file that a path means.
+
+        Raises:
+            BadImage: There is none, or it lies elsewhere.
+        """
+        return locate_image(raw, self.folders if self.relative or Path(raw).is_absolute() else ())
+
+    def look(self, raw: RawImage | ImageRef) -> ImageRef:
+        """Read and decode one image, unless it was seen before.
+
+        Raises:
+            BadImage: It cannot be used.
+        """
+        if isinstance(raw, bytes):
+            return self._examined(ImageRef("", 0, len(raw), 0, 0, digest(raw)), raw)
+        if isinstance(raw, ImageRef):
+            return self._examined(raw, None)
+        known = self._files.get(raw)
+        if known is None:
+            try:
+                path = self.locate(raw)
+                data = read_image_file(path, self.max_pixels)
+                known = self._examined(ImageRef(str(path), 0, len(data), 0, 0, digest(data)), data)
+            except BadImage as bad:
+                named = raw if len(raw) <= 200 else raw[:197] + "..."
+                known = bad if named in bad.detail else BadImage(bad.reason, f"{named}: {bad.detail}")
+            self._files[raw] = known
+        if isinstance(known, BadImage):
+            raise known
+        return known
+
+    def _examined(self, ref: ImageRef, data: bytes | None) -> ImageRef:
+        found = self._sizes.get(ref.digest)
+        if found is None:
+            if data is None:
+                assert self._store is not None
+                data = self._store.read(ref)
+            try:
+                found = examine(data, self.max_pixels)
+            except BadImage as bad:
+                found = bad
+            self._sizes[ref.digest] = found
+        if isinstance(found, BadImage):
+            raise found
+        return replace(ref, width=found[0], height=found[1])
 
 
-def read_chats(part: Part, row_format: RowFormat, folder: ImageFolder, rows: int | None = None) -> Iterator[Item]:
-    """Every row of a part (or its first ``rows``) in order, its images examined.
+Row = tuple[str, Chat | BadRow]
+"""A row's place, and its chat or why it cannot be used."""
+
+Seen = list[ImageRef | BadImage]
+"""What was found behind each image of a row."""
+
+
+def read_chats(part: Part, row_format: RowFormat, rows: int | None = None) -> Iterator[Row]:
+    """Every row of a part (or its first ``rows``) in order; no image is looked at.
 
     Raises:
         MixtureError: A file cannot be read or parsed.
     """
+    for place, row in islice(part.read(), rows):
+        try:
+            yield place, to_chat(row, row_format)
+        except BadRow as bad:
+            yield place, bad
+
+
+def look_at_images(rows: Iterable[Row], folder: ImageFolder) -> Iterator[tuple[str, Chat | BadRow, Seen]]:
+    """The same rows in order, with what is behind their images; several threads read and decode."""
     threads = image_threads()
-    pending: deque[tuple[str, Chat | BadRow, list[Future[Seen]]]] = deque()
+    pending: deque[tuple[str, Chat | BadRow, list[Future[ImageRef]]]] = deque()
     in_flight = 0
     pool: ThreadPoolExecutor | None = None
     try:
-        for place, row in islice(part.read(), rows):
-            try:
-                chat: Chat | BadRow = to_chat(row, row_format)
-            except BadRow as bad:
-                chat = bad
-            del row  # its embedded bytes are in the chat
+        for place, chat in rows:
             raw = chat.raw if isinstance(chat, Chat) else ()
             if not raw and not pending:
                 yield place, chat, []
@@ -182,23 +216,24 @@ def read_chats(part: Part, row_format: RowFormat, folder: ImageFolder, rows: int
             while in_flight > 2 * threads or len(pending) > 1024:
                 first = pending.popleft()
                 in_flight -= len(first[2])
-                yield _item(*first)
+                yield first[0], first[1], _results(first[2])
                 del first
         while pending:
-            yield _item(*pending.popleft())
+            first = pending.popleft()
+            yield first[0], first[1], _results(first[2])
     finally:
         if pool is not None:
             pool.shutdown(cancel_futures=True)
 
 
-def _item(place: str, chat: Chat | BadRow, futures: list[Future[Seen]]) -> Item:
-    seen: list[Seen | BadImage] = []
+def _results(futures: Sequence[Future[ImageRef]]) -> Seen:
+    seen: Seen = []
     for future in futures:
         try:
             seen.append(future.result())
         except BadImage as bad:
             seen.append(bad)
-    return place, replace(chat, raw=()) if isinstance(chat, Chat) and futures else chat, seen
+    return seen
 
 
 def image_threads() -> int:
@@ -206,20 +241,18 @@ def image_threads() -> int:
     return min(16, os.cpu_count() or 1)
 
 
-def usable(chat: Chat | BadRow, seen: Sequence[Seen | BadImage], store: ImageFile | None = None) -> Chat:
-    """The chat with references to its images, the embedded ones written into ``store``.
+def usable(chat: Chat | BadRow, seen: Seen) -> Chat:
+    """The chat with references to its images.
 
     Raises:
         BadRow: The row, or one of its images, cannot be used.
     """
     if isinstance(chat, BadRow):
         raise chat
+    refs = []
     for index, item in enumerate(seen):
         if isinstance(item, BadImage):
             which = f"image {index + 1} of {len(seen)}" if len(seen) > 1 else "its image"
             raise BadRow(item.reason, f"{which}: {item.detail}")
-    found = [item for item in seen if not isinstance(item, BadImage)]
-    return replace(
-        chat,
-        images=tuple(store.add(ref, data) if store is not None and data is not None else ref for ref, data in found),
-    )
+        refs.append(item)
+    return replace(chat, images=tuple(refs), raw=()) if refs else chat

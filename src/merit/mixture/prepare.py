@@ -11,8 +11,9 @@ from __future__ import annotations
 import shutil
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,7 +54,8 @@ def prepare_mixture(
         recipe: The recipe; its paths are absolute or hub ids.
         tokenizer: The base's fast tokenizer, chat template set.
         folder: Where the stage's files go; made if absent.
-        progress: Called as ``progress(done, total, name)`` before every dataset.
+        progress: Called as ``progress(done, total, name)`` before every dataset, and with fractions while images are
+            looked at.
 
     Returns:
         The mixture's counts, in recipe order (also in ``datasets.json``).
@@ -73,7 +75,9 @@ def prepare_mixture(
     try:
         for number, source in enumerate([*sources, *kept]):
             if progress:
-                progress(number, len(sources) + len(kept), source.name)
+                total = len(sources) + len(kept)
+                progress(number, total, source.name)
+                stage.tick = partial(_share, progress, number, total, source.name)
             if source.train is None:
                 kept_counts.append(stage.kept_set(source, unfinished))
             elif isinstance(entry := stage.dataset(source, unfinished), DatasetCounts):
@@ -124,6 +128,7 @@ class _Stage:
         self.tokenizer = tokenizer
         self.max_length = min(recipe.train.max_length, tokenizer.model_max_length or recipe.train.max_length)
         self.encoder = ChatEncoder(tokenizer, self.max_length)
+        self.tick: Callable[[float], None] = lambda share: None
         self.seeing = None if self.encoder.images is None else self.encoder.images.settings
 
     def description(self) -> dict[str, Any]:
@@ -256,10 +261,12 @@ class _Stage:
         looked, targets = 0, 0
         while looked < len(order) and not _reached(len(used), targets, samples, tokens):
             chunk = order[looked : looked + _CHUNK]
-            with_images = any(chats[i].raw for i in chunk)
-            if with_images:
-                chunk = chunk[:_CHUNK_OF_IMAGES]
-            bad_images = self._open_images(source, found, chunk, folder) if with_images else {}
+            bad_images = {}
+            if any(chats[i].raw for i in chunk):
+                chunk = chunk[: min(_CHUNK_OF_IMAGES, samples - len(used) if samples is not None else _CHUNK)]
+                bad_images = self._open_images(source, found, chunk, folder)
+                if source.train is not None:
+                    self.tick(looked / len(order))
             good = [i for i in chunk if i not in bad_images]
             encoded = dict(zip(good, self.encoder.encode([chats[i] for i in good]), strict=True))
             for index in chunk:
@@ -278,12 +285,10 @@ class _Stage:
         seen = [chats[i] for i in sorted(order[:looked])]
         return _Part([row for _, row in used], [chats[i] for i, _ in used], seen, dropped, len(order) - looked)
 
-    def _open_images(
-        self, source: Source, found: _Chats, indices: Sequence[int], folder: ImageFolder
-    ) -> dict[int, str]:
+    def _open_images(self, source: Source, found: _Chats, indices: np.ndarray, folder: ImageFolder) -> dict[int, str]:
         """Look at the images of some chats, in place; why a row cannot be used, by index."""
         bad_images = {}
-        rows = ((found.places[i], found.chats[i]) for i in indices)
+        rows: Iterator[tuple[str, Chat | BadRow]] = ((found.places[i], found.chats[i]) for i in indices)
         for index, (place, chat, seen) in zip(indices, look_at_images(rows, folder), strict=True):
             try:
                 found.chats[index] = usable(chat, seen)
@@ -422,6 +427,10 @@ class _Part:
             place = lambda ref: replace(ref, offset=moved[ref.digest]) if ref.file == store.name else ref  # noqa: E731
             self.rows = [replace(row, images=tuple(map(place, row.images))) if row.images else row for row in self.rows]
         return store.size
+
+
+def _share(progress: Callable[..., None], number: int, total: int, name: str, share: float) -> None:
+    progress(number + share, total, name)
 
 
 def _reached(rows: int, targets: int, samples: int | None, tokens: int | None) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 from merit.errors import MixtureError, nearest
 from merit.mixture.formats import BadRow, RowFormat, describe_formats, recognise, refuse_surrogates
-from merit.mixture.image_store import ImageFolder, read_chats, usable
+from merit.mixture.image_store import ImageFolder, look_at_images, read_chats, usable
 from merit.mixture.reading import Part
 from merit.recipe import DataFormat, DatasetSettings, EvaluateSettings, MixtureSettings, Recipe
 
@@ -137,7 +137,7 @@ def check_sources(recipe: Recipe, rows: int | None = 8) -> list[SourceSummary]:
                 continue
             formats.append(source.recognise(part))
             folder = ImageFolder(part, source.images, recipe.mixture.images)
-            for place, chat, seen in read_chats(part, formats[-1], folder, rows):
+            for place, chat, seen in look_at_images(read_chats(part, formats[-1], rows), folder):
                 first_image = first_image or (place if seen else None)
                 try:
                     usable(chat, seen)
