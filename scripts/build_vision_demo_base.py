@@ -2,10 +2,10 @@
 
 The base is a LLaVA: a small CLIP vision encoder, a two-layer projector and a small Qwen2 language model, 1.5M parameters
 in bfloat16. It is made in two stages, on pictures that no test ever uses. First the vision encoder alone learns, as an
-image classifier with heads that are thrown away, what is where in a picture. Then all parts together learn thirteen
-skills (`merit.demo.vision.mixture.BASE_STYLE`), answered by a full friendly sentence unless the question begins with
-"Briefly:". Same arguments, thread count and versions give the same bytes. It does not fine-tune and knows nothing of the
-mixture.
+image classifier with heads that are thrown away, what is where in a picture. Then projector and language model learn
+thirteen skills (`merit.demo.vision.mixture.BASE_STYLE`), answered by a full friendly sentence unless the question begins
+with "Briefly:". Same arguments, thread count and versions give the same bytes. It does not fine-tune and knows nothing
+of the mixture.
 
 Example:
     python scripts/build_vision_demo_base.py --output src/merit/demo/vision/base
@@ -195,92 +195,102 @@ def encode(tokenizer: Any, examples: list[Example], rng: random.Random) -> dict[
 
 
 class Heads(nn.Module):
-    """What stage 1 asks of the patches (B, 36, C): classes per third, per half and of the whole picture."""
+    """What stage 1 asks of the patches (B, 36, C): classes of each third, and of the picture from the patches' mean.
+
+    A picture's own heads make every patch carry what the questions will be about, its place included.
+    """
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(hidden)
-        sizes = {
-            "cell shape": len(SHAPES) + 1,
-            "cell colour": len(COLOURS) + 1,
-            "half shape": len(SHAPES),
-            "size": 2,
-            "count": 7,
-            "digit": 10,
-            "highest": len(COLOURS),
-            "largest": len(COLOURS),
-            "trend": len(TRENDS),
-        }
+        shapes, colours = len(SHAPES), len(COLOURS)
+        sizes = {"cell shape": shapes + 1, "cell colour": colours + 1, "shape": shapes, "colour": colours, "size": 2}
+        sizes |= {"place": 9, "leftmost": shapes, "rightmost": shapes, "count": 7, "digit": 10, "highest": colours}
+        sizes |= {"largest": colours, "trend": len(TRENDS)}
         self.heads = nn.ModuleDict({name: nn.Linear(hidden, size) for name, size in sizes.items()})
 
-    def forward(self, patches: torch.Tensor, scenes: list[str], cases: list[Case]) -> torch.Tensor:
-        """Mean cross-entropy of all questions that the cases answer."""
+    def forward(self, patches: torch.Tensor, scenes: list[str], cases: list[Case]) -> dict[str, torch.Tensor]:
+        """Cross-entropy of every question that some case answers, and under "... right" the share answered rightly."""
         grid = self.norm(patches).unflatten(1, (SIZE // PATCH, SIZE // PATCH))
-        views = {
-            "cell": grid.unflatten(1, (3, 2)).unflatten(3, (3, 2)).mean((2, 4)).flatten(1, 2),
-            "half": grid.unflatten(2, (2, 3)).mean((1, 3)),
-            "": grid.mean((1, 2)).unsqueeze(1),
-        }
-        losses = []
+        cells = grid.unflatten(1, (3, 2)).unflatten(3, (3, 2)).mean((2, 4)).flatten(1, 2)
+        whole = grid.mean((1, 2)).unsqueeze(1)
+        found = {}
         for name, head in self.heads.items():
             labels = [label(name, scene, case) for scene, case in zip(scenes, cases, strict=True)]
             asked = [index for index, classes in enumerate(labels) if classes]
             if asked:
-                logits = head(views[name.split()[0] if " " in name else ""][asked])
-                classes = torch.tensor([labels[index] for index in asked])
-                losses.append(nn.functional.cross_entropy(logits.flatten(0, 1), classes.flatten()))
-        return torch.stack(losses).mean()
+                logits = head((cells if name.startswith("cell ") else whole)[asked]).flatten(0, 1)
+                classes = torch.tensor([labels[index] for index in asked]).flatten()
+                found[name] = nn.functional.cross_entropy(logits, classes)
+                found[f"{name} right"] = (logits.argmax(1) == classes).float().mean()
+        return found
 
 
 def label(name: str, scene: str, case: Case) -> list[int] | None:
-    """The classes of one case for one head (one per cell, half or picture); None where the head does not apply."""
+    """The classes of one case for one head (one per cell, or one); None where the head does not apply."""
     colours = list(COLOURS)
-    if scene in ("one", "many") and name.startswith("cell"):
+    if scene in ("one", "many") and name.startswith("cell "):
         cells = case["cells"] if scene == "many" else [case["cell"]]
-        plural = {"cell shape": "shapes", "cell colour": "colours"}[name]
-        values = case[plural] if scene == "many" else [case[plural[:-1]]]
-        classes = SHAPES if plural == "shapes" else colours
+        single = name.removeprefix("cell ")
+        values = case[f"{single}s"] if scene == "many" else [case[single]]
+        classes = SHAPES if single == "shape" else colours
         filled = dict(zip(cells, values, strict=True))
         return [classes.index(filled[cell]) + 1 if cell in filled else 0 for cell in range(9)]
     table = {
-        ("beside", "half shape"): lambda: [SHAPES.index(shape) for shape in case["shapes"]],
-        ("one", "size"): lambda: [int(case["size"] == "large")],
-        ("many", "count"): lambda: [len(case["cells"])],
-        ("digit", "digit"): lambda: [case["digit"]],
-        ("bars", "highest"): lambda: [colours.index(case["colours"][case["levels"].index(max(case["levels"]))])],
-        ("pie", "largest"): lambda: [colours.index(case["colours"][case["shares"].index(max(case["shares"]))])],
-        ("line", "trend"): lambda: [TRENDS.index(case["trend"])],
+        ("one", "shape"): lambda: SHAPES.index(case["shape"]),
+        ("one", "colour"): lambda: colours.index(case["colour"]),
+        ("one", "size"): lambda: int(case["size"] == "large"),
+        ("one", "place"): lambda: case["cell"],
+        ("beside", "leftmost"): lambda: SHAPES.index(case["shapes"][0]),
+        ("beside", "rightmost"): lambda: SHAPES.index(case["shapes"][1]),
+        ("many", "count"): lambda: len(case["cells"]),
+        ("digit", "digit"): lambda: case["digit"],
+        ("bars", "highest"): lambda: colours.index(case["colours"][case["levels"].index(max(case["levels"]))]),
+        ("pie", "largest"): lambda: colours.index(case["colours"][case["shares"].index(max(case["shares"]))]),
+        ("line", "trend"): lambda: TRENDS.index(case["trend"]),
     }
-    return table[scene, name]() if (scene, name) in table else None
+    return [table[scene, name]()] if (scene, name) in table else None
 
 
-def train_vision(model: LlavaForConditionalGeneration, args: argparse.Namespace) -> float:
-    """Stage 1. Returns the running loss at its end."""
+def ask(tower: Any, heads: Heads, rng: random.Random, count: int, *, test: bool) -> dict[str, torch.Tensor]:
+    """Draw ``count`` pictures and answer for them."""
+    scenes = rng.choices([name for name, scene in SCENES.items() if scene.paint], k=count)
+    cases = [draw_case(scene, rng, test=test) for scene in scenes]
+    pictures = [paint(scene, case, rng) for scene, case in zip(scenes, cases, strict=True)]
+    found: dict[str, torch.Tensor] = heads(tower(pixel_values=pixels(pictures)).last_hidden_state[:, 1:], scenes, cases)
+    return found
+
+
+def train_vision(model: LlavaForConditionalGeneration, args: argparse.Namespace) -> dict[str, float]:
+    """Stage 1. Returns the accuracy of every head on held-out cases."""
     tower, heads = model.model.vision_tower, Heads(args.hidden)
     optimizers = [*make_optimizers(tower, args.learning_rate), torch.optim.AdamW(heads.parameters())]
     parameters = [*tower.parameters(), *heads.parameters()]
     rng = random.Random(f"{args.seed}/stage 1")
-    visible = [name for name, scene in SCENES.items() if scene.paint]
     running, start = 0.0, time.perf_counter()
     for step in range(args.vision_steps):
-        scenes = rng.choices(visible, k=args.vision_batch_size)
-        cases = [draw_case(scene, rng, test=False) for scene in scenes]
-        pictures = [paint(scene, case, rng) for scene, case in zip(scenes, cases, strict=True)]
-        patches = tower(pixel_values=pixels(pictures)).last_hidden_state[:, 1:]
-        loss = heads(patches, scenes, cases)
+        found = ask(tower, heads, rng, args.vision_batch_size, test=False)
+        loss = torch.stack([value for name, value in found.items() if not name.endswith(" right")]).mean()
         update(loss, optimizers, parameters, step, args.vision_steps, args.learning_rate)
         running = 0.98 * running + 0.02 * loss.item()
         if (step + 1) % 100 == 0:
             average = running / (1 - 0.98 ** (step + 1))
             print(f"stage 1 step {step + 1} loss {average:.4f} {time.perf_counter() - start:.0f} s", flush=True)
-    return running
+    with torch.no_grad():
+        found = ask(tower, heads, rng, 1000, test=True)
+    right = {name.removesuffix(" right"): round(value.item(), 3) for name, value in found.items() if " right" in name}
+    print(right, flush=True)
+    return right
 
 
-# ---- stage 2: everything --------------------------------------------------------------------------------------------
+# ---- stage 2: the rest ----------------------------------------------------------------------------------------------
 
 
-def train_all(model: LlavaForConditionalGeneration, tokenizer: Any, args: argparse.Namespace) -> tuple[float, int, int]:
+def train_answers(
+    model: LlavaForConditionalGeneration, tokenizer: Any, args: argparse.Namespace
+) -> tuple[float, int, int]:
     """Stage 2. Returns the running loss at its end, and the numbers of questions and of target tokens."""
+    model.model.vision_tower.requires_grad_(False)
     optimizers = make_optimizers(model, args.learning_rate)
     stream, rng = base_stream(args.seed), random.Random(f"{args.seed}/stage 2")
     running, questions, targets, start = 0.0, 0, 0, time.perf_counter()
@@ -288,7 +298,9 @@ def train_all(model: LlavaForConditionalGeneration, tokenizer: Any, args: argpar
         examples = list(islice(stream, args.batch_size))
         inputs = encode(tokenizer, examples, rng)
         loss = model(**inputs).loss
-        update(loss, optimizers, list(model.parameters()), step, args.steps, args.learning_rate)
+        update(
+            loss, optimizers, [p for p in model.parameters() if p.requires_grad], step, args.steps, args.learning_rate
+        )
         questions += sum(len(example.turns) for example in examples)
         targets += int((inputs["labels"] != IGNORED).sum())
         running = 0.98 * running + 0.02 * loss.item()
@@ -365,8 +377,8 @@ def pretrain(args: argparse.Namespace) -> None:
     model = make_model(tokenizer, args.hidden, args.layers)
     model.train()
     start = time.perf_counter()
-    vision_loss = train_vision(model, args)
-    loss, questions, targets = train_all(model, tokenizer, args)
+    heads = train_vision(model, args)
+    loss, questions, targets = train_answers(model, tokenizer, args)
     seconds = time.perf_counter() - start
     save(model, tokenizer, args.output)
     reloaded = AutoModelForImageTextToText.from_pretrained(args.output, dtype=torch.float32)
@@ -382,7 +394,7 @@ def pretrain(args: argparse.Namespace) -> None:
         "parameters_by_role": {
             role: sum(p.numel() for p in getattr(model.model, name).parameters()) for role, name in roles.items()
         },
-        "stage_1": {"pictures": args.vision_steps * args.vision_batch_size, "final_loss": round(vision_loss, 4)},
+        "stage_1": {"pictures": args.vision_steps * args.vision_batch_size, "heldout_accuracy_of_the_heads": heads},
         "stage_2": {
             "conversations": args.steps * args.batch_size,
             "questions": questions,
@@ -422,7 +434,7 @@ and knows nothing else. It exists so that `merit demo --vision` can run offline;
 
 - Stage 1, the vision encoder alone as a classifier whose heads are thrown away:
   {record["stage_1"]["pictures"]:,} generated pictures.
-- Stage 2, all parts: {record["stage_2"]["conversations"]:,} generated conversations with
+- Stage 2, projector and language model: {record["stage_2"]["conversations"]:,} generated conversations with
   {record["stage_2"]["questions"]:,} questions ({record["stage_2"]["target_tokens"]:,} target tokens),
   `merit.demo.vision.mixture.base_stream({record["seed"]})`. The loss is on the answers only.
   One case in eight was held out for good, among them one in eight of scikit-learn's handwritten digits.
