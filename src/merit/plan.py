@@ -177,6 +177,7 @@ def make_plan(
     Raises:
         UserError: The first thing that is wrong.
     """
+    from merit.mixture.sources import refuse_images
     from merit.train import check_trainer_options
 
     notes: list[str] = []
@@ -209,6 +210,8 @@ def make_plan(
     if base is not None and sizes is not None:
         weights = weigh(recipe, base, sizes)
         _check_length(recipe, base, "train.max_length")
+        if base.family is None:
+            refuse_images(summaries)
         if base.folder.is_dir() and tokenizer().merit_template == "default":
             notes.append(
                 "the base has no chat template; a plain default one is used, and carried along into the merged model "
@@ -286,7 +289,8 @@ def _stated_steps(recipe: Recipe) -> int | None:
     """Optimizer steps of joint training at most, where a budget states every dataset's rows."""
     budgets = [item.samples or recipe.mixture.samples for item in recipe.mixture.datasets or []]
     rows = [budget for budget in budgets if budget is not None]
-    if not rows or len(rows) < len(budgets):
+    cut = any(item.split_by for item in recipe.mixture.datasets or [])  # into nobody knows how many
+    if not rows or cut or len(rows) < len(budgets):
         return None
     return math.ceil(recipe.train.epochs * math.ceil(sum(rows) / recipe.train.batch_size))
 

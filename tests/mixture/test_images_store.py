@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from merit.errors import MixtureError
 from merit.images import digest, read_image
@@ -21,6 +22,8 @@ from merit.mixture.formats import to_chat
 from merit.mixture.image_check import check_images
 from merit.mixture.image_store import ImageFolder, image_threads, look_at_images, read_chats
 from merit.mixture.sources import check_sources, discover
+from merit.models import BaseInfo
+from merit.plan import make_plan
 
 IMAGE_COLUMN = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -425,6 +428,13 @@ def test_a_text_only_base_refuses_rows_with_images(recipe, byte_level, tmp_path)
         prepare_mixture(recipe({**listed(path), **drop}), byte_level, tmp_path / "out")
     [summary] = check_sources(recipe(listed(path)))
     assert summary.first_image == f"{path}, line 2"
+    settings = recipe({**listed(path), **drop}, split={"method": "joint"})
+    facts = {"model_type": "llama", "architecture": "LlamaForCausalLM", "parameters": 10, "dtypes": {"w": "F32"}}
+    base = BaseInfo(folder=tmp_path / "base", context=4096, **facts)
+    base.folder.mkdir()
+    save_file({"w": np.zeros(10, np.float32)}, base.folder / "model.safetensors")
+    with pytest.raises(MixtureError, match=r"Dataset d: .*line 2: the row has images, but the base .*text-only"):
+        make_plan(settings, tmp_path / "run", base=base, tokenizer=lambda: None)
 
 
 def test_text_rows_are_fine_for_a_base_that_sees(recipe, seeing, tmp_path):
