@@ -19,7 +19,7 @@ from merit.errors import RecipeError, nearest
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=120)]
 SplitMethod = Literal["pca", "raw_pca", "random", "kmeans", "conflict_induced", "joint"]
-DataFormat = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "cauldron"]
+DataFormat = Literal["auto", "messages", "prompt_completion", "alpaca", "flan", "sharegpt", "cauldron"]
 
 
 class Settings(BaseModel):
@@ -81,6 +81,8 @@ class DatasetSettings(Settings):
     """Held-out rows in the same form; without it the dataset is trained on but not scored."""
     format: DataFormat = "auto"
     """Row format; auto recognises it from the columns and says which it found."""
+    split_by: str | None = None
+    """Column that cuts this source into datasets of its own, one per value, named NAME.VALUE; budgets hold for each."""
     subset: str | None = None
     """Configuration name of a hub dataset."""
     split: str = "train"

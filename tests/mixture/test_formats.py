@@ -16,6 +16,7 @@ def pairs(chat):
             [("user", "q"), ("assistant", "a")],
         ),
         ({"prompt": "q", "completion": "a"}, "prompt_completion", [("user", "q"), ("assistant", "a")]),
+        ({"inputs": "q", "targets": "a", "task": "t"}, "flan", [("user", "q"), ("assistant", "a")]),
         ({"instruction": "q", "output": "a"}, "alpaca", [("user", "q"), ("assistant", "a")]),
         ({"instruction": "q", "input": "x", "output": "a"}, "alpaca", [("user", "q\n\nx"), ("assistant", "a")]),
         ({"instruction": "q", "input": "", "output": "a"}, "alpaca", [("user", "q"), ("assistant", "a")]),

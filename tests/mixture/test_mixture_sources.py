@@ -185,6 +185,18 @@ def test_one_file_is_cut_by_a_column(recipe, tmp_path):
     ]
 
 
+def test_a_listed_dataset_is_cut_by_a_column(recipe, tmp_path):
+    whole = {"name": "all", "path": lines(tmp_path / "all.jsonl", [{"task": t, **ROW} for t in ("b", "a b", "b")])}
+    whole |= {"test": lines(tmp_path / "test.jsonl", [{"task": "b", **ROW}]), "split_by": "task", "samples": 7}
+    other = {"name": "other", "path": lines(tmp_path / "other.jsonl", [ROW])}
+    sources = discover(recipe({"datasets": [whole, other], "samples": 5}).mixture)
+    assert [(s.name, len(read(s.train)), s.test is not None, s.samples) for s in sources] == [
+        ("all.a_b", 1, False, 7),
+        ("all.b", 2, True, 7),
+        ("other", 1, False, 5),
+    ]
+
+
 def test_kept_sets_use_their_test_rows(recipe, tmp_path):
     lines(tmp_path / "k" / "x" / "test.jsonl", [ROW])
     path = lines(tmp_path / "y.jsonl", [ROW, ROW])

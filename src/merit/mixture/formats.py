@@ -1,8 +1,8 @@
 """Row formats: recognise the common ones and turn a row into one chat form, its images in their places.
 
-It covers ``messages``, ``prompt_completion``, ``alpaca``, ``sharegpt`` (LLaVA's form too) and ``cauldron`` rows. It reads
-no file, opens no image, knows no tokenizer, and says only what is wrong with a row (:class:`BadRow`), never where it stands;
-the caller knows that.
+It covers ``messages``, ``prompt_completion``, ``alpaca``, ``flan``, ``sharegpt`` (LLaVA's form too) and ``cauldron`` rows.
+It reads no file, opens no image, knows no tokenizer, and says only what is wrong with a row (:class:`BadRow`), never where
+it stands; the caller knows that.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from merit.errors import nearest
 from merit.images import ImageRef
 from merit.mixture.row_images import BadRow, RawImage, raw_image, row_images
 
-RowFormat = Literal["messages", "prompt_completion", "alpaca", "sharegpt", "cauldron"]
+RowFormat = Literal["messages", "prompt_completion", "alpaca", "flan", "sharegpt", "cauldron"]
 Message = dict[str, str]
 
 IMAGE = "\ufffc"
@@ -33,6 +33,7 @@ COLUMNS: dict[RowFormat, tuple[str, ...]] = {
     "cauldron": ("texts", "images"),
     "prompt_completion": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
+    "flan": ("inputs", "targets"),
 }
 """The columns that a format must have. Where a row fits several, the first here is taken."""
 
@@ -112,6 +113,10 @@ def to_chat(row: Any, row_format: RowFormat) -> Chat:
         if extra is not None and _text(extra, "input").strip():
             question = f"{question}\n\n{extra}" if question.strip() else extra
         turns = [_Turn("user", [question]), _Turn("assistant", [_text(row.get("output"), "output")])]
+    elif row_format == "flan":
+        turns = [
+            _Turn(role, [_text(row.get(key), key)]) for role, key in (("user", "inputs"), ("assistant", "targets"))
+        ]
     elif row_format == "prompt_completion":
         prompt, completion = row.get("prompt"), row.get("completion")
         before = (

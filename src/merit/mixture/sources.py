@@ -91,11 +91,15 @@ def discover(mixture: MixtureSettings) -> list[Source]:
             matches nothing.
     """
     if mixture.datasets is not None:
-        sources = [_listed(item) for item in mixture.datasets]
+        sources = [source for item in mixture.datasets for source in _listed(item)]
     elif mixture.folder is not None:
         sources = _from_folder(Path(mixture.folder), mixture.format, "mixture.folder", mixture.include, mixture.exclude)
     else:
-        sources = _from_column(mixture)
+        assert mixture.path is not None
+        assert mixture.split_by is not None
+        train = _part(mixture.path, "mixture.path", None, "train", stem="train")
+        test = _part(mixture.test, "mixture.test", None, "test", stem="test") if mixture.test else None
+        sources = _from_column(train, test, mixture.split_by, mixture.format)
     sources = _select(sources, mixture)
     _refuse_twins([source.name for source in sources])
     sources = [replace(source, images=source.images or mixture.images.folder) for source in sources]
@@ -109,7 +113,8 @@ def discover_kept(evaluate: EvaluateSettings) -> list[Source]:
     """The datasets that only evaluation reads: what the base is already good at. Their rows are the ``test`` part."""
     sources = [
         replace(source, train=None, test=source.test or source.train)
-        for source in (_listed(item, key="evaluate.kept") for item in evaluate.kept)
+        for item in evaluate.kept
+        for source in _listed(item, key="evaluate.kept")
     ]
     if evaluate.kept_folder is not None:
         sources += _from_folder(Path(evaluate.kept_folder), "auto", "evaluate.kept_folder", kept=True)
@@ -206,7 +211,7 @@ def images_without_sight(name: str, place: str) -> MixtureError:
 # -- finding ----------------------------------------------------------------------------------------------------------
 
 
-def _listed(item: DatasetSettings, key: str = "mixture.datasets") -> Source:
+def _listed(item: DatasetSettings, key: str = "mixture.datasets") -> list[Source]:
     where = f"{key}: {item.name}"
     train = _part(item.path, where, item.subset, item.split, stem="train")
     test = None
@@ -215,7 +220,11 @@ def _listed(item: DatasetSettings, key: str = "mixture.datasets") -> Source:
     elif (folder := Path(item.path)).is_dir() and _stem_files(folder, "train"):
         files = _stem_files(folder, "test")
         test = Part(str(folder), tuple(files), folder=folder) if files else None
-    return Source(item.name, train, test, item.format, item.samples, item.tokens, item.images)
+    own = Source(item.name, train, test, item.format, item.samples, item.tokens, item.images)
+    if item.split_by is None:
+        return [own]
+    cut = _from_column(train, test, item.split_by, item.format)
+    return [replace(own, name=f"{item.name}.{source.name}", train=source.train, test=source.test) for source in cut]
 
 
 def _part(text: str, where: str, subset: str | None, split: str, stem: str) -> Part:
@@ -283,16 +292,13 @@ def _from_folder(
     return sources
 
 
-def _from_column(mixture: MixtureSettings) -> list[Source]:
-    assert mixture.path is not None
-    assert mixture.split_by is not None
-    column = mixture.split_by
-    train = _groups(_part(mixture.path, "mixture.path", None, "train", stem="train"), column)
-    test = _groups(_part(mixture.test, "mixture.test", None, "test", stem="test"), column) if mixture.test else {}
+def _from_column(whole: Part, held_out: Part | None, column: str, row_format: DataFormat) -> list[Source]:
+    train = _groups(whole, column)
+    test = _groups(held_out, column) if held_out else {}
     strangers = sorted(set(test) - set(train))
     if strangers:
         raise MixtureError(
-            f"mixture.test has {column} {strangers[0]!r}, which mixture.path does not have."
+            f"{held_out.where if held_out else ''} has {column} {strangers[0]!r}, which {whole.where} does not have."
             f"{nearest(strangers[0], list(train))}"
         )
     names: dict[str, str] = {}
@@ -300,16 +306,16 @@ def _from_column(mixture: MixtureSettings) -> list[Source]:
         name = re.sub(r"[^A-Za-z0-9._+-]", "_", value)
         if not _NAME.fullmatch(name):
             raise MixtureError(
-                f"{mixture.path}: {column} {value!r} cannot be a dataset name (as {name!r}): it must begin with a letter or "
+                f"{whole.where}: {column} {value!r} cannot be a dataset name (as {name!r}): it must begin with a letter or "
                 "digit and have at most 120 characters."
             )
         if name in names:
             raise MixtureError(
-                f"{mixture.path}: {column} {names[name]!r} and {value!r} would both be named {name!r}.",
+                f"{whole.where}: {column} {names[name]!r} and {value!r} would both be named {name!r}.",
                 "Names hold letters, digits and . _ + - only, other characters become _; rename one of the two.",
             )
         names[name] = value
-    return [Source(name, train[value], test.get(value), mixture.format) for name, value in names.items()]
+    return [Source(name, train[value], test.get(value), row_format) for name, value in names.items()]
 
 
 def _groups(part: Part, column: str) -> dict[str, Part]:
