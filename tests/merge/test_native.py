@@ -95,6 +95,13 @@ def test_no_place_to_keep_it_no_kernel(cache):
     assert not native.available()
 
 
+def test_without_a_home_nothing_is_made(cache, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", "somewhere")
+    monkeypatch.chdir(tmp_path)
+    assert not native.available()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_cache_that_others_may_write_is_not_trusted(cache):
     cache.mkdir(parents=True)
     cache.chmod(0o777)

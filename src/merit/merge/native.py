@@ -11,11 +11,8 @@ import ctypes
 import functools
 import hashlib
 import os
-import platform
 import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -107,6 +104,8 @@ def load() -> Function | None:
 
 @functools.cache
 def _load(folder: Path) -> Function | None:
+    if not folder.is_absolute():
+        return None  # no home
     try:
         path = folder / f"kernel-{_key()}.so"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -117,7 +116,7 @@ def _load(folder: Path) -> Function | None:
         if not path.exists() and not _compile(path):
             return None
         function = ctypes.CDLL(str(path)).merit_combine
-    except (OSError, AttributeError, subprocess.SubprocessError):
+    except (OSError, AttributeError):
         return None
     function.restype = ctypes.c_int64
     function.argtypes = [ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 3]
@@ -135,35 +134,33 @@ def _key() -> str:
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
         cpu = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    parts = (_SOURCE.read_text(), str(_FLAGS), sys.platform, platform.machine(), cpu)
+    machine = os.uname().machine if hasattr(os, "uname") else ""
+    parts = (_SOURCE.read_text(), str(_FLAGS), sys.platform, machine, cpu)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
 
 def _compile(path: Path) -> bool:
+    import subprocess
+    import tempfile
+
+    def runs(*command: str) -> bool:
+        try:
+            quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            return subprocess.run(command, **quiet, timeout=_SECONDS, check=False).returncode == 0  # type: ignore[call-overload]
+        except subprocess.TimeoutExpired:
+            return False
+
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
-    if compiler is None or (sys.platform == "darwin" and subprocess.run(["xcode-select", "-p"], **_QUIET).returncode):
+    if compiler is None or (sys.platform == "darwin" and not runs("xcode-select", "-p")):
         return False  # Apple's cc without its tools would open a window that offers them
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         made = Path(scratch) / path.name
+        always = ("-fno-strict-aliasing", "-shared", "-fPIC", "-o", str(made), str(_SOURCE), "-lm")
         for flags in _FLAGS:
-            command = [
-                compiler,
-                *flags,
-                "-fno-strict-aliasing",
-                "-shared",
-                "-fPIC",
-                "-o",
-                str(made),
-                str(_SOURCE),
-                "-lm",
-            ]
-            if subprocess.run(command, **_QUIET).returncode == 0:
+            if runs(compiler, *flags, *always):
                 made.replace(path)  # whole or not at all, whoever else compiles it now
                 return True
     return False
-
-
-_QUIET: dict = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": _SECONDS, "check": False}
 
 
 def _sound(function: Function) -> bool:

@@ -35,7 +35,7 @@ from merit.checkpoint import (
 )
 from merit.dtypes import BLOCK
 from merit.errors import CheckpointError, MergeError, ResourceError
-from merit.merge import card
+from merit.merge import card, native
 from merit.merge.arithmetic import NonFiniteError
 from merit.merge.plan import (
     Extra,
@@ -151,6 +151,8 @@ class _Run:
             entries = TrimmedEntries(self.reader, plan, self.statistics) if "block" in kinds else None
         except NonFiniteError as error:
             raise self._not_finite(str(error.tensor), "", error.source) from None
+        if "linear" in kinds:
+            native.load()  # compiled here at the first time, not by every thread
         with nullcontext() if kinds <= {"linear", "exact"} else _one_blas_thread():
             files = {file.name: self._write_file(file, entries) for file in plan.files}
         inputs = self._input_fingerprints()
