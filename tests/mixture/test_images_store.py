@@ -21,7 +21,7 @@ from merit.mixture.fingerprint import source_fingerprints
 from merit.mixture.formats import to_chat
 from merit.mixture.image_check import check_images
 from merit.mixture.image_store import ImageFolder, image_threads, look_at_images, read_chats
-from merit.mixture.sources import check_sources, discover
+from merit.mixture.sources import _groups, check_sources, discover
 from merit.models import BaseInfo
 from merit.plan import make_plan
 
@@ -318,6 +318,16 @@ def test_hub_rows_come_undecoded(recipe, tmp_path, monkeypatch):
     rows = [row for _, row in part.read()]
     assert [[item["bytes"] for item in row["images"]] for row in rows] == [[one, broken], [one]]
     assert to_chat(rows[0], "prompt_completion").raw == (one, broken)
+    assert part.count() == 2
+    groups = _groups(part, "prompt")
+    assert {value: [place for place, _ in group.read()] for value, group in groups.items()} == {
+        "q 0": [f"{tmp_path / 'hub'} [train], row 1"],
+        "q 1": [f"{tmp_path / 'hub'} [train], row 2"],
+    }
+    assert [row for _, row in groups["q 1"].read()] == rows[1:]
+    assert groups["q 1"].rows is None
+    with pytest.raises(MixtureError, match=r"no column 'propmt'.*'prompt'"):
+        _groups(part, "propmt")
 
 
 def test_image_files_of_hub_datasets_lie_in_its_cache(recipe, tmp_path, monkeypatch):
@@ -538,6 +548,23 @@ def test_a_changed_image_file_changes_its_sources_fingerprint(recipe, tmp_path):
     assert found() == changes[-1]
     assert len({entry["d"] for entry in (first, *changes)}) == 3
     assert all((entry["t"], entry["e"]) == (first["t"], first["e"]) for entry in changes)
+
+
+def test_datasets_cut_by_a_column_follow_their_files(recipe, tmp_path):
+    """Also where the file is a folder's, or a listed dataset's."""
+
+    def prints(mixture):
+        return source_fingerprints(recipe(mixture))
+
+    row = {"prompt": "q", "completion": "a", "task": "t"}
+    folder = tmp_path / "f"
+    mixtures = ({"path": str(folder), "split_by": "task"}, {"path": str(folder / "x.jsonl"), "split_by": "task"})
+    lines(folder / "x.jsonl", [row])
+    before = [prints(mixture) for mixture in mixtures]
+    lines(folder / "x.jsonl", [row | {"completion": "b"}])
+    for mixture, earlier in zip(mixtures, before, strict=True):
+        assert prints(mixture).keys() == earlier.keys() == {"t"}
+        assert prints(mixture) != earlier
 
 
 def test_fingerprints_of_text_mixtures_are_as_before(recipe, tmp_path):

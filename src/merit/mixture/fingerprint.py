@@ -51,8 +51,7 @@ def source_fingerprints(recipe: Recipe, memo: MutableMapping[str, str] | None = 
 def _content(part: Part, source: Source, recipe: Recipe, memo: MutableMapping[str, str]) -> object:
     if part.hub is not None:
         return part.hub
-    files = part.files or tuple(Path(text) for text in (recipe.mixture.path, recipe.mixture.test) if text)
-    files = tuple(file for file in files if file.is_file())
+    files = part.files or part.cut_from
     hashes = [_file_hash(file, memo) for file in files]
     without = json.dumps(["names no image files", part.where, *hashes])
     if without in memo:

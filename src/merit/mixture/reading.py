@@ -10,6 +10,7 @@ no files (:mod:`merit.mixture.sources`) and does not know what a row means.
 from __future__ import annotations
 
 import csv
+import functools
 import glob
 import json
 import logging
@@ -37,7 +38,9 @@ class Part:
         files: Local files, in the order read.
         hub: (id, configuration, split) of a hub dataset.
         rows: Rows read already, each with its place; for datasets cut out of one file.
-        chosen: Instead of ``rows``, where a file may hold images: (Parquet file, row indices from 0, rising).
+        chosen: Instead of ``rows``, where images may be embedded: (Parquet file, or None for the hub dataset; row indices
+            from 0, rising).
+        cut_from: Files that ``rows`` and ``chosen`` are from.
         folder: Folder of the data files; image paths start from it unless the recipe names another.
     """
 
@@ -45,8 +48,9 @@ class Part:
     files: tuple[Path, ...] = ()
     hub: tuple[str, str | None, str] | None = None
     rows: tuple[tuple[str, Any], ...] | None = None
-    chosen: tuple[tuple[Path, tuple[int, ...]], ...] = ()
+    chosen: tuple[tuple[Path | None, tuple[int, ...]], ...] = ()
     folder: Path | None = None
+    cut_from: tuple[Path, ...] = ()
 
     def read(self) -> Iterator[tuple[str, Any]]:
         """Yield (place, row): the place is file and line (or row number, from 1) as an error message needs it.
@@ -56,12 +60,15 @@ class Part:
         """
         if self.rows is not None:
             yield from self.rows
-        elif self.hub is not None:
-            yield from _read_hub(*self.hub)
+        elif self.hub is not None and not self.chosen:
+            yield from _read_hub(self.hub)
         for file in self.files:
             yield from _read_file(file)
-        for file, indices in self.chosen:
-            yield from _read_file(file, indices)
+        for place, indices in self.chosen:
+            if place is not None:
+                yield from _read_file(place, indices)
+            elif self.hub is not None:
+                yield from _read_hub(self.hub, indices)
 
     def count(self) -> int:
         """Number of rows, as cheaply as the file's kind allows; blank lines of JSON Lines count along.
@@ -71,12 +78,12 @@ class Part:
         """
         if self.rows is not None or self.chosen:
             return len(self.rows or ()) + sum(len(indices) for _, indices in self.chosen)
-        if not self.files:
-            return sum(1 for _ in self.read())
+        if self.hub is not None:
+            return _hub_table(*self.hub).num_rows
         return sum(_count(file) for file in self.files)
 
-    def split(self, column: str) -> Iterator[tuple[str, Any, tuple[Path, int] | None]]:
-        """Yield (place, row, None), or (place, {column: value}, (file, index)) for a row that is read again later.
+    def split(self, column: str) -> Iterator[tuple[str, Any, tuple[Path | None, int] | None]]:
+        """Yield (place, row, None), or (place, {column: value}, what ``chosen`` has) for a row that is read again later.
 
         Raises:
             MixtureError: As :meth:`read`.
@@ -88,9 +95,9 @@ class Part:
             else:
                 for place, row in _read_file(file):
                     yield place, row, None
-        if not self.files:
-            for place, row in self.read():
-                yield place, row, None
+        if self.hub is not None:
+            for index, (place, row) in enumerate(_read_hub(self.hub, columns=[column])):
+                yield place, row, (None, index)
 
 
 def _datasets() -> Any:
@@ -275,7 +282,23 @@ def _csv_header(file: Path, header: list[str]) -> list[str]:
     return header
 
 
-def _read_hub(name: str, subset: str | None, split: str) -> Iterator[tuple[str, Any]]:
+def _read_hub(
+    hub: tuple[str, str | None, str], indices: Sequence[int] | None = None, columns: list[str] | None = None
+) -> Iterator[tuple[str, Any]]:
+    """Rows of a hub dataset as they are stored: nothing decodes an image. Maybe some rows or columns only."""
+    table = _hub_table(*hub)
+    known = [column for column in columns or () if column in table.column_names]
+    table = table.select_columns(known) if known else table
+    table = table if indices is None else table.select(indices)
+    batches = table.with_format("arrow").iter(_ROWS_AT_ONCE)
+    rows = (row for batch in batches for row in batch.to_pylist())
+    for index, row in zip(range(table.num_rows) if indices is None else indices, rows, strict=True):
+        yield f"{hub[0]} [{hub[2]}], row {index + 1}", row
+
+
+@functools.lru_cache(maxsize=4)
+def _hub_table(name: str, subset: str | None, split: str) -> Any:
+    """A hub dataset, mapped from its files in the cache; opened once, however many datasets are cut from it."""
     datasets = _datasets()
     if datasets.config.HF_HUB_OFFLINE:
         raise MixtureError(
@@ -283,7 +306,7 @@ def _read_hub(name: str, subset: str | None, split: str) -> Iterator[tuple[str, 
             "Give a path that exists, or go online.",
         )
     try:
-        table = datasets.load_dataset(name, subset, split=split)
+        return datasets.load_dataset(name, subset, split=split)
     except Exception as error:
         first = str(error).strip().split("\n", 1)[0]
         raise MixtureError(
@@ -291,9 +314,6 @@ def _read_hub(name: str, subset: str | None, split: str) -> Iterator[tuple[str, 
             f"{type(error).__name__}: {first}",
             "If a local file was meant: it does not exist.",
         ) from error
-    batches = table.with_format("arrow").iter(_ROWS_AT_ONCE)  # as stored: nothing decodes an image
-    for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):
-        yield f"{name} [{split}], row {number}", row
 
 
 def hub_caches() -> tuple[Path, ...]:

@@ -320,7 +320,7 @@ def _from_column(whole: Part, held_out: Part | None, column: str, row_format: Da
 
 def _groups(part: Part, column: str) -> dict[str, Part]:
     groups: dict[str, list[tuple[str, Any]]] = {}
-    chosen: dict[str, dict[Path, list[int]]] = {}
+    chosen: dict[str, dict[Path | None, list[int]]] = {}
     for place, row, later in part.split(column):
         if not isinstance(row, dict) or column not in row:
             columns = list(row) if isinstance(row, dict) else []
@@ -347,9 +347,11 @@ def _groups(part: Part, column: str) -> dict[str, Part]:
     return {
         value: Part(
             f"{part.where} [{column}={value}]",
+            hub=part.hub,
             rows=tuple(rows) or None,
             chosen=tuple((file, tuple(indices)) for file, indices in chosen.get(value, {}).items()),
             folder=part.folder,
+            cut_from=part.files,
         )
         for value, rows in groups.items()
     }
