@@ -463,3 +463,28 @@ def test_unknown_families_are_named(folder: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(CheckpointError, match="qwen2_5_vl, qwen3_vl, llava"):
         inspect_base(ModelSettings(base=str(tmp_path / "blip")))
+
+
+@pytest.mark.parametrize(
+    ("family", "template"),
+    [
+        ("qwen2_5_vl", "qwen2_5_vl"),
+        ("qwen3_vl", "qwen3_vl"),
+        ("idefics3", "idefics3"),
+        ("smolvlm", "smolvlm"),
+        ("llava", "llava_next"),
+    ],
+)
+def test_the_published_templates(folder: Path, family: str, template: str) -> None:
+    """The real models' chat templates, as TRL ships them: an image each time, and nothing but answers as targets."""
+    import trl
+
+    file = Path(trl.__file__).parent / "chat_templates" / f"{template}.jinja"
+    tokenizer = load_tokenizer(settings(folder, family, chat_template=str(file)))
+    chats = picture_chats(folder / "pictures", 9)
+    for chat, row in zip(chats, ChatEncoder(tokenizer, 512).encode(chats), strict=True):
+        assert isinstance(row, EncodedRow)
+        assert row.images == chat.images
+        text = tokenizer.decode(row.input_ids[row.targets], skip_special_tokens=True)
+        answers = [turn["content"] for turn in chat.messages if turn["role"] == "assistant"]
+        assert text.replace("\n", " ").split() == answers
