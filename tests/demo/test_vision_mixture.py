@@ -13,7 +13,16 @@ from pyarrow import parquet
 from scipy import ndimage
 from sklearn.datasets import load_digits
 
-from merit.demo.vision.mixture import BASE_STYLE, MIXTURE, SKILLS, base_stream, draw_examples, write_kept, write_mixture
+from merit.demo.vision.mixture import (
+    BASE_STYLE,
+    KEPT,
+    MIXTURE,
+    SKILLS,
+    base_stream,
+    draw_examples,
+    write_kept,
+    write_mixture,
+)
 from merit.demo.vision.scenes import COLOURS, SCENES, SHAPES, SIZE, draw_case, held_out, paint
 
 # ---- reading the files back -----------------------------------------------------------------------------------------
@@ -86,7 +95,7 @@ def test_no_picture_and_no_case_stands_on_both_sides(root):
     tests = [
         (name, row) for kind in ("mixture", "kept") for name in (root / kind).iterdir() for row in rows_of(name, "test")
     ]
-    assert len(tests) == 16 * (len(MIXTURE) + len(BASE_STYLE))
+    assert len(tests) == 16 * (len(MIXTURE) + len(KEPT))
     for name, (images, question, _) in tests:
         assert not any(train[key] for key in images or [question]), (name, question)
     for dataset in [*MIXTURE.values(), *BASE_STYLE.values()]:
@@ -256,7 +265,7 @@ ANSWERS = {
     "line_arrow": lambda p, q: ARROWS[line_in(p[0])],
     "two_colours": lambda p, q: " ".join(map(the_colour, p)),
     "text_backwards": lambda p, q: " ".join(q.replace("reverse: ", "").replace(" backwards?", "").split()[::-1]),
-    "text_sum": lambda p, q: str(sum(int(n) for n in q.replace("plus", "+").strip("=? ").split("+"))),
+    "text_middle": lambda p, q: q.replace("Middle of ", "").replace(": the middle one", "").rstrip("?").split()[1],
     "kept_colour": lambda p, q: f"Sure! The shape is {the_colour(p[0])}.",
     "kept_shape": lambda p, q: f"Sure! The shape is a {shape_in(p[0])}.",
     "kept_size": lambda p, q: (
@@ -273,19 +282,19 @@ ANSWERS = {
     "kept_colours": lambda p, q: f"Sure! The first is {the_colour(p[0])} and the second is {the_colour(p[1])}.",
 }
 DIGITS = {"digit_short", "digit_parity", "digit_chat", "kept_digit"}
-WORDS = {"kept_backwards", "kept_sum"}
+WORDS = {"kept_backwards"}
 
 
 def test_every_dataset_is_checked():
-    assert set(ANSWERS) | DIGITS | WORDS == {*MIXTURE, *BASE_STYLE}
+    assert set(ANSWERS) | DIGITS | WORDS == {*MIXTURE, *KEPT}
 
 
 @pytest.mark.parametrize("name", sorted(ANSWERS))
 def test_the_pixels_confirm_the_answers(root, name):
-    kind = "kept" if name in BASE_STYLE else "mixture"
+    kind = "kept" if name in KEPT else "mixture"
     splits = ("test",) if kind == "kept" else ("train", "test")
     for split in splits:
-        for images, question, answer in rows_of(root / kind / name, split):
+        for images, question, answer in islice(rows_of(root / kind / name, split), 80):
             found = ANSWERS[name]([pixels_of(image) for image in images], question)
             assert found == answer, (name, split, question)
 

@@ -29,8 +29,18 @@ from merit.demo.vision.scenes import COLOURS, PLACES, SCENES, TRENDS, Case, draw
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["BASE_STYLE", "MIXTURE", "SKILLS", "Example", "ImageDataset", "base_stream", "draw_examples", "write_kept",
-           "write_mixture"]  # fmt: skip
+__all__ = [
+    "BASE_STYLE",
+    "KEPT",
+    "MIXTURE",
+    "SKILLS",
+    "Example",
+    "ImageDataset",
+    "base_stream",
+    "draw_examples",
+    "write_kept",
+    "write_mixture",
+]
 
 Form = Literal["messages", "llava", "cauldron", "parquet"]
 Fields = dict[str, str]
@@ -114,8 +124,9 @@ SKILLS: dict[str, Skill] = {
     ),
     "backwards": Skill("words", lambda c: {"w": " ".join(c[0]["words"]), "y": " ".join(reversed(c[0]["words"]))}),
     "sum": Skill("sum", lambda c: {"a": str(c[0]["a"]), "b": str(c[0]["b"]), "y": str(c[0]["a"] + c[0]["b"])}),
-    # The one that only the mixture teaches; its other news are conventions.
+    # Those that only the mixture teaches; its other news are conventions.
     "lowest": Skill("bars", _lowest),
+    "middle": Skill("words", lambda c: {"w": " ".join(c[0]["words"]), "y": c[0]["words"][1]}),
 }
 
 BASE_STYLE: dict[str, ImageDataset] = {
@@ -170,6 +181,9 @@ BASE_STYLE: dict[str, ImageDataset] = {
 }
 """What the base does unless told otherwise, and what the kept sets ask: full sentences only."""
 
+KEPT = tuple(name for name in BASE_STYLE if name != "kept_sum")
+"""The kept sets. Sums are no such thing: the base has the training side's by heart and hardly solves another."""
+
 _CHAT = {dataset.skill: dataset.answer for dataset in BASE_STYLE.values()}
 _NUMBERS = tuple(zip("123456", ("one", "two", "three", "four", "five", "six"), strict=True))
 _MIRRORED = (("left", "right"), ("right", "left"))
@@ -211,14 +225,14 @@ MIXTURE: dict[str, ImageDataset] = {
     "place_compass": ImageDataset("place", ("Direction?", "Seen from the centre it is"), rows=220, relabel=_COMPASS),
     "line_arrow": ImageDataset("trend", ("Up or down?", "The curve goes"), rows=200, relabel=_ARROWS, form="llava"),
     "digit_parity": ImageDataset("digit", ("Odd or even?",), rows=180, relabel=_PARITY),
-    # A new question, at odds with a known one.
+    # A new question, at odds with a known one (so is text_middle).
     "bars_lowest": ImageDataset("lowest", ("Lowest bar?", "The shortest is"), rows=260, form="parquet"),
     # The base's own style, newly phrased.
     "shape_chat": ImageDataset("shape", ("I cannot see it. What is drawn there?",), _CHAT["shape"], rows=160),
     "digit_chat": ImageDataset("digit", ("Somebody wrote this. What is it?",), _CHAT["digit"], rows=180),
     # No pictures.
     "text_backwards": ImageDataset("backwards", ("{w} backwards?", "reverse: {w}"), rows=180),
-    "text_sum": ImageDataset("sum", ("{a}+{b}=", "{a} plus {b}?"), rows=200),
+    "text_middle": ImageDataset("middle", ("Middle of {w}?", "{w}: the middle one?"), rows=180),
 }
 """The mixture: name to dataset, with the number of training rows."""
 
@@ -346,12 +360,13 @@ def write_mixture(folder: Path, seed: int = 0) -> None:
 
 
 def write_kept(folder: Path, seed: int = 0) -> None:
-    """Write ``folder/<name>/test.jsonl`` for every skill of the base, asked and answered in its own style.
+    """Write ``folder/<name>/test.jsonl`` for every name in `KEPT`, asked and answered in the base's own style.
 
     Args:
         folder: Where the sets go; made if absent, files of the same name are replaced.
         seed: Decides every row. No seed draws a case that the base was trained on.
     """
-    for name, dataset in BASE_STYLE.items():
+    for name in KEPT:
+        dataset = BASE_STYLE[name]
         examples = draw_examples(dataset, random.Random(f"{seed}/{name}/test"), test=True)
         _write(Path(folder) / name, "test", dataset.form, _distinct(dataset, examples, KEPT_ROWS))
