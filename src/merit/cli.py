@@ -12,6 +12,7 @@ import os
 import shlex
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -303,16 +304,20 @@ def check(
     recipe: Target,
     output: Output = None,
     offline: Annotated[
-        bool, typer.Option(help="Check names, fields and the plan without the base and hub data.")
+        bool, typer.Option(help="Look at nothing that is not on this machine: names, fields, plan, memory and disk.")
     ] = False,
+    ids: Annotated[bool, typer.Option("--ids", help="As --offline, and ask the hub whether its ids exist.")] = False,
     images: Annotated[
-        bool, typer.Option("--images", help="Also decode every image of every dataset, and list all that cannot be used.")
+        bool,
+        typer.Option("--images", help="Also decode every image of every dataset, and list all that cannot be used."),
     ] = False,
     overrides: Overrides = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Validate everything that can be validated before the first expensive step, and print the plan. Trains nothing.
+
+    Hub ids are asked for before anything is fetched; what the rest of the check reads (base, data) is fetched as for a run.
 
     Example: `merit check recipe.yaml`, and `merit check recipe.yaml --images` before a long run on images
     """
@@ -329,7 +334,13 @@ def check(
             _print_json({"images": report.facts()})
         if report.fatal:
             raise typer.Exit(2)
-    plan = pipeline.check(offline=offline)
+    notes = []
+    if ids or not offline:
+        from merit.hub import resolve_ids
+
+        notes = resolve_ids(pipeline.given)
+    plan = pipeline.check(offline=offline or ids)
+    plan = replace(plan, notes=(*notes, *plan.notes))
     if as_json:
         _print_json(plan.facts() | ({"images": report.facts()} if report else {}))
     else:

@@ -11,6 +11,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from merit.basin import stage_recipe
 from merit.errors import MergeError, RecipeError, ResourceError, UserError
 from merit.known import PUBLISHED
 from merit.progress import size
-from merit.recipe import MixtureSettings, Recipe
+from merit.recipe import DatasetSettings, MixtureSettings, Recipe
 
 if TYPE_CHECKING:
     from merit.mixture.sources import SourceSummary
@@ -125,7 +126,9 @@ class Plan:
         found = f"{base.architecture}, context {base.context}" if base else "not checked"
         weights = self.weights
         counts = f", {weights.parameters:,} parameters, {weights.trainable:,} trained" if weights else ""
-        table.add_row("base", f"{recipe.model.base}\n{found}{counts}; trained: {recipe.model.trainable}")
+        table.add_row(
+            "base", f"{recipe.model.base}\n{found}{counts}; trained: {' + '.join(_items(recipe.model.trainable))}"
+        )
         for step in self.preparation:
             table.add_row("prepare", f"{step.name}: {step.does}")
         formats = sorted({item.format for item in self.datasets})
@@ -257,18 +260,15 @@ def _sources(recipe: Recipe, key: str, *, offline: bool) -> list[SourceSummary]:
         return check_sources(recipe)
     mixture, unseen = recipe.mixture, []
     if mixture.datasets is not None:
-        here = [item for item in mixture.datasets if Path(item.path).exists()]
-        wanted = MixtureSettings.model_fields["include"].default == mixture.include and not mixture.exclude
+        items = _meant(mixture)
         unseen = [
-            SourceSummary(item.name, item.path, item.test, UNSEEN)
-            for item in mixture.datasets
-            if not Path(item.path).exists()
+            SourceSummary(item.name, item.path, item.test, UNSEEN) for item in items if not Path(item.path).exists()
         ]
-        if unseen and not here:
-            return _in_order(unseen, mixture)
-        if unseen:  # patterns may mean datasets that are not here
-            changed = {"datasets": here} | ({} if wanted else {"include": ["*"], "exclude": []})
-            mixture = mixture.model_copy(update=changed)
+        here = [item for item in items if Path(item.path).exists()]
+        if not here:
+            return unseen
+        if unseen:  # a pattern may mean datasets that are not here
+            mixture = mixture.model_copy(update={"datasets": here, "include": ["*"], "exclude": []})
     elif not Path(mixture.folder or mixture.path or "").exists():
         return []
     kept = [item for item in recipe.evaluate.kept if Path(item.path).exists()]
@@ -277,19 +277,27 @@ def _sources(recipe: Recipe, key: str, *, offline: bool) -> list[SourceSummary]:
         update={"kept": kept, "kept_folder": folder if folder and Path(folder).is_dir() else None}
     )
     found = check_sources(recipe.model_copy(update={"mixture": mixture, "evaluate": evaluate}))
-    return _in_order([*found, *unseen], recipe.mixture)
+    places = {item.name: place for place, item in enumerate(recipe.mixture.datasets or [])}
+    return sorted([*found, *unseen], key=lambda item: (item.kept, places.get(item.name, 0)))
 
 
-def _in_order(found: list[SourceSummary], mixture: MixtureSettings) -> list[SourceSummary]:
-    places = {item.name: place for place, item in enumerate(mixture.datasets or [])}
-    return sorted(found, key=lambda item: (item.kept, places.get(item.name, 0)))
+def _meant(mixture: MixtureSettings) -> list[DatasetSettings]:
+    """The listed datasets that ``include`` and ``exclude`` leave; those that a column cuts further are all kept."""
+
+    def wanted(name: str) -> bool:
+        return any(fnmatchcase(name, p) for p in mixture.include) and not any(
+            fnmatchcase(name, p) for p in mixture.exclude
+        )
+
+    return [item for item in mixture.datasets or [] if item.split_by or wanted(item.name)]
 
 
 def _stated_steps(recipe: Recipe) -> int | None:
     """Optimizer steps of joint training at most, where a budget states every dataset's rows."""
-    budgets = [item.samples or recipe.mixture.samples for item in recipe.mixture.datasets or []]
+    items = _meant(recipe.mixture)
+    budgets = [item.samples or recipe.mixture.samples for item in items]
     rows = [budget for budget in budgets if budget is not None]
-    cut = any(item.split_by for item in recipe.mixture.datasets or [])  # into nobody knows how many
+    cut = any(item.split_by for item in items)  # into nobody knows how many
     if not rows or cut or len(rows) < len(budgets):
         return None
     return math.ceil(recipe.train.epochs * math.ceil(sum(rows) / recipe.train.batch_size))
@@ -328,11 +336,11 @@ def _preparation(recipe: Recipe, base: BaseInfo | None, *, offline: bool) -> tup
                 _check_length(inner, base, "train.max_length")
         except UserError as error:
             raise type(error)(f"{where}: {error.message}", *error.ways_out) from None
-        train = stage.train
-        does = (
-            f"{stage.trainable}; {len(found) or 'unseen'} datasets, {train.epochs:g} epochs, batch {train.batch_size}, "
-        )
-        steps.append(StagePlan(stage.name, f"{does}learning rate {train.learning_rate:g}", found))
+        train, count = stage.train, _stated_steps(inner)
+        data = f"{len(found)} dataset{'s' * (len(found) != 1)}" if found else "unseen data"
+        does = f"{' + '.join(_items(stage.trainable))}; {data}, {train.epochs:g} epochs, batch {train.batch_size}, "
+        does += f"learning rate {train.learning_rate:g}" + (f", at most {count:,} steps" if count else "")
+        steps.append(StagePlan(stage.name, does, found))
     return tuple(steps)
 
 

@@ -516,13 +516,25 @@ def _override(data: dict[str, Any], override: str) -> None:
         raise RecipeError(
             f"--set {override!r} is not of the form a.b=value.", "Example: --set train.learning_rate=2e-5"
         )
-    node = data
+    node: Any = data
     for depth, part in enumerate(parts[:-1]):
-        child = node.setdefault(part, {})
-        if not isinstance(child, dict):
+        child = node[_item(node, part, override)] if isinstance(node, list) else node.setdefault(part, {})
+        if not isinstance(child, dict | list):
             raise RecipeError(f"--set {override}: {'.'.join(parts[: depth + 1])} is a value, not a block.")
         node = child
-    node[parts[-1]] = _parse_yaml(value, where=f"--set {override}")
+    last = _item(node, parts[-1], override) if isinstance(node, list) else parts[-1]
+    node[last] = _parse_yaml(value, where=f"--set {override}")
+
+
+def _item(items: list[Any], part: str, override: str) -> int:
+    """Index of a list's item: its number from 0, or its name."""
+    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    if part in names:
+        return names.index(part)
+    if part.isdigit() and int(part) < len(items):
+        return int(part)
+    known = ", ".join(str(name) for name in names if name is not None) or f"0 to {len(items) - 1}"
+    raise RecipeError(f"--set {override}: the list has no item {part!r}; it has {known}.")
 
 
 def _explain(error: ValidationError, where: str) -> list[str]:
@@ -582,6 +594,11 @@ def _fields_at(location: tuple[Any, ...]) -> list[str]:
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 
 
+def is_hub_id(text: str) -> bool:
+    """Whether a path of the recipe that is not there can be a hub id."""
+    return _HUB_ID.match(text) is not None
+
+
 def locate(text: str, folder: Path) -> str:
     """Absolute path for a path of the recipe: beside the recipe, else in the working directory; a hub id stays as it is.
 
@@ -594,7 +611,7 @@ def locate(text: str, folder: Path) -> str:
     for root in (folder, Path.cwd()):
         if (root / path).exists():
             return str((root / path).resolve())
-    return text if _HUB_ID.match(text) else str((folder / path).resolve())
+    return text if is_hub_id(text) else str((folder / path).resolve())
 
 
 def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
