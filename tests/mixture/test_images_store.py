@@ -472,6 +472,9 @@ def test_the_check_names_every_bad_image_and_the_sizes(recipe, tmp_path, damaged
     assert ticks[-1][:2] == (len(reasons) + 6, len(reasons) + 6)
     assert json.loads(json.dumps(report.facts()))["bad"][0]["reason"] == "image_missing"
     assert not check_images(recipe(settings(path, "drop"))).fatal
+    fine = check_images(recipe(listed(other)))
+    assert (fine.fatal, fine.bad) == (False, [])
+    assert fine.render()[1:] == ["Every image can be used."]
 
 
 def test_the_command_prints_them_and_says_so_in_its_exit_code(tmp_path, damaged):
