@@ -154,3 +154,17 @@ def test_a_stage_takes_what_it_does_not_say_from_the_recipes_own_train() -> None
     again = parse_recipe(yaml.safe_load(dump_recipe(recipe)), ["train.warmup_ratio=0.2"])
     assert again.prepare is not None
     assert {stage.train.warmup_ratio for stage in again.prepare.stages} == {0.1}, "a resolved recipe says all of it"
+
+
+def test_the_vision_starter_recipe_loads_with_and_without_its_comments(
+    tmp_path: Path,
+    merit: Callable[..., Result],  # noqa: F811
+) -> None:
+    assert merit("init", "--vision", "recipe.yaml").code == 0
+    text = Path("recipe.yaml").read_text()
+    assert load_recipe(tmp_path / "recipe.yaml").model.trainable == "language"
+    block = text[text.index("# prepare:") : text.index("mixture:\n  folder: PATH_TO")]
+    Path("recipe.yaml").write_text(text.replace(block, block.replace("\n#", "\n").replace("# prepare", "prepare")))
+    prepared = load_recipe(tmp_path / "recipe.yaml").prepare
+    assert prepared is not None
+    assert [stage.name for stage in prepared.stages] == ["align", "instruct"]

@@ -265,13 +265,14 @@ def _finish(pipeline: Any, *, as_json: bool) -> None:
 @app.command()
 def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("recipe.yaml"),
+    vision: Annotated[bool, typer.Option("--vision", help="The one for vision-language models.")] = False,
     force: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Write a commented starter recipe.
 
-    Example: `merit init recipe.yaml`
+    Example: `merit init recipe.yaml`, `merit init --vision recipe.yaml`
     """
     from importlib import resources
 
@@ -279,9 +280,8 @@ def init(
         raise RecipeError(f"{path} exists.", "Give another name, or --force to replace it. Nothing was written.")
     if not path.resolve().parent.is_dir():
         raise RecipeError(f"{path}: its folder does not exist.")
-    path.write_text(
-        resources.files("merit").joinpath("starter_recipe.yaml").read_text(encoding="utf-8"), encoding="utf-8"
-    )
+    starter = resources.files("merit") / ("starter_vision_recipe.yaml" if vision else "starter_recipe.yaml")
+    path.write_text(starter.read_text(encoding="utf-8"), encoding="utf-8")
     if as_json:
         _print_json({"recipe": str(path)})
     elif not quiet:
