@@ -224,10 +224,11 @@ def _pillow(max_pixels: int) -> Any:
 
 @functools.cache
 def _quiet() -> None:
-    """Our own check says it; Pillow's warning would stand between the lines of a progress bar."""
+    """Our own check says what is too large, and broken EXIF is harmless: no such lines amid a progress bar."""
     from PIL import Image
 
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 def _upright(image: Any) -> Any:

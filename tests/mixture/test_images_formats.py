@@ -4,6 +4,8 @@ import base64
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from merit.images import decode
@@ -300,3 +302,33 @@ def test_rows_whose_images_cannot_be_placed_say_why(row, row_format, reason, wor
     assert caught.value.reason == reason
     assert words in caught.value.detail
     assert caught.value.about_image == reason.startswith("image_")
+
+
+TEXTS = st.sampled_from(["q", "<image>", "<image>\nq", "q\n<image>", f"x{IMAGE}", "", "a <image> b <image>"])
+PICTURES = st.sampled_from([None, "", A, B, b"bytes", EMBEDDED, {"bytes": None, "path": None}, 3, "http://x/y.png", []])
+PARTS = st.one_of(
+    st.builds(lambda text: {"type": "text", "text": text}, TEXTS),
+    st.builds(lambda key, image: {"type": "image", key: image}, st.sampled_from(["image", "path", "url"]), PICTURES),
+    st.just({"type": "image"}),
+    st.just({"type": "video"}),
+)
+TURNS = st.lists(
+    st.tuples(st.sampled_from(["system", "user", "user", "assistant"]), st.one_of(TEXTS, st.lists(PARTS, max_size=3))),
+    max_size=4,
+)
+
+
+@given(
+    TURNS, st.dictionaries(st.sampled_from(["image", "images"]), st.one_of(PICTURES, st.lists(PICTURES, max_size=3)))
+)
+def test_every_row_has_as_many_places_as_images_or_is_bad(turns, columns):
+    row = {"messages": [{"role": role, "content": content} for role, content in turns], **columns}
+    try:
+        chat = to_chat(row, "messages")
+    except BadRow:
+        return
+    assert all(isinstance(image, str | bytes) and image for image in chat.raw)
+    assert chat.messages[-1]["role"] == "assistant"
+    if chat.raw:
+        assert sum(turn["content"].count(IMAGE) for turn in chat.messages) == len(chat.raw)
+        assert all(IMAGE not in turn["content"] for turn in chat.messages if turn["role"] != "user")

@@ -56,7 +56,8 @@ def _content(part: Part, source: Source, recipe: Recipe, memo: MutableMapping[st
     without = json.dumps(["names no image files", part.where, *hashes])
     if without in memo:
         return hashes
-    images = _image_files(part, source, recipe) if any(_may_name_images(file) for file in files) else None
+    possible = [_may_name_images(file, known, memo) for file, known in zip(files, hashes, strict=True)]
+    images = _image_files(part, source, recipe) if any(possible) else None
     if images is None:
         memo[without] = ""
         return hashes
@@ -100,8 +101,15 @@ def _names(part: Part, source: Source) -> Iterator[str]:
         return
 
 
-def _may_name_images(file: Path) -> bool:
-    """False where no row of a data file can have an image; told without reading its rows."""
+def _may_name_images(file: Path, content: str, memo: MutableMapping[str, str]) -> bool:
+    """False where no row of a data file can have an image; told without reading its rows, once per file."""
+    key = json.dumps(["may name image files", content])
+    if key not in memo:
+        memo[key] = str(_has_the_words(file))
+    return memo[key] == str(True)
+
+
+def _has_the_words(file: Path) -> bool:
     if file.suffix == ".parquet":
         import pyarrow.parquet as pq
 
