@@ -27,6 +27,8 @@ PURE = (
 STORAGE = ("merit.checkpoint", "merit.run_folder", "merit.conflict.store")
 MODEL_FACING = (
     "merit.models",
+    "merit.batches",
+    "merit.vision",
     "merit.train",
     "merit.trainer",
     "merit.basin.assemble",

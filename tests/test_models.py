@@ -13,20 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tests.e2e.conftest import make_base
 
+from merit.batches import IGNORE, Batcher, accepts, length_sorted_batches, target_losses
 from merit.errors import CheckpointError, RecipeError
 from merit.mixture.encode import EncodedRow
-from merit.models import (
-    IGNORE,
-    Batcher,
-    accepts,
-    inspect_base,
-    length_sorted_batches,
-    load_model,
-    load_tokenizer,
-    save_branch,
-    target_losses,
-    trainable_parameters,
-)
+from merit.models import inspect_base, load_model, load_tokenizer, save_branch, trainable_parameters
 from merit.recipe import ModelSettings
 
 CPU = torch.device("cpu")

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import training_cases as cases
+from merit.batches import Batcher
 from merit.errors import RecipeError, ResourceError, RunFolderError, TrainingError
-from merit.models import Batcher
 from merit.train import PASSED_ON, RECIPE_KEYS, check_trainer_options, steps_for
 from merit.trainer import GroupRows, StepCollator, cut_by_length, newest_checkpoint
 

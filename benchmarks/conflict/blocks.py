@@ -46,9 +46,10 @@ def measure_blocks(recipe: Recipe, work: Path, *, only: list[str] | None = None)
     """Write ``work/blocks/<dataset>.npy`` (blocks, 2, parameters) float32 gradient sums and ``.json`` facts."""
     import torch
 
+    from merit.batches import Batcher
     from merit.conflict.gradients import GradientMeter
     from merit.mixture import draw
-    from merit.models import Batcher, load_model
+    from merit.models import load_model
 
     torch.set_num_threads(1)
     cpu = torch.device("cpu")

@@ -28,7 +28,7 @@ import numpy as np
 import psutil
 import torch
 
-from merit import models, run_folder, train, trainer
+from merit import batches, models, run_folder, train, trainer
 from merit.mixture import EncodedDataset
 from merit.mixture.prepare import load_split, prepare_mixture
 from merit.recipe import Recipe, parse_recipe
@@ -75,7 +75,7 @@ class Bench:
             past = (step - warmup) / (self.steps - warmup)
             factor = (step + 1) / (warmup + 1) if past < 0 else 0.5 * (1 + math.cos(math.pi * past))
             optimizer.param_groups[0]["lr"] = settings.learning_rate * factor
-            batch = models.Batcher.of(self.tokenizer)([self.rows[i] for i in numbers])
+            batch = batches.Batcher.of(self.tokenizer)([self.rows[i] for i in numbers])
             total, count = loss_of(model, batch)
             loss = total / count
             loss.backward()
@@ -89,15 +89,15 @@ class Bench:
             logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
             labels = batch["labels"][:, 1:]
             total = torch.nn.functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=models.IGNORE, reduction="sum"
+                logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=batches.IGNORE, reduction="sum"
             )
-            return total, int((labels != models.IGNORE).sum())
+            return total, int((labels != batches.IGNORE).sum())
 
         return self.bare(loss_of)
 
     def bare_target_positions(self) -> tuple[Clock, float]:
         def loss_of(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
-            losses, counts = models.target_losses(model, batch)
+            losses, counts = batches.target_losses(model, batch)
             return losses.sum(), int(counts.sum())
 
         return self.bare(loss_of)
@@ -145,7 +145,7 @@ class Bench:
         dataset = Dataset.from_dict(
             {
                 "input_ids": [row.input_ids.tolist() for row in encoded],
-                "labels": [np.where(row.targets, row.input_ids, models.IGNORE).tolist() for row in encoded],
+                "labels": [np.where(row.targets, row.input_ids, batches.IGNORE).tolist() for row in encoded],
             }
         )
         settings = self.recipe.train
@@ -172,9 +172,9 @@ class Bench:
             start = now()
             stock.train()
             taken = since(start)
-            batch = models.Batcher.of(self.tokenizer)([self.rows[i] for i in self.batches[-1]])
+            batch = batches.Batcher.of(self.tokenizer)([self.rows[i] for i in self.batches[-1]])
             with torch.no_grad():
-                losses, counts = models.target_losses(stock.model, batch)
+                losses, counts = batches.target_losses(stock.model, batch)
         return taken, float(losses.sum() / counts.sum())
 
 

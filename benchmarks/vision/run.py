@@ -25,7 +25,7 @@ from benchmarks import report
 from tests.vision.bases import make_base
 from tests.vision.vision_cases import picture_chats
 
-from merit import models
+from merit import batches, models
 from merit.conflict.gradients import GradientMeter
 from merit.mixture.encode import ChatEncoder, EncodedDataset
 from merit.recipe import Recipe, parse_recipe
@@ -79,24 +79,24 @@ def make_recipe(base: Path, device: str) -> Recipe:
     )
 
 
-def bare_gradient(model: Any, batches: list[Any], batcher: Any, device: torch.device, cast: Any) -> None:
+def bare_gradient(model: Any, parts: list[Any], batcher: Any, device: torch.device, cast: Any) -> None:
     """Forward and backward over the same batches, nothing kept of the gradient."""
-    for rows in batches:
-        batch = models.to_device(batcher(rows), device)
+    for rows in parts:
+        batch = batches.to_device(batcher(rows), device)
         with cast():
-            losses, counts = models.target_losses(model, batch)
+            losses, counts = batches.target_losses(model, batch)
         (losses / counts).sum().backward()
     model.zero_grad(set_to_none=True)
 
 
-def bare_branch(model: Any, batches: list[Any], batcher: Any, device: torch.device, cast: Any) -> None:
+def bare_branch(model: Any, parts: list[Any], batcher: Any, device: torch.device, cast: Any) -> None:
     """The plainest training loop."""
     parameters = list(models.trainable_parameters(model).values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-5)
-    for rows in batches:
-        batch = models.to_device(batcher(rows), device)
+    for rows in parts:
+        batch = batches.to_device(batcher(rows), device)
         with cast():
-            losses, counts = models.target_losses(model, batch)
+            losses, counts = batches.target_losses(model, batch)
         (losses.sum() / counts.sum()).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -119,26 +119,26 @@ def run(args: argparse.Namespace, scratch: Path) -> None:
     chats = picture_chats(scratch / "pictures", args.rows, many=False, sizes=[(args.side, args.side)])
     rows: list[Any] = ChatEncoder(tokenizer, 1024).encode(chats)
     dataset = EncodedDataset("pictures", rows, seeing=tokenizer.merit_images.settings)
-    batcher, info = models.Batcher.of(tokenizer), models.inspect_base(recipe.model)
-    batches = [[dataset[i] for i in range(k, min(k + 8, len(rows)))] for k in range(0, len(rows), 8)]
+    batcher, info = batches.Batcher.of(tokenizer), models.inspect_base(recipe.model)
+    parts = [[dataset[i] for i in range(k, min(k + 8, len(rows)))] for k in range(0, len(rows), 8)]
 
     def cast() -> Any:
         return models.autocast(recipe.model, device)
 
-    pixels = best(lambda: [batcher(part) for part in batches], args.repeats, device)
+    pixels = best(lambda: [batcher(part) for part in parts], args.repeats, device)
     model = models.load_model(recipe.model, device, trainable=True)
     trained = sum(p.numel() for p in models.trainable_parameters(model).values())
     tokens = int(dataset.lengths.sum())
     found: list[tuple[str, float, float]] = []
 
-    plain = best(lambda: bare_gradient(model, batches, batcher, device, cast), args.repeats, device)
+    plain = best(lambda: bare_gradient(model, parts, batcher, device, cast), args.repeats, device)
     settings = recipe.conflict.model_copy(update={"batch_tokens": 8 * int(dataset.lengths.max())})
     meter = GradientMeter(model, settings, seed=0, batcher=batcher, device=device, autocast=cast)
     out = np.zeros((2, meter.width), np.float32)
     ours = best(lambda: meter.measure("pictures", [dataset[i] for i in range(len(rows))], out), args.repeats, device)
     found.append(("gradient of one dataset", ours, plain))
 
-    plain = best(lambda: bare_branch(model.train(), batches, batcher, device, cast), args.repeats, device)
+    plain = best(lambda: bare_branch(model.train(), parts, batcher, device, cast), args.repeats, device)
     facts: dict[str, Any] = {}
 
     def branch() -> None:

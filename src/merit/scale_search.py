@@ -95,8 +95,9 @@ def spare_rows(
 
 def _mean_loss(pipeline: Pipeline, model: Any, datasets: Mapping[str, list[EncodedRow]]) -> float:
     """Unweighted mean over datasets of the loss per target token (nats)."""
+    from merit.batches import Batcher
     from merit.evaluation.heldout import row_losses
-    from merit.models import Batcher, autocast
+    from merit.models import autocast
 
     rows = [row for held in datasets.values() for row in held]
     settings, batcher = pipeline.recipe.evaluate, Batcher.of(pipeline.tokenizer)
@@ -112,9 +113,9 @@ def _drift_from(
     pipeline: Pipeline, base: Any, datasets: Mapping[str, list[EncodedRow]], folder: Path
 ) -> Callable[[Any], float]:
     """Divergence from the base on answers that it samples now, as a function of a model."""
+    from merit.batches import Batcher
     from merit.evaluation import drift
     from merit.evaluation.heldout import end_tokens
-    from merit.models import Batcher
 
     settings, batcher, device = pipeline.recipe.evaluate, Batcher.of(pipeline.tokenizer), pipeline.device
     chosen = drift.choose_prompts(

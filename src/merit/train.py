@@ -166,7 +166,8 @@ def train_branch(
     import torch
     from datasets import Dataset
 
-    from merit.models import Batcher, limit_threads, load_model, save_branch, trainable_parameters
+    from merit.batches import Batcher
+    from merit.models import limit_threads, load_model, save_branch, trainable_parameters
     from merit.trainer import (
         CPU_OVERHEAD,
         LOG,

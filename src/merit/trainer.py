@@ -8,7 +8,7 @@ What differs, and why:
 - *Order* is a pure function of (seed, epoch), so a resumed run sees the same batches as one that was never stopped.
 - *One optimizer step is one batch* of the loader, cut into micro-batches of rows of like length on the CPU. The loss is
   the mean over the target tokens of the whole step, so the cut changes padding and memory, not the gradient.
-- *Loss* is :func:`merit.models.target_losses`, the same as in gradients and evaluation: logits at target positions only.
+- *Loss* is :func:`merit.batches.target_losses`, the same as in gradients and evaluation: logits at target positions only.
 - *Warm-up* starts above 0 (:meth:`GroupTrainer.create_scheduler`).
 - *Counts, losses and norms* stay on the device and come over together about twice a second, in
   :meth:`GroupTrainer.flush`, which is also where a non-finite value is found, and always before anything is saved.
@@ -40,8 +40,9 @@ from transformers import TrainerCallback, get_scheduler
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTTrainer
 
+from merit.batches import Batcher, target_losses
 from merit.errors import TrainingError
-from merit.models import Batcher, target_losses, trainable_parameters
+from merit.models import trainable_parameters
 from merit.run_folder import write_json
 
 if TYPE_CHECKING:

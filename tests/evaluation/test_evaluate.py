@@ -121,8 +121,8 @@ def reference(model, rows, generate):
 
 def test_a_model_is_right_about_its_own_answers(run, tmp_path, tokenizer):
     """Rows made of the base's own greedy answers: exact match 1 for the base, lower for the others."""
+    from merit.batches import Batcher
     from merit.evaluation.decode import decode
-    from merit.models import Batcher
 
     prompts = [row.prompt() for row in make_dataset("own", 60)]
     model = tiny_model(seed=0, sharpness=2.0)

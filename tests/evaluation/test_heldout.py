@@ -7,6 +7,7 @@ import pytest
 import torch
 from evaluation_cases import END, VOCABULARY, make_dataset, tiny_model
 
+from merit.batches import Batcher
 from merit.evaluation.heldout import (
     answer_lengths,
     answer_limit,
@@ -16,7 +17,6 @@ from merit.evaluation.heldout import (
     row_losses,
 )
 from merit.mixture import EncodedRow, encode_chat
-from merit.models import Batcher
 
 CPU = torch.device("cpu")
 

@@ -14,6 +14,7 @@ import torch
 from tests.vision.bases import ALL_FAMILIES, FAMILIES, make_base
 from tests.vision.vision_cases import picture, picture_chats, save
 
+from merit.batches import Batcher, target_losses
 from merit.errors import CheckpointError, MixtureError, RecipeError
 from merit.evaluation.decode import decode
 from merit.evaluation.drift import Reference, measure_drift
@@ -21,14 +22,12 @@ from merit.images import read_image
 from merit.mixture.encode import ChatEncoder, EncodedDataset, EncodedRow
 from merit.mixture.formats import IMAGE, Chat
 from merit.models import (
-    Batcher,
     file_names,
     inspect_base,
     load_model,
     load_tokenizer,
     mark_trainable,
     save_branch,
-    target_losses,
     trainable_parameters,
 )
 from merit.recipe import ModelSettings

@@ -13,11 +13,12 @@ import torch
 from tests.vision.bases import FAMILIES, make_base
 from tests.vision.vision_cases import picture_chats
 
+from merit.batches import Batcher, target_losses
 from merit.checkpoint import read_headers
 from merit.conflict.gradients import GradientMeter
 from merit.conflict.sketch import Sketch
 from merit.mixture.encode import ChatEncoder, EncodedDataset, EncodedRow
-from merit.models import Batcher, inspect_base, load_model, load_tokenizer, target_losses, trainable_parameters
+from merit.models import inspect_base, load_model, load_tokenizer, trainable_parameters
 from merit.recipe import Recipe, parse_recipe
 from merit.train import train_branch
 from merit.vision import FAMILIES as KNOWN

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from merit.batches import Batcher
 from merit.conflict.geometry import cosine_matrix, gram_matrix
 from merit.conflict.measure import Progress, measure_datasets
 from merit.conflict.store import GradientStore, StoredVector
 from merit.errors import ConflictError
-from merit.models import Batcher
 from merit.recipe import Recipe
 
 if TYPE_CHECKING:

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 import torch
 
+from merit.batches import Batcher, iterate_batches, length_sorted_batches, target_losses
 from merit.conflict.sketch import Sketch
 from merit.errors import ConflictError, ResourceError
-from merit.models import Batcher, iterate_batches, length_sorted_batches, target_losses, trainable_parameters
+from merit.models import trainable_parameters
 from merit.recipe import ConflictSettings
 
 if TYPE_CHECKING:

@@ -24,13 +24,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from merit.batches import Batcher
 from merit.conflict.gradients import GradientMeter
 from merit.conflict.reliability import HalfSamples, calibration_steps, reliability
 from merit.conflict.results import write_results
 from merit.conflict.store import GradientStore, check_space, content_key
 from merit.errors import ConflictError, ResourceError
 from merit.mixture.calibration import draw
-from merit.models import Batcher, autocast, load_model, trainable_parameters
+from merit.models import autocast, load_model, trainable_parameters
 from merit.recipe import Recipe
 
 if TYPE_CHECKING:

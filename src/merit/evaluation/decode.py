@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from merit.batches import Batcher, accepts, length_sorted_batches, to_device
 from merit.errors import CheckpointError
-from merit.models import Batcher, accepts, length_sorted_batches, to_device
 from merit.vision import positions as positions_in_space
 
 if TYPE_CHECKING:
