@@ -20,7 +20,8 @@ from merit.mixture import load_split, prepare_mixture
 from merit.mixture.fingerprint import source_fingerprints
 from merit.mixture.formats import to_chat
 from merit.mixture.image_check import check_images
-from merit.mixture.image_store import ImageFolder, image_threads, look_at_images, read_chats
+from merit.mixture.image_store import ImageFile, ImageFolder, image_threads, look_at_images, read_chats
+from merit.mixture.reading import Part
 from merit.mixture.sources import _groups, check_sources, discover
 from merit.models import BaseInfo
 from merit.plan import make_plan
@@ -217,6 +218,55 @@ def test_a_budget_of_few_rows_looks_at_few_images(recipe, seeing, tmp_path):
     assert again == counts
 
 
+@pytest.mark.parametrize("budget", [{"samples": 5}, {"tokens": 40}])
+@pytest.mark.parametrize("kind", ["parquet", "cut", "hub"])
+def test_a_budget_of_few_rows_puts_few_embedded_images_on_disk(recipe, seeing, tmp_path, monkeypatch, budget, kind):
+    """And gives the rows that it gives where the whole file is at hand: the draw does not depend on how they are read."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datas = [picture(i) for i in range(300)]
+    datas[::7] = [None] * len(datas[::7])  # text rows between them
+    path = parquet(tmp_path / "hub" / "train.parquet", datas, rows_per_group=70, task=["d"] * 300)
+    rows = [
+        {"prompt": f"q {i}", "completion": f"answer {i}"} | ({"image": f"{i}.png"} if data else {})
+        for i, data in enumerate(datas)
+    ]
+    for i, data in enumerate(datas):
+        file(tmp_path / "paths" / f"{i}.png", data or b"")
+    plain = listed(lines(tmp_path / "paths" / "x.jsonl", rows))
+    mixture = {"path": str(path), "split_by": "task"} if kind == "cut" else listed(path)
+    puts = []
+    real = ImageFile.put
+    monkeypatch.setattr(ImageFile, "put", lambda self, data: puts.append(data) or real(self, data))
+    if kind == "hub":
+        monkeypatch.setattr(
+            "merit.mixture.sources._part", lambda *_, **__: Part("h", hub=(str(path.parent), None, "train"))
+        )
+    prepare_mixture(recipe({**mixture, **budget}), seeing, tmp_path / "out")
+    monkeypatch.undo()
+    assert 0 < len(puts) <= 70
+    prepare_mixture(recipe({**plain, **budget}), seeing, tmp_path / "plain")
+    seen, expected = used(tmp_path / "out"), used(tmp_path / "plain")
+    assert [row.input_ids.tolist() for row in seen] == [row.input_ids.tolist() for row in expected]
+    assert [[ref.digest for ref in row.images] for row in seen] == [[r.digest for r in row.images] for row in expected]
+    for row in seen:
+        for ref in row.images:
+            read_image(ref)
+
+
+def test_rows_are_read_again_by_their_numbers(recipe, tmp_path):
+    for name, count in (("a", 5), ("b", 7)):
+        parquet(tmp_path / "d" / f"{name}.parquet", [picture(i) for i in range(count)], rows_per_group=3)
+    [source] = discover(recipe(listed(tmp_path / "d")).mixture)
+    rows = list(source.train.read())
+    for numbers in ([], [0], [11], [4, 5], [1, 3, 6, 10], list(range(12))):
+        assert list(source.train.again(numbers)) == [rows[i] for i in numbers]
+    assert source.train.by_number
+    assert not discover(recipe(listed(lines(tmp_path / "x.jsonl", [llava("a.png")]))).mixture)[0].train.by_number
+
+
 def test_the_same_mixture_gives_the_same_files(recipe, seeing, tmp_path):
     path = parquet(tmp_path / "x.parquet", [picture(i) for i in range(40)])
     for folder in ("a", "b"):
@@ -306,8 +356,6 @@ def test_hub_rows_come_undecoded(recipe, tmp_path, monkeypatch):
     """A local folder read as the hub is: the library would hand out decoded images by default."""
     import datasets
 
-    from merit.mixture.reading import Part
-
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     one, broken = picture(1), b"no image at all"
@@ -333,8 +381,6 @@ def test_hub_rows_come_undecoded(recipe, tmp_path, monkeypatch):
 def test_image_files_of_hub_datasets_lie_in_its_cache(recipe, tmp_path, monkeypatch):
     import datasets
     from huggingface_hub import constants
-
-    from merit.mixture.reading import Part
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))

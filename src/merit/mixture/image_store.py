@@ -126,7 +126,7 @@ class ImageFolder:
         self.folders = tuple(path.resolve() for path in ((start,) if start is not None else caches))
         self.relative = start is not None
         self.max_pixels = settings.max_file_pixels
-        self._store = store
+        self.store = store
         self._files: dict[str, ImageRef | BadImage] = {}
         self._sizes: dict[str, tuple[int, int] | BadImage] = {}
 
@@ -166,8 +166,8 @@ class ImageFolder:
         found = self._sizes.get(ref.digest)
         if found is None:
             if data is None:
-                assert self._store is not None
-                data = self._store.read(ref)
+                assert self.store is not None
+                data = self.store.read(ref)
             try:
                 found = examine(data, self.max_pixels)
             except BadImage as bad:
@@ -176,6 +176,28 @@ class ImageFolder:
         if isinstance(found, BadImage):
             raise found
         return replace(ref, width=found[0], height=found[1])
+
+
+UNREAD = ImageRef("", 0, 0, 0, 0, "")
+"""In place of embedded bytes that are read again when they are needed."""
+
+
+def put_images(chat: Chat, store: ImageFile, *, later: bool = False) -> Chat:
+    """The chat with its embedded bytes in ``store``; with ``later`` as :data:`UNREAD`, for :func:`fetch_images`."""
+
+    def put(image: RawImage | ImageRef) -> RawImage | ImageRef:
+        if not isinstance(image, bytes):
+            return image
+        return UNREAD if later else store.put(image)
+
+    return replace(chat, raw=tuple(map(put, chat.raw)))
+
+
+def fetch_images(part: Part, row_format: RowFormat, numbers: Sequence[int], store: ImageFile) -> Iterator[Chat]:
+    """Rows by their rising numbers, with their embedded bytes in ``store``."""
+    for _, row in part.again(numbers):
+        yield put_images(to_chat(row, row_format), store)
+    store.written()
 
 
 Row = tuple[str, Chat | BadRow]

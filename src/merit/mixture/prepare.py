@@ -24,7 +24,16 @@ from merit.mixture.calibration import draw
 from merit.mixture.counts import DatasetCounts, read_counts
 from merit.mixture.encode import ChatEncoder, EncodedDataset, EncodedRow
 from merit.mixture.formats import IMAGE, BadRow, Chat, RowFormat
-from merit.mixture.image_store import ImageFile, ImageFolder, look_at_images, read_chats, usable
+from merit.mixture.image_store import (
+    UNREAD,
+    ImageFile,
+    ImageFolder,
+    fetch_images,
+    look_at_images,
+    put_images,
+    read_chats,
+    usable,
+)
 from merit.mixture.reading import Part
 from merit.mixture.sources import (
     Source,
@@ -231,8 +240,9 @@ class _Stage:
 
     def _chats(self, source: Source, part: Part, store: ImageFile) -> tuple[_Chats, RowFormat]:
         row_format = source.recognise(part)
-        found = _Chats([], [], Counter())
-        for place, chat in read_chats(part, row_format):
+        found = _Chats([], [], Counter(), [], part, row_format)
+        later = (source.samples is not None or source.tokens is not None) and part.by_number
+        for number, (place, chat) in enumerate(read_chats(part, row_format)):
             if isinstance(chat, BadRow):
                 if is_fatal(chat, self.settings):
                     raise bad_row_error(source.name, place, chat)
@@ -241,10 +251,10 @@ class _Stage:
             if chat.raw:
                 if self.encoder.images is None:
                     raise images_without_sight(source.name, place)
-                raw = tuple(store.put(image) if isinstance(image, bytes) else image for image in chat.raw)
-                chat = replace(chat, raw=raw)
+                chat = put_images(chat, store, later=later)
             found.chats.append(chat)
             found.places.append(place)
+            found.numbers.append(number)
         store.written()
         return found, row_format
 
@@ -264,6 +274,9 @@ class _Stage:
             bad_images = {}
             if any(chats[i].raw for i in chunk):
                 chunk = chunk[: min(_CHUNK_OF_IMAGES, samples - len(used) if samples is not None else _CHUNK)]
+                if any(UNREAD in chats[i].raw for i in chunk):  # so many at once that few passes over the files do
+                    needed = samples - len(used) if samples is not None else 0
+                    found.fetch(order[looked : looked + max(needed, looked, _CHUNK_OF_IMAGES)], folder)
                 bad_images = self._open_images(source, found, chunk, folder)
                 if source.train is not None:
                     self.tick(looked / len(order))
@@ -319,9 +332,10 @@ class _Stage:
     def _test(self, source: Source, part: Part, counts: DatasetCounts, folder: Path, train: set[int]) -> None:
         split = folder.name
         with ImageFile(folder.parent, f"images/{split}/{source.name}.bin") as store:
-            found, row_format = self._chats(source, part, store)
+            # No budget holds for test rows.
+            budgeted = source if source.train is None else replace(source, train=None, samples=None, tokens=None)
+            found, row_format = self._chats(budgeted, part, store)
             counts.format, counts.test_path = counts.format or row_format, part.where
-            budgeted = source if source.train is None else Source(source.name, None, part)
             images = ImageFolder(part, source.images, self.settings.images, store)
             encoded = self._encode(budgeted, found, images)
             encoded.keep_images(store)
@@ -399,11 +413,22 @@ class _Stage:
 
 @dataclass
 class _Chats:
-    """A part's usable chats, where each stands, and the bad rows by reason."""
+    """A part's usable chats, where each stands, the bad rows by reason, and what to read a row's images again by."""
 
     chats: list[Chat]
     places: list[str]
     dropped: Counter[str]
+    numbers: list[int]
+    part: Part
+    row_format: RowFormat
+
+    def fetch(self, indices: np.ndarray, folder: ImageFolder) -> None:
+        """Read the embedded images of these chats again, where that was put off, and keep them on disk."""
+        assert folder.store is not None
+        wanted = [i for i in sorted(indices.tolist()) if UNREAD in self.chats[i].raw]
+        numbers = [self.numbers[i] for i in wanted]
+        for i, chat in zip(wanted, fetch_images(self.part, self.row_format, numbers, folder.store), strict=True):
+            self.chats[i] = chat
 
     @property
     def source_rows(self) -> int:

@@ -70,6 +70,30 @@ class Part:
             elif self.hub is not None:
                 yield from _read_hub(self.hub, indices)
 
+    @property
+    def by_number(self) -> bool:
+        """Whether single rows can be read again (:meth:`again`): those of Parquet files with images, and of the hub."""
+        return (
+            self.hub is not None
+            or bool(self.chosen)
+            or (bool(self.files) and all(file.suffix == ".parquet" and _holds_bytes(file) for file in self.files))
+        )
+
+    def again(self, numbers: Sequence[int]) -> Iterator[tuple[str, Any]]:
+        """The rows with these numbers, from 0 and rising, in the order of :meth:`read`; needs :attr:`by_number`."""
+        places: Sequence[tuple[Path | None, Sequence[int]]] = self.chosen
+        if not places and self.hub is not None:
+            places = [(None, range(self.count()))]
+        wanted, start = np.asarray(numbers, dtype=np.int64), 0
+        for place, indices in places or [(file, range(_count(file))) for file in self.files]:
+            inside = wanted[slice(*np.searchsorted(wanted, [start, start + len(indices)]))] - start
+            picked = [indices[number] for number in inside.tolist()]
+            if picked and place is not None:
+                yield from _read_file(place, picked)
+            elif picked and self.hub is not None:
+                yield from _read_hub(self.hub, picked)
+            start += len(indices)
+
     def count(self) -> int:
         """Number of rows, as cheaply as the file's kind allows; blank lines of JSON Lines count along.
 
