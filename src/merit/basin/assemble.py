@@ -122,8 +122,8 @@ def plan_assembly(language: Path, vision: Path, *, projector: Literal["copy", "n
     foreign = [token for token in added if token in template and not _IMAGE_WORDS.search(token)]
     if foreign:
         notes.append(
-            f"the chat template is that of {given.model_type} and writes {', '.join(foreign)}, which the language model has "
-            "never seen; model.chat_template can give one in its own style that shows images"
+            f"the assembled chat template is that of {given.model_type} and writes {', '.join(foreign)}, which the language model has "
+            "never seen; model.chat_template can name another (the language model's own will do)"
         )
     dtypes = (_file_dtype(language), _file_dtype(vision))
     return Assembly(language, vision, family, projector, config, shapes, dtypes, added, rows, tuple(notes))
@@ -321,7 +321,10 @@ def _renamed(names: Iterable[str], joined: Iterable[str]) -> dict[str, str]:
 def _load(kind: Any, folder: Path, key: str) -> Any:
     """The model in its files' own dtype, or in float32 where they have several, which holds every value exactly."""
     import torch
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     dtypes = {tensor.dtype.tag for tensor in checkpoint.read_headers(folder).tensors.values()}
     known = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     dtype = known.get(next(iter(dtypes)), torch.float32) if len(dtypes) == 1 else torch.float32
