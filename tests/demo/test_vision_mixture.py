@@ -15,7 +15,6 @@ from sklearn.datasets import load_digits
 
 from merit.demo.vision.mixture import (
     BASE_STYLE,
-    KEPT,
     MIXTURE,
     SKILLS,
     base_stream,
@@ -95,7 +94,7 @@ def test_no_picture_and_no_case_stands_on_both_sides(root):
     tests = [
         (name, row) for kind in ("mixture", "kept") for name in (root / kind).iterdir() for row in rows_of(name, "test")
     ]
-    assert len(tests) == 16 * (len(MIXTURE) + len(KEPT))
+    assert len(tests) == 16 * (len(MIXTURE) + len(BASE_STYLE))
     for name, (images, question, _) in tests:
         assert not any(train[key] for key in images or [question]), (name, question)
     for dataset in [*MIXTURE.values(), *BASE_STYLE.values()]:
@@ -282,16 +281,16 @@ ANSWERS = {
     "kept_colours": lambda p, q: f"Sure! The first is {the_colour(p[0])} and the second is {the_colour(p[1])}.",
 }
 DIGITS = {"digit_short", "digit_parity", "digit_chat", "kept_digit"}
-WORDS = {"kept_backwards"}
+WORDS = {"kept_backwards", "kept_sum"}
 
 
 def test_every_dataset_is_checked():
-    assert set(ANSWERS) | DIGITS | WORDS == {*MIXTURE, *KEPT}
+    assert set(ANSWERS) | DIGITS | WORDS == {*MIXTURE, *BASE_STYLE}
 
 
 @pytest.mark.parametrize("name", sorted(ANSWERS))
 def test_the_pixels_confirm_the_answers(root, name):
-    kind = "kept" if name in KEPT else "mixture"
+    kind = "kept" if name in BASE_STYLE else "mixture"
     splits = ("test",) if kind == "kept" else ("train", "test")
     for split in splits:
         for images, question, answer in islice(rows_of(root / kind / name, split), 80):

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BASE_STYLE",
-    "KEPT",
     "MIXTURE",
     "SKILLS",
     "Example",
@@ -180,9 +179,6 @@ BASE_STYLE: dict[str, ImageDataset] = {
     )
 }
 """What the base does unless told otherwise, and what the kept sets ask: full sentences only."""
-
-KEPT = tuple(name for name in BASE_STYLE if name != "kept_sum")
-"""The kept sets. Sums are no such thing: the base has the training side's by heart and hardly solves another."""
 
 _CHAT = {dataset.skill: dataset.answer for dataset in BASE_STYLE.values()}
 _NUMBERS = tuple(zip("123456", ("one", "two", "three", "four", "five", "six"), strict=True))
@@ -360,13 +356,12 @@ def write_mixture(folder: Path, seed: int = 0) -> None:
 
 
 def write_kept(folder: Path, seed: int = 0) -> None:
-    """Write ``folder/<name>/test.jsonl`` for every name in `KEPT`, asked and answered in the base's own style.
+    """Write ``folder/<name>/test.jsonl`` for every skill of the base, asked and answered in its own style.
 
     Args:
         folder: Where the sets go; made if absent, files of the same name are replaced.
         seed: Decides every row. No seed draws a case that the base was trained on.
     """
-    for name in KEPT:
-        dataset = BASE_STYLE[name]
+    for name, dataset in BASE_STYLE.items():
         examples = draw_examples(dataset, random.Random(f"{seed}/{name}/test"), test=True)
         _write(Path(folder) / name, "test", dataset.form, _distinct(dataset, examples, KEPT_ROWS))
