@@ -209,7 +209,8 @@ def make_plan(
         from merit.basin.preparation import planned_base
 
         base, sizes = planned_base(recipe, run)
-    preparation = _preparation(recipe, base, offline=offline)
+    stands = base is not None and base.folder.is_dir()  # then the data that it was prepared with is needed no more
+    preparation = _preparation(recipe, base, offline=offline or stands)
     if base is not None and sizes is not None:
         weights = weigh(recipe, base, sizes)
         _check_length(recipe, base, "train.max_length")
@@ -225,7 +226,10 @@ def make_plan(
         said = "their sizes are those published" if weights else "memory and disk are not known"
         notes.append(f"the base was not looked at: neither its files nor its tokenizer are checked; {said}.")
     unseen = [item.name for item in summaries if item.format == UNSEEN]
-    unseen += [f"{step.name}/{item.name}" for step in preparation for item in step.datasets if item.format == UNSEEN]
+    if not stands:
+        unseen += [
+            f"{step.name}/{item.name}" for step in preparation for item in step.datasets if item.format == UNSEEN
+        ]
     if unseen or not datasets:
         what = f"{len(unseen)} datasets, {_list(unseen)}" if unseen else "the mixture"
         notes.append(f"not on this machine, so not looked at: {what}.")

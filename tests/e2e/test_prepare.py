@@ -233,7 +233,10 @@ def test_the_run_starts_every_branch_from_the_prepared_base(
     early = merit("split", root / "recipe.yaml", "--output", tmp_path / "early", "--quiet")
     assert early.code == 2
     assert "merit prepare" in early.err
-    result = merit("run", root / "recipe.yaml", "--output", run, "--quiet")
+    values = absolute(settings(root), root)
+    for stage in values["prepare"]["stages"]:  # and so may the data that they were trained on
+        stage["mixture"]["datasets"][0] |= {"path": str(tmp_path / "gone.json"), "images": str(tmp_path / "gone")}
+    result = merit("run", write_recipe(tmp_path, values), "--output", run, "--quiet")
     assert result.code == 0, result.err
     base = checkpoint.fingerprint(prepared / "prepared" / "base")
     for k in (0, 1):
@@ -329,3 +332,22 @@ def test_the_plan_counts_the_preparation(root: Path, prepared: Path, merit: Call
     shown = merit("check", root / "recipe.yaml", "--output", root / "unused").out
     for word in ("assemble", "align", "knowledge", "instruct"):
         assert word in shown
+
+
+@pytest.mark.parametrize(("family", "kind"), [("llava", "Llama"), ("idefics3", "Qwen2")])
+def test_other_families_are_prepared_in_the_same_way(
+    root: Path, tmp_path: Path, merit: Callable[..., Result], family: str, kind: str
+) -> None:
+    make_base(family, tmp_path / "vlm")
+    make_language_model(tmp_path / "lm", kind, image_tokens=False, hidden_size=48, num_attention_heads=2)
+    values = absolute(settings(root), root)
+    values["model"]["base"] = str(tmp_path / "lm")
+    values["prepare"]["assemble"]["vision_from"] = str(tmp_path / "vlm")
+    values["prepare"]["stages"] = values["prepare"]["stages"][:1]
+    result = merit("prepare", write_recipe(tmp_path, values), "--output", tmp_path / "run", "--quiet")
+    assert result.code == 0, result.err
+    before, after = stage_model(tmp_path / "run", "assemble"), tmp_path / "run" / "prepared" / "base"
+    old, new = tensors(before), tensors(after)
+    moved = {name for name in old if not np.array_equal(old[name], new[name])}
+    assert {FAMILIES[family].role(name) for name in moved} == {"projector"}
+    assert record(tmp_path / "run" / "preparation" / "assemble")["tokens_added"]
