@@ -11,8 +11,8 @@ import pytest
 import yaml
 from tests.e2e.conftest import Result, merit  # noqa: F401  (a fixture)
 
-from merit import plan as plans
 from merit.errors import RecipeError
+from merit.needs import published_weights
 from merit.recipe import dump_recipe, load_recipe, parse_recipe
 
 PAPER = Path(__file__).parents[1] / "recipes" / "paper"
@@ -128,7 +128,7 @@ def test_published_subsets(trainable: Any) -> None:
     roles = {"language": 3_085_938_688, "projector": 36_708_608, "vision": 631_975_680}
     wanted = [trainable] if isinstance(trainable, str) else trainable
     expected = sum(roles[role] for role in wanted) if set(wanted) <= set(roles) else 3_754_622_976
-    found = plans._published(recipe)
+    found = published_weights(recipe)
     assert found is not None
     assert found.trainable == expected
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from merit.errors import Interrupted, RecipeError, ResourceError, RunFolderError
-from merit.plan import estimate
+from merit.needs import estimate
 from merit.progress import duration, size
 from merit.run_folder import Stage, read_json
 

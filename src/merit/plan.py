@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from merit.basin import stage_recipe
 from merit.errors import MergeError, RecipeError, ResourceError, UserError
+from merit.hub import hub_ids
 from merit.known import PUBLISHED
+from merit.needs import Weights, branch_count, file_sizes, items, needs, published_weights, weigh
 from merit.progress import size
 from merit.recipe import DatasetSettings, MixtureSettings, Recipe
 
@@ -27,23 +29,6 @@ if TYPE_CHECKING:
 
 UNSEEN = "not looked at"
 """Format of a dataset that an offline check did not find on this machine."""
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A base by the numbers that decide memory and disk.
-
-    Attributes:
-        parameters: Number of stored weights.
-        trainable: Of these, trained.
-        stored: Bytes per stored weight.
-        stages: Weights that each stage of a preparation trains.
-    """
-
-    parameters: int
-    trainable: int
-    stored: int
-    stages: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -127,7 +112,7 @@ class Plan:
         weights = self.weights
         counts = f", {weights.parameters:,} parameters, {weights.trainable:,} trained" if weights else ""
         table.add_row(
-            "base", f"{recipe.model.base}\n{found}{counts}; trained: {' + '.join(_items(recipe.model.trainable))}"
+            "base", f"{recipe.model.base}\n{found}{counts}; trained: {' + '.join(items(recipe.model.trainable))}"
         )
         for step in self.preparation:
             table.add_row("prepare", f"{step.name}: {step.does}")
@@ -157,12 +142,6 @@ class Plan:
             need = f"{size(self.disk_bytes)} of disk; {size(self.memory_bytes)} of memory per branch, activations aside"
             table.add_row("needs", need)
         return [table, *(f"[yellow]note:[/] {note}" for note in self.notes)]
-
-
-def branch_count(recipe: Recipe) -> int:
-    """Branches to train, baselines included."""
-    groups = [1 if method == "joint" else 2**recipe.split.axes for method in (recipe.split.method, *recipe.baselines)]
-    return sum(groups)
 
 
 def make_plan(
@@ -204,7 +183,7 @@ def make_plan(
     sizes: Mapping[str, int] | None = None
     weights = None
     if base is not None:
-        sizes = _sizes(base)
+        sizes = file_sizes(base)
     elif not offline:
         from merit.basin.preparation import planned_base
 
@@ -222,7 +201,7 @@ def make_plan(
                 "(docs/mixture.md). Give your own with model.chat_template."
             )
     else:
-        weights = _published(recipe)
+        weights = published_weights(recipe)
         said = "their sizes are those published" if weights else "memory and disk are not known"
         notes.append(f"the base was not looked at: neither its files nor its tokenizer are checked; {said}.")
     unseen = [item.name for item in summaries if item.format == UNSEEN]
@@ -233,6 +212,12 @@ def make_plan(
     if unseen or not datasets:
         what = f"{len(unseen)} datasets, {_list(unseen)}" if unseen else "the mixture"
         notes.append(f"not on this machine, so not looked at: {what}.")
+    embedded = {item.id for item in hub_ids(recipe) if item.kind == "dataset"} if _sees(recipe, base) else ()
+    if embedded:
+        notes.append(
+            f"images inside the rows of {len(embedded)} hub datasets are kept once more in the run folder; the disk "
+            "estimate does not know their size."
+        )
     disk = memory = None
     if weights is not None:
         disk, memory = needs(recipe, weights)
@@ -342,115 +327,18 @@ def _preparation(recipe: Recipe, base: BaseInfo | None, *, offline: bool) -> tup
             raise type(error)(f"{where}: {error.message}", *error.ways_out) from None
         train, count = stage.train, _stated_steps(inner)
         data = f"{len(found)} dataset{'s' * (len(found) != 1)}" if found else "unseen data"
-        does = f"{' + '.join(_items(stage.trainable))}; {data}, {train.epochs:g} epochs, batch {train.batch_size}, "
+        does = f"{' + '.join(items(stage.trainable))}; {data}, {train.epochs:g} epochs, batch {train.batch_size}, "
         does += f"learning rate {train.learning_rate:g}" + (f", at most {count:,} steps" if count else "")
         steps.append(StagePlan(stage.name, does, found))
     return tuple(steps)
 
 
-# ---- memory and disk -----------------------------------------------------------------------------------------------
-
-_WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
-_MOMENTS = {
-    "sgd": 0,
-    "adafactor": 0,
-}  # bytes of optimizer state per trained weight; adafactor's rows and columns are few
-
-
-def weigh(recipe: Recipe, base: BaseInfo, sizes: Mapping[str, int]) -> Weights:
-    """Count a base's weights and those that ``model.trainable`` means.
-
-    Args:
-        recipe: The recipe.
-        base: Its base.
-        sizes: Number of weights by name in its files.
-
-    Raises:
-        RecipeError: ``model.trainable`` means nothing in this base.
-    """
-    from merit.models import trainable_names
-
-    def count(trainable: str | list[str]) -> int:
-        return sum(sizes.get(name, 0) for name in trainable_names(list(base.dtypes), trainable, base.family))
-
-    stored = max(_WIDTHS.get(dtype, 4) for dtype in base.dtypes.values())
-    return Weights(base.parameters, count(recipe.model.trainable), stored, tuple(map(count, _stage_subsets(recipe))))
-
-
-def estimate(
-    recipe: Recipe, base: BaseInfo, *, branches: int | None = None, merges: int | None = None, at_once: int = 1
-) -> tuple[int, int]:
-    """:func:`needs` of a base that is there, its preparation done."""
-    recipe = recipe.model_copy(update={"prepare": None})
-    return needs(recipe, weigh(recipe, base, _sizes(base)), branches=branches, merges=merges, at_once=at_once)
-
-
-def needs(
-    recipe: Recipe, weights: Weights, *, branches: int | None = None, merges: int | None = None, at_once: int = 1
-) -> tuple[int, int]:
-    """Disk and memory (bytes) that a run needs, by counting weights.
-
-    Disk: branches, merges and what a preparation leaves in the stored dtype, and for each branch that trains at once one
-    checkpoint (float32 weights, and the optimizer's state of the trained ones). Memory: float32 weights of one branch, with
-    gradients and optimizer state of the trained ones; a preparation's stages may train more than the branches do. Images are
-    read where they lie and add nothing.
-
-    Args:
-        recipe: The recipe.
-        weights: Its base's.
-        branches: Branches to store. Default: the recipe's.
-        merges: Merges to store. Default: the recipe's.
-        at_once: Branches that train side by side.
-    """
-    if merges is None:
-        merges = 1 + sum(method != "joint" for method in recipe.baselines)
-    total, stored = weights.parameters, 4 if recipe.train.save_dtype == "float32" else weights.stored
-    models = 0
-    trained = [(recipe.train.optimizer, 0 if recipe.model.trainable == "lora" else weights.trainable)]
-    if recipe.prepare is not None:
-        models += len(recipe.prepare.stages) + (recipe.prepare.assemble is not None)
-        trained += zip([stage.train.optimizer for stage in recipe.prepare.stages], weights.stages, strict=True)
-    if recipe.model.trainable == "lora":
-        models, at_once = models + merges, 1 if recipe.prepare is not None and recipe.prepare.stages else 0
-    else:
-        models += (branch_count(recipe) if branches is None else branches) + merges
-    state = max(_MOMENTS.get(optimizer, 8) * count for optimizer, count in trained)
-    memory = 4 * total + max((4 + _MOMENTS.get(optimizer, 8)) * count for optimizer, count in trained)
-    return total * stored * models + (4 * total + state) * at_once, memory
-
-
-def _sizes(base: BaseInfo) -> dict[str, int]:
-    from merit import checkpoint
-
-    return {name: header.size for name, header in checkpoint.read_headers(base.folder).tensors.items()}
-
-
-def _published(recipe: Recipe) -> Weights | None:
-    """Size of the base by the published figures; None for a model that :mod:`merit.known` does not list."""
-    found = PUBLISHED.get(recipe.model.base)
-    if found is None:
-        return None
-    sizes = {"language": found.language, "projector": found.projector, "vision": found.vision}
-    if recipe.prepare is not None and recipe.prepare.assemble is not None:
-        giver = PUBLISHED.get(recipe.prepare.assemble.vision_from)
-        if giver is None:
-            return None
-        sizes |= {"projector": giver.projector, "vision": giver.vision}
-    total = sum(sizes.values())
-
-    def count(trainable: str | Sequence[str]) -> int:
-        wanted = {"language" if item == "lora" else item for item in _items(trainable)}
-        return sum(sizes[role] for role in wanted) if wanted <= sizes.keys() else total  # all, or patterns: at most all
-
-    return Weights(total, count(recipe.model.trainable), found.stored, tuple(map(count, _stage_subsets(recipe))))
-
-
-def _items(trainable: str | Sequence[str]) -> Sequence[str]:
-    return [trainable] if isinstance(trainable, str) else trainable
-
-
-def _stage_subsets(recipe: Recipe) -> list[str | list[str]]:
-    return [stage.trainable for stage in recipe.prepare.stages] if recipe.prepare else []
+def _sees(recipe: Recipe, base: BaseInfo | None) -> bool:
+    """Whether the base is a vision-language model, as far as is known."""
+    if base is not None:
+        return base.family is not None
+    known = PUBLISHED.get(recipe.model.base)
+    return bool(recipe.prepare and recipe.prepare.assemble) or (known is not None and known.vision > 0)
 
 
 def _check_length(recipe: Recipe, base: BaseInfo, key: str) -> None:

@@ -122,8 +122,8 @@ def plan_assembly(language: Path, vision: Path, *, projector: Literal["copy", "n
     foreign = [token for token in added if token in template and not _IMAGE_WORDS.search(token)]
     if foreign:
         notes.append(
-            f"the assembled chat template is that of {given.model_type} and writes {', '.join(foreign)}, which the language model has "
-            "never seen; model.chat_template can name another (the language model's own will do)"
+            f"the assembled chat template is that of {given.model_type} and writes {', '.join(foreign)}, which the language "
+            "model has never seen; model.chat_template can name another (the language model's own will do)"
         )
     dtypes = (_file_dtype(language), _file_dtype(vision))
     return Assembly(language, vision, family, projector, config, shapes, dtypes, added, rows, tuple(notes))
