@@ -19,6 +19,7 @@ import platform
 import random
 import time
 from collections.abc import Sequence
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ MEAN = STD = (0.5, 0.5, 0.5)
 # ---- tokenizer, processor, model ------------------------------------------------------------------------------------
 
 
+@cache
 def make_tokenizer() -> Qwen2Tokenizer:
     """Make a byte-level tokenizer whose merges are learned on the base's own sentences.
 
