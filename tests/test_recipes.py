@@ -11,6 +11,7 @@ import pytest
 import yaml
 from tests.e2e.conftest import Result, merit  # noqa: F401  (a fixture)
 
+from merit import plan as plans
 from merit.errors import RecipeError
 from merit.needs import published_weights
 from merit.recipe import dump_recipe, load_recipe, parse_recipe
@@ -168,3 +169,20 @@ def test_the_vision_starter_recipe_loads_with_and_without_its_comments(
     prepared = load_recipe(tmp_path / "recipe.yaml").prepare
     assert prepared is not None
     assert [stage.name for stage in prepared.stages] == ["align", "instruct"]
+
+
+def test_what_is_not_here_is_listed_whatever_it_is_for(merit: Callable[..., Result]) -> None:  # noqa: F811
+    from tests.e2e.conftest import write_rows
+
+    write_rows(Path("a.jsonl"), [{"inputs": "q", "targets": "a"}])
+    listed = "[{name: a, path: a.jsonl}, {name: b, path: a.jsonl, test: no/b.jsonl}, {name: c, path: no/c.jsonl}]"
+    words = ("--set=mixture={datasets: " + listed + "}", "--set=split.axes=1")
+    words += ("--set=evaluate.kept=[{name: k, path: no/k.jsonl}]", "--set=evaluate.kept_folder=no/kept")
+    plan = check(merit, "flan-text-3b", *words)
+    assert [(item["name"], item["format"]) for item in plan["datasets"]] == [
+        ("a", "flan"),
+        ("b", plans.UNSEEN),
+        ("c", plans.UNSEEN),
+    ]
+    assert plan["kept"] == ["k"]
+    assert any("not looked at: 3 datasets, b, c, k." in note for note in plan["notes"])

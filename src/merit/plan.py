@@ -163,7 +163,7 @@ def make_plan(
     from merit.train import check_trainer_options
 
     notes: list[str] = []
-    summaries = _sources(recipe, "mixture", offline=offline)
+    summaries = _sources(recipe, offline=offline)
     datasets = tuple(item for item in summaries if not item.kept)
     kept = tuple(item for item in summaries if item.kept)
     if datasets or not offline:
@@ -180,6 +180,7 @@ def make_plan(
         notes.append(
             f"{len(without)} of {len(datasets)} datasets have no held-out rows and are not scored: {_list(without)}."
         )
+    stands = base is not None  # where it was prepared, the data of its stages is needed no more
     sizes: Mapping[str, int] | None = None
     weights = None
     if base is not None:
@@ -188,14 +189,13 @@ def make_plan(
         from merit.basin.preparation import planned_base
 
         base, sizes = planned_base(recipe, run)
-    stands = base is not None and base.folder.is_dir()  # then the data that it was prepared with is needed no more
     preparation = _preparation(recipe, base, offline=offline or stands)
     if base is not None and sizes is not None:
         weights = weigh(recipe, base, sizes)
         _check_length(recipe, base, "train.max_length")
         if base.family is None:
             refuse_images(summaries)
-        if base.folder.is_dir() and tokenizer().merit_template == "default":
+        if stands and tokenizer().merit_template == "default":
             notes.append(
                 "the base has no chat template; a plain default one is used, and carried along into the merged model "
                 "(docs/mixture.md). Give your own with model.chat_template."
@@ -237,7 +237,7 @@ def make_plan(
 # ---- data ----------------------------------------------------------------------------------------------------------
 
 
-def _sources(recipe: Recipe, key: str, *, offline: bool) -> list[SourceSummary]:
+def _sources(recipe: Recipe, *, offline: bool) -> list[SourceSummary]:
     """The recipe's datasets, checked; offline those on this machine only, the others as not looked at.
 
     Raises:
@@ -247,27 +247,32 @@ def _sources(recipe: Recipe, key: str, *, offline: bool) -> list[SourceSummary]:
 
     if not offline:
         return check_sources(recipe)
-    mixture, unseen = recipe.mixture, []
+    mixture, evaluate = recipe.mixture, recipe.evaluate
+    listed = _meant(mixture)
+    unseen = [SourceSummary(item.name, item.path, item.test, UNSEEN) for item in listed if not _here(item)]
+    away = [
+        SourceSummary(item.name, item.path, item.path, UNSEEN, kept=True) for item in evaluate.kept if not _here(item)
+    ]
     if mixture.datasets is not None:
-        items = _meant(mixture)
-        unseen = [
-            SourceSummary(item.name, item.path, item.test, UNSEEN) for item in items if not Path(item.path).exists()
-        ]
-        here = [item for item in items if Path(item.path).exists()]
-        if not here:
-            return unseen
         if unseen:  # a pattern may mean datasets that are not here
+            here = [item for item in listed if _here(item)]
             mixture = mixture.model_copy(update={"datasets": here, "include": ["*"], "exclude": []})
-    elif not Path(mixture.folder or mixture.path or "").exists():
-        return []
-    kept = [item for item in recipe.evaluate.kept if Path(item.path).exists()]
-    folder = recipe.evaluate.kept_folder
-    evaluate = recipe.evaluate.model_copy(
-        update={"kept": kept, "kept_folder": folder if folder and Path(folder).is_dir() else None}
-    )
+    elif mixture.test is not None and not Path(mixture.test).exists():
+        mixture = mixture.model_copy(update={"test": None})
+    source = mixture.folder or mixture.path
+    if not mixture.datasets and (source is None or not Path(source).exists()):
+        return [*unseen, *away]
+    kept: dict[str, Any] = {"kept": [item for item in evaluate.kept if _here(item)]}
+    if evaluate.kept_folder is not None and not Path(evaluate.kept_folder).is_dir():
+        kept |= {"kept_folder": None}
+    evaluate = evaluate.model_copy(update=kept)
     found = check_sources(recipe.model_copy(update={"mixture": mixture, "evaluate": evaluate}))
     places = {item.name: place for place, item in enumerate(recipe.mixture.datasets or [])}
-    return sorted([*found, *unseen], key=lambda item: (item.kept, places.get(item.name, 0)))
+    return sorted([*found, *unseen, *away], key=lambda item: (item.kept, places.get(item.name, 0)))
+
+
+def _here(item: DatasetSettings) -> bool:
+    return Path(item.path).exists() and (item.test is None or Path(item.test).exists())
 
 
 def _meant(mixture: MixtureSettings) -> list[DatasetSettings]:
@@ -319,7 +324,7 @@ def _preparation(recipe: Recipe, base: BaseInfo | None, *, offline: bool) -> tup
         where = f"prepare.stages: {stage.name}"
         inner = stage_recipe(recipe, stage, recipe.model.base)
         try:
-            found = tuple(_sources(inner, where, offline=offline))
+            found = tuple(_sources(inner, offline=offline))
             if base is not None:
                 weigh(inner, base, {})
                 _check_length(inner, base, "train.max_length")

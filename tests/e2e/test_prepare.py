@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from tests.e2e.conftest import Result, write_rows
+from tests.e2e.conftest import Result, make_case, write_rows
 from tests.test_basin import make_language_model, tensors
 from tests.vision.bases import make_base
 from tests.vision.vision_cases import COLOURS, picture
@@ -351,3 +351,23 @@ def test_other_families_are_prepared_in_the_same_way(
     moved = {name for name in old if not np.array_equal(old[name], new[name])}
     assert {FAMILIES[family].role(name) for name in moved} == {"projector"}
     assert record(tmp_path / "run" / "preparation" / "assemble")["tokens_added"]
+
+
+def test_a_text_base_is_prepared_without_an_assembly(tmp_path: Path, base: Path, merit: Callable[..., Result]) -> None:
+    case = make_case(tmp_path, base)
+    stages = [
+        {"name": "first", "mixture": {"folder": "mixture", "include": ["upper", "first"]}, "trainable": "all"},
+        {"name": "second", "mixture": {"folder": "mixture", "include": ["last"]}, "trainable": ["model.layers.1.*"]},
+    ]
+    case.write(prepare={"stages": stages}, train={**case.settings["train"], "epochs": 0.5})
+    checked = merit("check", case.recipe, "--output", case.run, "--json")
+    assert checked.code == 0, checked.err
+    assert [step["name"] for step in json.loads(checked.out)["preparation"]] == ["first", "second"]
+    result = merit("run", case.recipe, "--output", case.run, "--until", "gradients", "--quiet")
+    assert result.code == 0, result.err
+    first, second = (stage_model(case.run, name) for name in ("first", "second"))
+    old, new = tensors(first), tensors(case.run / "prepared" / "base")
+    moved = {name for name in old if not np.array_equal(old[name], new[name])}
+    assert moved == {name for name in old if name.startswith("model.layers.1.")}
+    assert any(not np.array_equal(value, old[name]) for name, value in tensors(base).items())
+    assert record(case.run / "conflict")["inputs"]["base"] == checkpoint.fingerprint(second)
