@@ -371,3 +371,20 @@ def test_a_text_base_is_prepared_without_an_assembly(tmp_path: Path, base: Path,
     assert moved == {name for name in old if name.startswith("model.layers.1.")}
     assert any(not np.array_equal(value, old[name]) for name, value in tensors(base).items())
     assert record(case.run / "conflict")["inputs"]["base"] == checkpoint.fingerprint(second)
+
+
+def test_the_example_of_the_documentation_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, merit: Callable[..., Result]
+) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "preparation.md").read_text(encoding="utf-8").partition("## Try it")[2]
+    python, recipe = (text.partition(f"```{kind}\n")[2].partition("```")[0] for kind in ("python", "yaml"))
+    monkeypatch.chdir(tmp_path)
+    exec(python, {})
+    Path("basin/recipe.yaml").write_text(recipe)
+    words = ["--set", "prepare.stages.align.mixture.samples=8", "--set", "prepare.stages.instruct.mixture.samples=8"]
+    result = merit("prepare", "basin/recipe.yaml", *words, "--output", "run", "--quiet")
+    assert result.code == 0, result.err
+    facts = record(Path("run/preparation/assemble"))
+    assert (facts["family"], facts["projector"]) == ("llava", "new")
+    kept = Path("basin/words/base/chat_template.jinja").read_text()
+    assert Path("run/prepared/base/chat_template.jinja").read_text() == kept
