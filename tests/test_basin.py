@@ -221,3 +221,33 @@ def test_a_tensor_that_is_written_wrong_is_found(givers: Path, tmp_path: Path, m
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", lossy)
     with pytest.raises(CheckpointError, match=r"visual\.blocks\.0\.norm1\.weight"):
         assemble(plan, tmp_path / "joined", seed=0)
+
+
+PUBLISHED_TEXT = {
+    "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+    "num_key_value_heads": 4, "max_window_layers": 28, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+    "tie_word_embeddings": False, "vocab_size": 152064, "torch_dtype": "bfloat16", "use_sliding_window": False,
+}  # fmt: skip
+PUBLISHED_VISION = {
+    "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "in_chans": 3, "out_hidden_size": 3584,
+    "patch_size": 14, "spatial_merge_size": 2, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
+}  # fmt: skip
+
+
+def test_the_papers_own_pair_fits_by_its_published_configs(tmp_path: Path) -> None:
+    """Qwen2.5-VL-7B's flat config of before, and Qwen2.5-7B-Instruct's: no weights, the whole architecture."""
+    from merit.basin import assemble as module
+
+    flat = {"model_type": "qwen2_5_vl", "max_position_embeddings": 128000, "vision_config": PUBLISHED_VISION}
+    flat |= {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "image_token_id": 151655}
+    for name, values in (("vlm", flat), ("lm", {"model_type": "qwen2", "max_position_embeddings": 32768})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({**PUBLISHED_TEXT, **values}))
+    vlm, lm = (module._config(tmp_path / name, "key") for name in ("vlm", "lm"))
+    joined, notes = module._join_configs(vlm, lm, {"image_token_id": 151655}, 0)
+    shapes = module._shapes(joined)
+    assert shapes == module._shapes(vlm), "the projector fits as it is, and every layer"
+    assert sum(int(np.prod(shape)) for shape in shapes.values()) == 8_292_166_656
+    rope = joined.text_config.rope_parameters
+    assert (rope["mrope_section"], rope["rope_theta"], rope["rope_type"]) == ([16, 24, 24], 1e6, "default")
+    assert notes == ["the context is the language model's: 32768 tokens, not 128000"]
