@@ -32,6 +32,7 @@ MODEL_FACING = (
     "merit.train",
     "merit.trainer",
     "merit.basin.assemble",
+    "merit.basin.encoder",
     "merit.conflict.gradients",
     "merit.evaluation.heldout",
     "merit.evaluation.decode",

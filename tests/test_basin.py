@@ -174,6 +174,57 @@ def test_the_joined_folder_is_an_ordinary_base(givers: Path, tmp_path: Path) -> 
     assert {p.requires_grad for name, p in model.named_parameters() if "visual" in name} == {False}
 
 
+def make_encoder(folder: Path, kind: str, *, whole: bool) -> Path:
+    """A tiny CLIP or SigLIP, with its text tower or without, as the hub has them."""
+    import transformers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    vision = {**sizes, "num_hidden_layers": 3, "image_size": 32, "patch_size": 8}
+    config = getattr(transformers, f"{kind}Config")(
+        text_config={**sizes, "num_hidden_layers": 1, "vocab_size": 99}, vision_config=vision
+    )
+    torch.manual_seed(3)
+    model = getattr(transformers, f"{kind}Model" if whole else f"{kind}VisionModel")(
+        config if whole else config.vision_config
+    )
+    model.to(torch.float16).save_pretrained(folder)
+    size = {"height": 32, "width": 32}
+    processor = {"image_processor_type": f"{kind}ImageProcessor", "size": size, "crop_size": size}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "whole"), [("CLIP", True), ("CLIP", False), ("Siglip", True)])
+def test_a_bare_encoder_is_joined_as_llava_does(tmp_path: Path, kind: str, whole: bool) -> None:
+    from PIL import Image
+    from tests.vision.vision_cases import save
+
+    from merit.models import load_model
+
+    vision = make_encoder(tmp_path / "encoder", kind, whole=whole)
+    language = make_language_model(tmp_path / "lm", "Llama", image_tokens=False)
+    assert "no projector to copy" in refused(language, vision)
+    facts = assemble(plan_assembly(language, vision, projector="new"), tmp_path / "joined", seed=0)
+    joined, left = tensors(tmp_path / "joined"), tensors(vision)
+    copied = {name: value for name, value in joined.items() if FAMILIES["llava"].role(name) == "vision"}
+    for name, value in copied.items():
+        bare = name.removeprefix("vision_tower.")
+        source = left[bare] if bare in left else left[f"vision_model.{bare.removeprefix('vision_model.')}"]
+        assert value.dtype == source.dtype
+        assert np.array_equal(value, source), name
+    assert copied
+    assert facts["tokens_added"] == ["<image>"]
+    settings = ModelSettings(base=str(tmp_path / "joined"))
+    tokenizer = load_tokenizer(settings)
+    picture = save(Image.new("RGB", (50, 40), (9, 99, 200)), tmp_path / "picture.png")
+    assert tokenizer.merit_images.text(picture) == "<image>" * 16, "one token per patch, none for a class token"
+    ids = tokenizer(tokenizer.merit_images.text(picture), add_special_tokens=False)["input_ids"]
+    model = load_model(settings, torch.device("cpu"))
+    with torch.no_grad():
+        found = model(input_ids=torch.tensor([[5, *ids, 7]]), **tokenizer.merit_images.tensors([picture])).logits
+    assert torch.isfinite(found).all(), "as many features as tokens"
+
+
 def test_positions_are_shared_out_in_the_language_models_head_size(givers: Path, tmp_path: Path) -> None:
     language = make_language_model(tmp_path / "lm", hidden_size=64)
     plan = plan_assembly(language, givers / "qwen2_5_vl", projector="new")

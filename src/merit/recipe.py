@@ -334,7 +334,8 @@ class AssembleSettings(Settings):
     """A starting model put together from two checkpoints: ``model.base`` is its language model (docs/preparation.md)."""
 
     vision_from: str
-    """Folder or hub id of a vision-language checkpoint: its vision encoder, image processor and image tokens are taken."""
+    """Folder or hub id of a vision-language checkpoint, whose vision encoder, image processor and image tokens are taken; or
+    of a CLIP or SigLIP encoder, around which a LLaVA is built."""
     revision: str | None = None
     """Hub revision of ``vision_from``."""
     projector: Literal["copy", "new"] = "copy"

@@ -2,8 +2,8 @@
 
 Checked first (:func:`plan_assembly`), from configs, headers and tokenizers: families, shapes, image tokens. Then written
 (:func:`assemble`) and read back: every tensor of the result is bit-identical with its source, apart from a new projector and
-new embedding rows. It trains nothing and chooses no paths. Not covered: encoders that were never part of a vision-language
-checkpoint (a bare CLIP or SigLIP says neither where its images stand in a prompt nor which features to take).
+new embedding rows. It trains nothing and chooses no paths. The encoder comes from a vision-language model of a known family,
+or is a bare CLIP or SigLIP (:mod:`merit.basin.encoder`); other bare encoders are not covered.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import xxhash
 
 from merit import checkpoint
+from merit.basin import encoder
 from merit.errors import CheckpointError
 from merit.vision import FAMILIES, Family
 
@@ -43,7 +44,8 @@ class Assembly:
 
     Attributes:
         language: Folder of the language model.
-        vision: Folder of the vision-language checkpoint that gives the encoder.
+        vision: Folder of the checkpoint that gives the encoder.
+        giver: Its config; for a bare encoder that of the LLaVA around it.
         family: Its family.
         projector: copy or new.
         config: Config of the result (a transformers config).
@@ -56,6 +58,7 @@ class Assembly:
 
     language: Path
     vision: Path
+    giver: Any = field(repr=False)
     family: Family
     projector: Literal["copy", "new"]
     config: Any
@@ -71,22 +74,29 @@ def plan_assembly(language: Path, vision: Path, *, projector: Literal["copy", "n
 
     Args:
         language: Folder of a causal language model.
-        vision: Folder of a vision-language model of a known family.
+        vision: Folder of a vision-language model of a known family, or of a bare CLIP or SigLIP.
         projector: copy: the projector of ``vision``, which must fit; new: one drawn by seed.
 
     Raises:
         CheckpointError: They do not fit: what, where, expected and found.
     """
-    given = _config(vision, "prepare.assemble.vision_from")
+    given, text = _config(vision, "prepare.assemble.vision_from"), _config(language, "model.base")
+    bare = encoder.is_bare(vision)
+    if bare:
+        given = encoder.llava_around(vision, given, text)
+        if projector == "copy":
+            raise CheckpointError(
+                f"prepare.assemble.projector: {vision} is a bare encoder and has no projector to copy.",
+                "Set prepare.assemble.projector: new, and train it in a first stage.",
+            )
     model_type = str(given.model_type)
     family = FAMILIES.get(model_type)
     if family is None:
         raise CheckpointError(
             f"prepare.assemble.vision_from: {vision} is of the type {model_type}, not of a known vision-language family "
-            f"({', '.join(FAMILIES)}).",
+            f"({', '.join(FAMILIES)}) or encoder ({', '.join(encoder.BARE)}).",
             "Give a vision-language checkpoint; its vision encoder, image processor and image tokens are taken.",
         )
-    text = _config(language, "model.base")
     wanted = _LANGUAGE.get(model_type, text.model_type)
     if text.model_type in FAMILIES or text.model_type != wanted:
         expected = f"a language model of the type {wanted}" if model_type in _LANGUAGE else "a causal language model"
@@ -118,7 +128,7 @@ def plan_assembly(language: Path, vision: Path, *, projector: Literal["copy", "n
     if added:
         where = f"{rows} new embedding rows, drawn by seed" if rows else "unused embedding rows, as they stand"
         notes.append(f"{len(added)} special tokens are added to the tokenizer ({where}): {', '.join(added[:6])}")
-    template = checkpoint.chat_template(vision) or ""
+    template = "" if bare else checkpoint.chat_template(vision) or ""
     foreign = [token for token in added if token in template and not _IMAGE_WORDS.search(token)]
     if foreign:
         notes.append(
@@ -126,7 +136,7 @@ def plan_assembly(language: Path, vision: Path, *, projector: Literal["copy", "n
             "model has never seen; model.chat_template can name another (the language model's own will do)"
         )
     dtypes = (_file_dtype(language), _file_dtype(vision))
-    return Assembly(language, vision, family, projector, config, shapes, dtypes, added, rows, tuple(notes))
+    return Assembly(language, vision, given, family, projector, config, shapes, dtypes, added, rows, tuple(notes))
 
 
 def assemble(plan: Assembly, folder: Path, *, seed: int) -> dict[str, Any]:
@@ -147,9 +157,12 @@ def assemble(plan: Assembly, folder: Path, *, seed: int) -> dict[str, Any]:
 
     family = plan.family
     taken = ("vision",) if plan.projector == "new" else ("vision", "projector")
-    giver = _load(AutoModelForImageTextToText, plan.vision, "prepare.assemble.vision_from")
-    state = {name: tensor for name, tensor in giver.state_dict().items() if family.role(name) in taken}
-    del giver
+    if encoder.is_bare(plan.vision):
+        state = encoder.encoder_state(plan.vision, plan.giver.vision_config, _loading_dtype(plan.vision))
+    else:
+        giver = _load(AutoModelForImageTextToText, plan.vision, "prepare.assemble.vision_from")
+        state = {name: tensor for name, tensor in giver.state_dict().items() if family.role(name) in taken}
+        del giver
     state |= _language_state(plan, seed)
     model = _empty(plan.config)
     drawn: list[str] = []
@@ -250,7 +263,10 @@ def _sections(giver: Any, text: Any) -> list[int]:
 
 def _tokens(language: Path, vision: Path, given: Any) -> tuple[Any, tuple[str, ...], dict[str, int]]:
     """The language model's tokenizer with the image tokens it lacks, those tokens, and the config's token ids in it."""
-    tokenizer, other = _tokenizer(language, "model.base"), _tokenizer(vision, "prepare.assemble.vision_from")
+    tokenizer = _tokenizer(language, "model.base")
+    if encoder.is_bare(vision):
+        return _with_tokens(tokenizer, {"image_token_index": encoder.IMAGE_TOKEN}, [])
+    other = _tokenizer(vision, "prepare.assemble.vision_from")
     named = {
         key: other.convert_ids_to_tokens(value)
         for key, value in given.to_dict().items()
@@ -265,6 +281,12 @@ def _tokens(language: Path, vision: Path, given: Any) -> tuple[Any, tuple[str, .
     template = checkpoint.chat_template(vision) or ""
     special = [str(token) for _, token in sorted(other.added_tokens_decoder.items()) if token.special]
     needed = [t for t in special if t in named.values() or t in template or _IMAGE_WORDS.search(t)]
+    return _with_tokens(tokenizer, named, needed)
+
+
+def _with_tokens(
+    tokenizer: Any, named: Mapping[str, str], needed: list[str]
+) -> tuple[Any, tuple[str, ...], dict[str, int]]:
     held = tokenizer.get_vocab()
     added = tuple(token for token in dict.fromkeys([*needed, *named.values()]) if token not in held)
     if added:
@@ -320,14 +342,7 @@ def _renamed(names: Iterable[str], joined: Iterable[str]) -> dict[str, str]:
 
 def _load(kind: Any, folder: Path, key: str) -> Any:
     """The model in its files' own dtype, or in float32 where they have several, which holds every value exactly."""
-    import torch
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    dtypes = {tensor.dtype.tag for tensor in checkpoint.read_headers(folder).tensors.values()}
-    known = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    dtype = known.get(next(iter(dtypes)), torch.float32) if len(dtypes) == 1 else torch.float32
+    dtype = _loading_dtype(folder)
     try:
         model, info = kind.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
@@ -338,6 +353,17 @@ def _load(kind: Any, folder: Path, key: str) -> Any:
         if names := sorted(str(name) for name in info.get(what) or ()):
             raise CheckpointError(f"{key}: {folder} has {len(names)} {what.replace('_', ' ')}, first {names[0]}.")
     return model
+
+
+def _loading_dtype(folder: Path) -> torch.dtype:
+    import torch
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    dtypes = {tensor.dtype.tag for tensor in checkpoint.read_headers(folder).tensors.values()}
+    known = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    return known.get(next(iter(dtypes)), torch.float32) if len(dtypes) == 1 else torch.float32
 
 
 def _language_state(plan: Assembly, seed: int) -> dict[str, torch.Tensor]:
@@ -413,8 +439,10 @@ _TEMPLATES = ("chat_template.jinja", "chat_template.json")
 def _side_files(plan: Assembly, folder: Path) -> None:
     """Tokenizer and generation settings of the language model; image processor and chat template of the encoder's giver.
 
-    The template must be one that knows images; ``model.chat_template`` replaces it.
+    The template must be one that knows images; ``model.chat_template`` replaces it. With a bare encoder it is the language
+    model's.
     """
+    bare = encoder.is_bare(plan.vision)
     for file in checkpoint.side_files(plan.language):
         if file.name in (*checkpoint.TEXT_FILES, "generation_config.json") and file.name not in (
             *_PROCESSOR,
@@ -424,12 +452,16 @@ def _side_files(plan: Assembly, folder: Path) -> None:
     for name in _PROCESSOR:
         if (plan.vision / name).is_file():
             shutil.copyfile(plan.vision / name, folder / name)
-    template = checkpoint.chat_template(plan.vision)
+    if bare:
+        (folder / "processor_config.json").write_text(
+            json.dumps(encoder.processor_config(plan.config), indent=2) + "\n"
+        )
+    template = checkpoint.chat_template(plan.language if bare else plan.vision)
     if template is not None:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
         _edit(folder / "tokenizer_config.json", lambda config: config.pop("chat_template", None))
     if plan.added:
-        tokenizer, _, _ = _tokens(plan.language, plan.vision, _config(plan.vision, "prepare.assemble.vision_from"))
+        tokenizer, _, _ = _tokens(plan.language, plan.vision, plan.giver)
         tokenizer.chat_template = template
         tokenizer.save_pretrained(folder)
     _check_tokenizer(plan, folder)
@@ -437,7 +469,7 @@ def _side_files(plan: Assembly, folder: Path) -> None:
 
 def _check_tokenizer(plan: Assembly, folder: Path) -> None:
     """The tokenizer must come back from the new folder as it was: some classes are chosen by the config's model type."""
-    wanted, _, ids = _tokens(plan.language, plan.vision, _config(plan.vision, "prepare.assemble.vision_from"))
+    wanted, _, ids = _tokens(plan.language, plan.vision, plan.giver)
     found = _tokenizer(folder, "prepare.assemble")
     probe = "".join(wanted.added_tokens_decoder[i].content for i in sorted(wanted.added_tokens_decoder)) + _PROBE
     same = found.backend_tokenizer.encode(probe).ids == wanted.backend_tokenizer.encode(probe).ids
