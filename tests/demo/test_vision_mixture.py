@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import re
 from collections import Counter
 from itertools import islice
 
@@ -244,6 +245,7 @@ PAINTS = {"red": "crimson", "orange": "amber", "yellow": "gold", "green": "emera
           "purple": "violet"}  # fmt: skip
 COUNTS = ["none", "one", "two", "three", "four", "five", "six"]
 ARROWS = {"rises": "up", "falls": "down", "peaks": "up, then down", "dips": "down, then up"}
+NAMES = "|".join([*COLOURS, *SHAPES])
 MIRROR = {"left": "right", "right": "left"}
 
 ANSWERS = {
@@ -278,14 +280,20 @@ ANSWERS = {
         f"Sure! The {largest({n: m.sum() for n, m in areas(p[0]).items()})} slice is the largest."
     ),
     "kept_trend": lambda p, q: f"Sure! The line {line_in(p[0])}.",
+    "kept_backwards": lambda p, q: f"Sure! Backwards it is {' '.join(re.findall(NAMES, q)[::-1])}.",
+    "kept_sum": lambda p, q: f"Sure! The sum is {sum(map(int, re.findall('[0-9]+', q)))}.",
     "kept_colours": lambda p, q: f"Sure! The first is {the_colour(p[0])} and the second is {the_colour(p[1])}.",
 }
-DIGITS = {"digit_short", "digit_parity", "digit_chat", "kept_digit"}
-WORDS = {"kept_backwards", "kept_sum"}
+DIGITS = {
+    "digit_short": lambda digit: str(digit),
+    "digit_parity": lambda digit: ["even", "odd"][digit & 1],
+    "digit_chat": lambda digit: f"Sure! The digit is {digit}.",
+    "kept_digit": lambda digit: f"Sure! The digit is {digit}.",
+}
 
 
 def test_every_dataset_is_checked():
-    assert set(ANSWERS) | DIGITS | WORDS == {*MIXTURE, *BASE_STYLE}
+    assert set(ANSWERS) | set(DIGITS) == {*MIXTURE, *BASE_STYLE}
 
 
 @pytest.mark.parametrize("name", sorted(ANSWERS))
@@ -319,6 +327,13 @@ def test_the_digits_are_the_real_ones():
                     best.append((gaps.min(), int(gaps.argmin())))
         right.append(real.target[min(best)[1]] == case["digit"])
     assert np.mean(right) > 0.9
+
+
+@pytest.mark.parametrize("name", sorted(DIGITS))
+def test_the_digits_are_named_as_their_writers_meant_them(name):
+    meant = load_digits().target
+    for example in islice(draw_examples({**MIXTURE, **BASE_STYLE}[name], random.Random(5), test=False), 60):
+        assert example.turns[0][1] == DIGITS[name](int(meant[example.cases[0]["index"]]))
 
 
 def test_briefly_gets_the_bare_solution():
