@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 
 from merit import __version__
 from merit.errors import Interrupted, MeritError, RecipeError
+from merit.progress import Stop, ask_to_stop, forget_stops
 
 _PLACES = {
     errno.EACCES,
@@ -47,8 +48,11 @@ class _Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         def stop(signum: int, _frame: Any) -> None:
-            raise Interrupted(f"stopped by {signal.Signals(signum).name}")
+            reason = f"stopped by {signal.Signals(signum).name}"
+            ask_to_stop(reason)
+            raise Stop(reason)
 
+        forget_stops()
         signal.signal(signal.SIGTERM, stop)
         try:
             return super().invoke(ctx)
@@ -57,8 +61,8 @@ class _Commands(TyperGroup):
             if isinstance(error, Interrupted):
                 print("Run the same command again to go on.", file=sys.stderr)
             code = error.exit_code
-        except KeyboardInterrupt:
-            print("merit: interrupted. Run the same command again to go on.", file=sys.stderr)
+        except KeyboardInterrupt as error:
+            print(f"merit: {str(error) or 'interrupted'}. Run the same command again to go on.", file=sys.stderr)
             code = Interrupted.exit_code
         except OSError as error:
             if isinstance(error, BrokenPipeError) or error.errno not in _PLACES:
@@ -327,7 +331,8 @@ def check(
         from merit.mixture.image_check import check_images
 
         with pipeline.reporter.progress("images") as tick:
-            report = check_images(pipeline.recipe, tick)
+            sight = None if offline or not pipeline.base_stands else pipeline.tokenizer.merit_images
+            report = check_images(pipeline.recipe, tick, sight)
         if not as_json:
             _out(*report.render())
         elif report.fatal:

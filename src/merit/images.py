@@ -45,6 +45,12 @@ class BadImage(Exception):
         self.detail = detail
 
 
+_SUFFIXES = {
+    **{".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".gif": "GIF", ".bmp": "BMP"},
+    **{".tif": "TIFF", ".tiff": "TIFF"},
+}
+
+
 @dataclass(frozen=True, slots=True)
 class ImageRef:
     """One image of one row.
@@ -87,6 +93,18 @@ def read_image(ref: ImageRef) -> Image:
             "Put the old file back; or start the run over, so that the mixture is prepared again.",
         )
     return decode(data, max_pixels=ref.width * ref.height)
+
+
+def renamed(file: Path) -> str:
+    """The format that an image file holds, where its name says another one; else an empty text. Only the header is read."""
+    said = _SUFFIXES.get(file.suffix.lower())
+    if said is None:
+        return ""
+    try:
+        with _pillow(0).open(file, formats=FORMATS) as image:
+            return "" if image.format == said else str(image.format)
+    except Exception:  # what is wrong with it is told elsewhere
+        return ""
 
 
 def digest(data: bytes) -> str:
@@ -142,7 +160,11 @@ def decode(data: bytes, max_pixels: int) -> Image:
     except BadImage:
         raise
     except pillow.DecompressionBombError as error:
-        raise BadImage("image_too_large", f"it is too large to be decoded safely: {error}") from None
+        size = re.search(r"\d+", str(error))
+        raise BadImage(
+            "image_too_large",
+            f"it has {size.group() if size else 'too many'} pixels, more than mixture.images.max_file_pixels ({max_pixels})",
+        ) from None
     except UnidentifiedImageError:
         found = _kind(data)
         raise BadImage(

@@ -10,14 +10,43 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+from merit.errors import Interrupted
+
 Tick = Callable[..., None]
 """Called as ``tick(done, total, label)`` by whatever does the work."""
 
 _EVERY = 10.0  # seconds between progress lines where stderr is no terminal
 
 
+class Stop(KeyboardInterrupt):
+    """SIGTERM, as it happens: like Ctrl-C no ``except Exception`` of a library takes it for an error of its own."""
+
+
+_asked: list[str] = []
+
+
+def ask_to_stop(reason: str) -> None:
+    """Remember that a stop was asked for, should the exception get lost (in a destructor, say)."""
+    _asked.append(reason)
+
+
+def forget_stops() -> None:
+    """A new command begins."""
+    _asked.clear()
+
+
+def stop_if_asked() -> None:
+    """Called wherever something is reported.
+
+    Raises:
+        Interrupted: A stop was asked for and got lost.
+    """
+    if _asked:
+        raise Interrupted(_asked[0])
+
+
 class Reporter:
-    """Stage lines and progress bars; silent when ``quiet``.
+    """Stage lines and progress bars; silent when ``quiet``. Whatever is reported, a stop that was asked for comes first.
 
     Args:
         quiet: Say nothing.
@@ -31,10 +60,12 @@ class Reporter:
 
     def say(self, text: str, style: str | None = None) -> None:
         """One line."""
+        stop_if_asked()
         self.console.print(text, style=style, markup=False)
 
     def stage(self, name: str, detail: str = "") -> None:
         """A stage begins."""
+        stop_if_asked()
         from rich.text import Text
 
         self.console.print(Text.assemble((f"▸ {name}", "bold"), f"  {detail}" if detail else ""))
@@ -47,7 +78,7 @@ class Reporter:
     def progress(self, unit: str = "") -> Iterator[Tick]:
         """A progress bar with an ETA (lines every ten seconds where stderr is no terminal)."""
         if self.quiet:
-            yield lambda *_: None
+            yield lambda *_: stop_if_asked()
         elif self.console.is_terminal:
             with self._bar(unit) as tick:
                 yield tick
@@ -70,6 +101,7 @@ class Reporter:
             task = bar.add_task(unit, total=None)
 
             def tick(done: float, total: float, label: object = "") -> None:
+                stop_if_asked()
                 bar.update(
                     task, completed=done, total=total, description=f"{unit} {_text(label)}".strip()[:60].ljust(24)
                 )
@@ -85,6 +117,7 @@ class _LinePrinter:
         self.started = self.last = time.monotonic()
 
     def __call__(self, done: float, total: float, label: object = "") -> None:
+        stop_if_asked()
         now = time.monotonic()
         if now - self.last < _EVERY or not done:
             return

@@ -43,6 +43,16 @@ class LoraSettings(Settings):
     """Scale by alpha / sqrt(rank) in place of alpha / rank."""
 
 
+def refuse_adapters_in_list(trainable: str | list[str]) -> None:
+    """``trainable: [lora, projector]`` would mean adapters and full weights at once, which no branch can be.
+
+    Raises:
+        ValueError: The list names ``lora`` or ``all``.
+    """
+    if not isinstance(trainable, str) and (alone := [item for item in trainable if item in ("lora", "all")]):
+        raise ValueError(f"trainable: {alone[0]} stands alone, not in a list (trainable: {alone[0]})")
+
+
 class ModelSettings(Settings):
     """The base (θ0): the one checkpoint that every branch starts from."""
 
@@ -51,7 +61,9 @@ class ModelSettings(Settings):
     working directory."""
     revision: str | None = None
     """Hub revision (branch, tag or commit); for hub ids only."""
-    trainable: Literal["all", "lora", "language", "projector", "vision"] | list[str] = "language"
+    trainable: Literal["all", "lora", "language", "projector", "vision"] | Annotated[list[str], Field(min_length=1)] = (
+        "language"
+    )
     """What is trained. language: the language decoder, which is all of a text model and the paper's choice for a
     vision-language one; projector, vision: that role of a vision-language model alone; all: every parameter; lora: low-rank
     adapters in the language decoder; or a list of roles and shell patterns over parameter names (such as ["projector",
@@ -68,6 +80,11 @@ class ModelSettings(Settings):
     """File with a Jinja chat template to use in place of the base's own. Without either, a documented default is used."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint. Off unless you have read that code."""
+
+    @model_validator(mode="after")
+    def _adapters_alone(self) -> Self:
+        refuse_adapters_in_list(self.trainable)
+        return self
 
 
 class DatasetSettings(Settings):
@@ -349,8 +366,16 @@ class PreparationStageSettings(Settings):
     """Name of the stage, in messages and as a folder: align, knowledge, instruct."""
     mixture: MixtureSettings
     """Its datasets, as the recipe's own ``mixture``."""
-    trainable: Literal["all", "language", "projector", "vision"] | list[str] = "language"
+    trainable: Literal["all", "language", "projector", "vision"] | Annotated[list[str], Field(min_length=1)] = (
+        "language"
+    )
     """What it trains, as ``model.trainable``."""
+
+    @model_validator(mode="after")
+    def _adapters_alone(self) -> Self:
+        refuse_adapters_in_list(self.trainable)
+        return self
+
     train: TrainSettings = TrainSettings()
     """Its hyperparameters. Keys that are not given here are those of the recipe's ``train``."""
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from merit.images import ImageRef
 
+MOST_THIN = 200
+"""Longest side over shortest. Qwen's processor refuses what is thinner; others would scale it up to any size."""
 Role = Literal["language", "projector", "vision"]
 ROLES: tuple[Role, ...] = ("language", "projector", "vision")
 
@@ -67,8 +69,10 @@ class ImageInputs(ABC):
         """What stands in the prompt for an image: as many image tokens as the model makes features of it.
 
         Raises:
-            ValueError: The processor refuses an image of this shape.
+            ValueError: The image is too thin, or the processor refuses its shape.
         """
+        if max(image.width, image.height) > MOST_THIN * min(image.width, image.height):
+            raise ValueError(f"one side is more than {MOST_THIN} times the other")
         return self._text(image.width, image.height)
 
     def tensors(self, images: Sequence[ImageRef]) -> dict[str, torch.Tensor]:
@@ -112,6 +116,16 @@ class QwenImages(ImageInputs):
 
 class LlavaImages(ImageInputs):
     """LLaVA: every image is resized and cropped to one size; one token per patch of the vision encoder."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], tokenizer: Any, max_pixels: int) -> None:
+        vision = str(config.get("vision_config", {}).get("model_type", "clip_vision_model"))
+        if vision not in ("clip_vision_model", "siglip_vision_model"):
+            raise CheckpointError(
+                f"model.base: {folder} is a LLaVA with a vision encoder of type {vision}, whose images are not of one size; "
+                "expected clip_vision_model or siglip_vision_model.",
+                "Choose another base.",
+            )
+        super().__init__(folder, config, tokenizer, max_pixels)
 
     def expand(self, width: int, height: int) -> str:
         """As in :class:`ImageInputs`."""

@@ -55,14 +55,15 @@ def encoded(folder: Path, family: str, count: int = 9, length: int = 512) -> tup
     return tokenizer, rows  # type: ignore[return-value]
 
 
-def library_processor(folder: Path, family: str, tokenizer: Any) -> Any:
+def library_processor(folder: Path, where: str, tokenizer: Any, family: str = "") -> Any:
     """The family's published processor, put together without the parts that need torchvision."""
     from transformers import AutoImageProcessor, Idefics3Processor, LlavaProcessor
     from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 
-    images = AutoImageProcessor.from_pretrained(folder / family, backend="pil")
-    template = json.loads((folder / family / "chat_template.json").read_text())["chat_template"]
-    published = folder / family / "processor_config.json"
+    family = family or where
+    images = AutoImageProcessor.from_pretrained(folder / where, backend="pil")
+    template = json.loads((folder / where / "chat_template.json").read_text())["chat_template"]
+    published = folder / where / "processor_config.json"
     options = json.loads(published.read_text()) if published.is_file() else {}
     options.pop("processor_class", None)
     if family == "llava":
@@ -377,8 +378,9 @@ def test_every_size_gets_as_many_tokens_as_the_model_makes_features(folder: Path
 def test_a_shape_that_the_processor_refuses_is_told_before_training(folder: Path) -> None:
     ref = save(picture("red", (8, 8)).resize((801, 3)), folder / "pictures" / "thin.png")
     turns = [{"role": "user", "content": IMAGE}, {"role": "assistant", "content": "ok"}]
-    encoder = ChatEncoder(load_tokenizer(settings(folder, "qwen2_5_vl")), 512)
-    assert encoder.encode([Chat(turns, images=(ref,))]) == ["image_refused"]
+    for family in FAMILIES:  # LLaVA's processor would make a picture of 32 x 8544 pixels of it
+        encoder = ChatEncoder(load_tokenizer(settings(folder, family)), 512)
+        assert encoder.encode([Chat(turns, images=(ref,))]) == ["image_refused"]
 
 
 def test_saved_rows_keep_their_images_and_notice_a_changed_one(folder: Path, tmp_path: Path) -> None:
@@ -487,3 +489,98 @@ def test_the_published_templates(folder: Path, family: str, template: str) -> No
         text = tokenizer.decode(row.input_ids[row.targets], skip_special_tokens=True)
         answers = [turn["content"] for turn in chat.messages if turn["role"] == "assistant"]
         assert text.replace("\n", " ").split() == answers
+
+
+def test_a_tokenizers_own_beginning_comes_first_as_in_the_library(folder: Path, tmp_path: Path) -> None:
+    """LLaVA's template does not write it; its processor lets the tokenizer do so. A template that writes it is believed."""
+    from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
+
+    base = tmp_path / "llava"
+    shutil.copytree(folder / "llava", base)
+    inner = Tokenizer.from_file(str(base / "tokenizer.json"))
+    inner.post_processor = TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 0)])
+    inner.save(str(base / "tokenizer.json"))
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": "<pad>"}))
+    [chat] = picture_chats(folder / "pictures", 1)
+    [row] = ChatEncoder(load_tokenizer(ModelSettings(base=str(base))), 512).encode([chat])
+    [plain] = ChatEncoder(load_tokenizer(settings(folder, "llava")), 512).encode([chat])
+    assert isinstance(row, EncodedRow)
+    assert isinstance(plain, EncodedRow)
+    assert row.input_ids.tolist() == [0, *plain.input_ids.tolist()]
+    assert row.targets.tolist() == [False, *plain.targets.tolist()]
+    assert row.prompt_length == plain.prompt_length + 1
+    processor = library_processor(base, ".", load_tokenizer(ModelSettings(base=str(base))), family="llava")
+    turns = [
+        {"role": "user", "content": [{"type": "image", "image": read_image(chat.images[0])}, text("Which colour?")]},
+        {"role": "assistant", "content": [text(chat.messages[1]["content"])]},
+    ]
+    found = processor.apply_chat_template(turns, tokenize=True, return_dict=True, return_tensors="pt")
+    assert row.input_ids.tolist() == found["input_ids"][0].tolist()
+    template = (base / "chat_template.json").read_text()
+    (base / "chat_template.json").write_text(template.replace('"chat_template": "', '"chat_template": "<pad>'))
+    [written] = ChatEncoder(load_tokenizer(ModelSettings(base=str(base))), 512).encode([chat])
+    assert isinstance(written, EncodedRow)
+    assert written.input_ids.tolist() == row.input_ids.tolist()
+
+
+def text(content: str) -> dict[str, str]:
+    return {"type": "text", "text": content}
+
+
+def test_a_template_for_text_alone_takes_the_image_token_inline(folder: Path, tmp_path: Path) -> None:
+    """The package's default template, and those of text models, add a content to other text."""
+    base = tmp_path / "llava"
+    shutil.copytree(folder / "llava", base)
+    (base / "chat_template.json").unlink()
+    tokenizer = load_tokenizer(ModelSettings(base=str(base)))
+    assert tokenizer.merit_template == "default"
+    chats = picture_chats(folder / "pictures", 9)
+    for chat, row in zip(chats, ChatEncoder(tokenizer, 512).encode(chats), strict=True):
+        assert isinstance(row, EncodedRow)
+        assert row.images == chat.images
+    joined = "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '</s>' }}{% endfor %}"
+    (tmp_path / "joined.jinja").write_text(joined + "{% if add_generation_prompt %}<assistant>{% endif %}")
+    wanted = settings(folder, "qwen2_5_vl", chat_template=str(tmp_path / "joined.jinja"))
+    rows = ChatEncoder(load_tokenizer(wanted), 512).encode(chats)
+    assert [len(row.images) for row in rows] == [len(chat.images) for chat in chats]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_image_tokens_are_never_generated(folder: Path, family: str) -> None:
+    tokenizer, rows = encoded(folder, family, 4)
+    model, batcher = load_model(settings(folder, family), CPU), Batcher.of(tokenizer)
+    token = tokenizer.merit_images.token_id
+    with torch.no_grad():
+        head = model.get_output_embeddings().weight
+        head.copy_(torch.randn(head.shape, generator=torch.Generator().manual_seed(0)))
+        head[token] = 50 * torch.sign(torch.randn(head.shape[1], generator=torch.Generator().manual_seed(1)))
+    prompts = [row.prompt() for row in rows]
+    numbers = [np.linspace(0, 0.999, 8)] * len(prompts)
+    for uniforms in (None, numbers):
+        answers = decode(
+            model, prompts, [8] * 4, end_tokens=(), batcher=batcher, device=CPU, batch_tokens=10**6, uniforms=uniforms
+        )
+        assert all(token not in answer for answer in answers)
+    with torch.no_grad():
+        batch = batcher(rows)
+        del batch["labels"]
+        assert (model(**batch).logits.argmax(dim=-1) == token).any()  # it would have been
+
+
+def test_llava_with_an_encoder_of_many_sizes_is_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "llava", tmp_path / "pixtral")
+    config = json.loads((tmp_path / "pixtral" / "config.json").read_text())
+    config["vision_config"]["model_type"] = "pixtral"
+    (tmp_path / "pixtral" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="pixtral"):
+        load_tokenizer(ModelSettings(base=str(tmp_path / "pixtral")))
+
+
+@pytest.mark.parametrize("trainable", [["lora"], ["lora", "projector"], ["all"], []])
+def test_lists_that_mean_nothing_are_refused(trainable: list[str]) -> None:
+    from pydantic import ValidationError
+
+    with pytest.raises(ValidationError):
+        ModelSettings(base="x", trainable=trainable)

@@ -109,6 +109,7 @@ def _decode_batch(
     positions = (mask_BL.cumsum(dim=1) - 1).clamp(min=0) if in_space is None else in_space
     left = torch.from_numpy(limits).to(device)
     rows = torch.arange(len(prompts), device=device)
+    image_token = torch.tensor([batcher.images.token_id if batcher.images else 0], device=device)
     going = torch.ones(len(prompts), dtype=torch.bool, device=device)
     options: dict[str, Any] = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
     takes_positions = accepts(model, "position_ids")
@@ -132,6 +133,8 @@ def _decode_batch(
                 "Set evaluate.exact_match: never and evaluate.drift.prompts: 0; the held-out loss needs no cache.",
             )
         logits = output.logits[:, -1]
+        if batcher.images is not None:  # no answer holds a picture; fed back, its token would stand for none
+            logits = logits.index_fill(1, image_token, float("-inf"))
         chosen = logits.argmax(dim=-1) if numbers is None else _inverse_cdf(logits, numbers[rows, step])
         tokens[rows, step] = chosen
         going = going & ~torch.isin(chosen, ends) & (left > step + 1)

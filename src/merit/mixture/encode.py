@@ -97,6 +97,7 @@ class ChatEncoder:
         added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self._added = "|".join(re.escape(token) for token in added) or r"(?!)"
         self._pattern, self._pattern_size = re.compile(r"(?!)"), 0
+        self._prefix: list[int] = [] if self.images is None else _automatic_prefix(tokenizer)
 
     def encode(self, chats: Sequence[Chat]) -> list[EncodedRow | DropReason]:
         """Encode chats, in order; a row that cannot be used comes back as the reason why.
@@ -209,6 +210,10 @@ class ChatEncoder:
         )
         if crossing and (pieces := self._piecewise(text, spans, ids)) is not None:
             ids, ranges = pieces
+        if self._prefix and not text.startswith(str(self.tokenizer.bos_token)):
+            # As the published processors do: the tokenizer's own beginning, unless the template has written it.
+            ids = [*self._prefix, *ids]
+            ranges = [found and (found[0] + len(self._prefix), found[1] + len(self._prefix)) for found in ranges]
         input_ids = np.asarray(ids, dtype=np.int32)
         targets = np.zeros(len(ids), dtype=bool)
         for token_range in ranges:
@@ -272,6 +277,14 @@ class ChatEncoder:
             if clean and self.tokenizer.decode(ids) == self.tokenizer.decode(joint):
                 return ids, ranges
         return None
+
+
+def _automatic_prefix(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts in front of every text by itself (its beginning-of-sequence token, or nothing)."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a", add_special_tokens=True)["input_ids"]
+    at = next((i for i in range(len(whole) - len(plain) + 1) if whole[i : i + len(plain)] == plain), 0)
+    return list(whole[:at])
 
 
 def _token_range(encoding: Any, start: int, end: int) -> tuple[int, int] | None:

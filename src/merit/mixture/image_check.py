@@ -9,16 +9,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from merit.images import BadImage
+from merit.images import BadImage, ImageRef, renamed
 from merit.mixture.image_store import ImageFolder, look_at_images, read_chats
 from merit.mixture.reading import Part
 from merit.mixture.row_images import BadRow
 from merit.mixture.sources import Source, discover, discover_kept, refuse_shared_names
 from merit.recipe import Recipe
+
+if TYPE_CHECKING:
+    from merit.vision import ImageInputs
 
 _SHOWN = 40
 _EVERY = 64  # rows between two ticks
@@ -46,6 +50,8 @@ class DatasetImages:
         distinct: Different ones among them, by content.
         pixels: Quantiles of width x height over the different ones.
         widest: Largest width and largest height (pixels).
+        renamed: Image files that hold another format than their names say; they are used as what they hold.
+        renamed_first: The first of them, and what it holds.
         bad: Rows that cannot be used for their images, by reason.
     """
 
@@ -56,6 +62,8 @@ class DatasetImages:
     distinct: int = 0
     pixels: dict[str, int] = field(default_factory=dict)
     widest: tuple[int, int] = (0, 0)
+    renamed: int = 0
+    renamed_first: str = ""
     bad: Counter[str] = field(default_factory=Counter)
 
 
@@ -102,8 +110,14 @@ class ImageReport:
             counts = (item.rows, item.rows_with_images, item.images, item.distinct)
             sizes.add_row(item.name, *(f"{count:,}" for count in counts), spread, f"{sum(item.bad.values()):,}")
         sizes.caption = "pixels: smallest / median / largest, over different images"
+        notes = [
+            f"[yellow]note:[/] {item.name}: {item.renamed:,} image files hold another format than their names say (such as "
+            f"{escape(item.renamed_first)}); they are used as what they hold."
+            for item in self.datasets
+            if item.renamed
+        ]
         if not self.bad:
-            return [sizes, "Every image can be used."]
+            return [sizes, *notes, "Every image can be used."]
         wrong = Table("dataset", "row", "what is wrong", title="Images that cannot be used", title_justify="left")
         for entry in self.bad[:_SHOWN]:
             wrong.add_row(entry.dataset, escape(entry.place), escape(f"{entry.detail} ({entry.reason})"))
@@ -118,14 +132,18 @@ class ImageReport:
             if self.fatal
             else "mixture.images.bad is drop: their rows are left out and counted."
         )
-        return [sizes, wrong, *lines]
+        return [sizes, wrong, *notes, *lines]
 
 
-def check_images(recipe: Recipe, progress: Callable[..., None] | None = None) -> ImageReport:
+def check_images(
+    recipe: Recipe, progress: Callable[..., None] | None = None, sight: ImageInputs | None = None
+) -> ImageReport:
     """Decode every image of every dataset and kept set.
 
     Args:
         recipe: The recipe.
+        sight: How the base sees images, where it is known: shapes that it refuses, and its image token in a text, are
+            found as well.
         progress: Called as ``progress(done, total, name)`` with rows, now and then.
 
     Raises:
@@ -152,11 +170,17 @@ def check_images(recipe: Recipe, progress: Callable[..., None] | None = None) ->
                 wrong: list[BadImage | BadRow] = [item for item in seen if isinstance(item, BadImage)]
                 if isinstance(chat, BadRow) and chat.about_image:
                     wrong.append(chat)
+                good = [item for item in seen if not isinstance(item, BadImage)]
+                if sight is not None:
+                    wrong += _refused(chat, good, sight)
                 for item in wrong:
                     bad.append(BadEntry(source.name, place, item.reason, item.detail))
                     entry.bad[item.reason] += 1
-                good = [item for item in seen if not isinstance(item, BadImage)]
                 entry.images += len(good)
+                for ref in good:
+                    if ref.digest not in sizes and (other := renamed(Path(ref.file))):
+                        entry.renamed += 1
+                        entry.renamed_first = entry.renamed_first or f"{ref.file}: {other}"
                 sizes.update((ref.digest, (ref.width, ref.height)) for ref in good)
         if sizes:
             pixels = np.array(list(sizes.values()), dtype=np.int64)
@@ -169,6 +193,17 @@ def check_images(recipe: Recipe, progress: Callable[..., None] | None = None) ->
     if progress:
         progress(total, total, "")
     return ImageReport(datasets, bad, bool(bad) and recipe.mixture.images.bad == "error")
+
+
+def _refused(chat: Any, images: list[ImageRef], sight: ImageInputs) -> Iterator[BadImage]:
+    """What the encoder would refuse of a row whose images are sound."""
+    for image in images:
+        try:
+            sight.text(image)
+        except ValueError as error:
+            yield BadImage("image_refused", f"the base cannot take {image.width} x {image.height} pixels: {error}")
+    if not isinstance(chat, BadRow) and any(sight.token in turn["content"] for turn in chat.messages):
+        yield BadImage("image_token_in_text", f"its text holds {sight.token}, which the base would take for an image")
 
 
 def _parts(source: Source) -> Iterator[Part]:

@@ -116,14 +116,19 @@ class ChatTemplate:
             ]
         if self._parts or (images and self._image_parts):
             conversation = [{**turn, "content": _parts(turn["content"], bool(images))} for turn in conversation]
-        # Declared to return a string; it returns the texts and the spans, one per conversation.
-        rendered: Any = render_jinja_template(
-            conversations=[conversation],
-            chat_template=self.text,
-            add_generation_prompt=prompt,
-            return_assistant_tokens_mask=markers,
-            **self.tokenizer.special_tokens_map,
-        )
+        import jinja2
+
+        try:
+            # Declared to return a string; it returns the texts and the spans, one per conversation.
+            rendered: Any = render_jinja_template(
+                conversations=[conversation],
+                chat_template=self.text,
+                add_generation_prompt=prompt,
+                return_assistant_tokens_mask=markers,
+                **self.tokenizer.special_tokens_map,
+            )
+        except TypeError as error:  # text and parts of a content do not add up
+            raise jinja2.TemplateError(str(error)) from None
         texts, spans = rendered
         return texts[0], spans[0] if markers else []
 
