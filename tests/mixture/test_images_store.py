@@ -542,6 +542,27 @@ def test_the_command_prints_them_and_says_so_in_its_exit_code(tmp_path, damaged)
     assert json.loads(CliRunner().invoke(app, asked).stdout)["images"]["fatal"] is True
 
 
+def test_the_check_finds_what_the_base_would_refuse_and_other_names(recipe, seeing, tmp_path):
+    token = seeing.merit_images.token
+    file(tmp_path / "photo.jpg", picture(1))  # a PNG under another name: used, and told
+    file(tmp_path / "line.png", picture(2, (603, 3)))
+    rows = [llava("photo.jpg"), llava("line.png"), {"prompt": f"see {token}", "completion": "yes"}]
+    path = lines(tmp_path / "x.jsonl", rows)
+    report = check_images(recipe(listed(path)), sight=seeing.merit_images)
+    assert [(entry.place, entry.reason) for entry in report.bad] == [
+        (f"{path}, line 2", "image_refused"),
+        (f"{path}, line 3", "image_token_in_text"),
+    ]
+    assert "603 x 3" in report.bad[0].detail
+    [counts] = report.datasets
+    assert (counts.images, counts.renamed) == (2, 1)
+    assert counts.renamed_first.endswith("photo.jpg: PNG")
+    assert report.fatal
+    blind = check_images(recipe(listed(path)))
+    assert not blind.fatal
+    assert "photo.jpg" in str(blind.render()[1])
+
+
 # ---- what is noticed -----------------------------------------------------------------------------------------------
 
 
