@@ -277,7 +277,8 @@ def report(rounds: dict, wrong: dict, starts: dict, loads: list[float], given: a
         "",
         f"`python benchmarks/merge/benchmark.py --repeats {given.repeats}`: base and 4 branches, Qwen2 architecture, "
         f"{millions:.0f}M parameters, bf16, token-weighted.",
-        f"Fastest of {given.repeats} interleaved rounds, a warm one right after a run that is not counted; CPU is user + system seconds of that command, fastest round.",
+        f"Fastest of {given.repeats} interleaved rounds, a warm one right after a run that is not counted; CPU is "
+        "user + system seconds of that command, fastest round.",
         "",
         "| | warm, wall s | × fastest copy | CPU s | cold, wall s | × copy | peak anonymous memory | wrongly rounded |",
         "|---|---|---|---|---|---|---|---|",
