@@ -13,7 +13,8 @@ import pytest
 
 from merit.errors import RecipeError
 from merit.hub import hub_ids, resolve_ids
-from merit.recipe import Recipe, load_recipe, parse_recipe
+from merit.recipe import Recipe
+from merit.recipe_file import load_recipe, parse_recipe
 
 PAPER = sorted((Path(__file__).parents[1] / "recipes" / "paper").glob("*.yaml"))
 KNOWN = {

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merit.errors import RecipeError
-from merit.recipe import Recipe, dump_recipe, load_recipe, parse_recipe, recipe_schema
+from merit.recipe import Recipe
+from merit.recipe_file import dump_recipe, load_recipe, parse_recipe, recipe_schema
 
 MINIMAL = {"name": "x", "model": {"base": "b"}, "mixture": {"folder": "f"}}
 

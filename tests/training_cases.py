@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from merit.mixture import EncodedDataset, EncodedRow
-from merit.recipe import Recipe, parse_recipe
+from merit.recipe import Recipe
+from merit.recipe_file import parse_recipe
 
 VOCABULARY = 40
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from merit.recipe import Recipe, parse_recipe
+from merit.recipe import Recipe
+from merit.recipe_file import parse_recipe
 
 BLOCK = 25
 ROWS = 1000

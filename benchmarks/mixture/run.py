@@ -29,7 +29,8 @@ from merit.mixture.encode import ChatEncoder, EncodedRow
 from merit.mixture.formats import Chat, to_chat
 from merit.mixture.sources import Source, as_row, discover
 from merit.models import load_tokenizer
-from merit.recipe import Recipe, parse_recipe
+from merit.recipe import Recipe
+from merit.recipe_file import parse_recipe
 
 
 def read(sources: Sequence[Source], rows: int) -> list[Chat]:

@@ -31,7 +31,8 @@ import torch
 from merit import batches, models, run_folder, train, trainer
 from merit.mixture import EncodedDataset
 from merit.mixture.prepare import load_split, prepare_mixture
-from merit.recipe import Recipe, parse_recipe
+from merit.recipe import Recipe
+from merit.recipe_file import parse_recipe
 from merit.trainer import CPU_OVERHEAD, EpochOrder, GroupRows, GroupTrainer
 
 RESULTS = Path(__file__).parents[1] / "results"

@@ -28,7 +28,8 @@ from tests.vision.vision_cases import picture_chats
 from merit import batches, models
 from merit.conflict.gradients import GradientMeter
 from merit.mixture.encode import ChatEncoder, EncodedDataset
-from merit.recipe import Recipe, parse_recipe
+from merit.recipe import Recipe
+from merit.recipe_file import parse_recipe
 from merit.train import train_branch
 
 TEXT = {

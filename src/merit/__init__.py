@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from merit.errors import MeritError, UserError
     from merit.merge import Branch, plan_merge, run_merge
     from merit.pipeline import Pipeline
-    from merit.recipe import Recipe, load_recipe, parse_recipe
+    from merit.recipe import Recipe
+    from merit.recipe_file import load_recipe, parse_recipe
     from merit.split import split_mixture
 
 __version__ = "0.1.0"
@@ -24,8 +25,8 @@ _HOME = {
     "Pipeline": "merit.pipeline",
     "Recipe": "merit.recipe",
     "UserError": "merit.errors",
-    "load_recipe": "merit.recipe",
-    "parse_recipe": "merit.recipe",
+    "load_recipe": "merit.recipe_file",
+    "parse_recipe": "merit.recipe_file",
     "plan_merge": "merit.merge",
     "run_merge": "merit.merge",
     "split_mixture": "merit.split",

@@ -108,7 +108,7 @@ Redo = Annotated[
 
 def _open(target: Path, output: Path | None, overrides: list[str] | None) -> tuple[Any, Path]:
     """Recipe and run folder for a RECIPE or RUN argument."""
-    from merit.recipe import load_recipe
+    from merit.recipe_file import load_recipe
     from merit.run_folder import is_run_folder
 
     recipe_file = target / "recipe.yaml" if target.is_dir() else target
@@ -225,7 +225,7 @@ def demo(
     Example: `merit demo --output runs/demo`, or `merit demo --vision`
     """
     from merit.demo import write_demo
-    from merit.recipe import load_recipe
+    from merit.recipe_file import load_recipe
     from merit.run_folder import claim
 
     name = "demo-vision" if vision else "demo"
@@ -298,7 +298,7 @@ def schema() -> None:
 
     Example: `merit schema > recipe.schema.json`, and `# yaml-language-server: $schema=recipe.schema.json` in the recipe.
     """
-    from merit.recipe import recipe_schema
+    from merit.recipe_file import recipe_schema
 
     _print_json(recipe_schema())
 

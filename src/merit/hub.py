@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from merit.errors import RecipeError, nearest
-from merit.recipe import MixtureSettings, Recipe, is_hub_id
+from merit.recipe import MixtureSettings, Recipe
+from merit.recipe_file import is_hub_id
 
 _SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 

@@ -21,7 +21,8 @@ from merit.evaluating import evaluate_run
 from merit.merging import merge_run
 from merit.plan import Plan, check_groups, check_preparation, make_plan
 from merit.progress import Reporter, duration
-from merit.recipe import Recipe, dump_recipe
+from merit.recipe import Recipe
+from merit.recipe_file import dump_recipe
 from merit.run_folder import (
     Stage,
     StaleStageError,

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from merit.mixture.encode import EncodedDataset, EncodedRow
 from merit.models import load_model
-from merit.recipe import parse_recipe
+from merit.recipe_file import parse_recipe
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")

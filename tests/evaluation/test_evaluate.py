@@ -19,7 +19,7 @@ from merit.errors import CheckpointError
 from merit.evaluation import evaluate as module
 from merit.evaluation import evaluate_models
 from merit.mixture import EncodedDataset, EncodedRow
-from merit.recipe import parse_recipe
+from merit.recipe_file import parse_recipe
 
 SEEDS = {"base": 0, "joint": 1, "merged": 2, "branch-0": 3}
 

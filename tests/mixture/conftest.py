@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from merit.mixture import default_chat_template
-from merit.recipe import parse_recipe
+from merit.recipe_file import parse_recipe
 
 CORPUS = [
     "User:\nHow many cats are in the garden?\n\nAssistant:\nThere are two cats in the garden.",

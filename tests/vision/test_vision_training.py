@@ -19,7 +19,8 @@ from merit.conflict.gradients import GradientMeter
 from merit.conflict.sketch import Sketch
 from merit.mixture.encode import ChatEncoder, EncodedDataset, EncodedRow
 from merit.models import inspect_base, load_model, load_tokenizer, trainable_parameters
-from merit.recipe import Recipe, parse_recipe
+from merit.recipe import Recipe
+from merit.recipe_file import parse_recipe
 from merit.train import train_branch
 from merit.vision import FAMILIES as KNOWN
 
