@@ -546,7 +546,8 @@ def test_the_check_finds_what_the_base_would_refuse_and_other_names(recipe, seei
     token = seeing.merit_images.token
     file(tmp_path / "photo.jpg", picture(1))  # a PNG under another name: used, and told
     file(tmp_path / "line.png", picture(2, (603, 3)))
-    rows = [llava("photo.jpg"), llava("line.png"), llava(None, question=f"see {token}")]
+    turns = [{"from": "human", "value": f"see {token}"}, {"from": "gpt", "value": "yes"}]
+    rows = [llava("photo.jpg"), llava("line.png"), {"conversations": turns}]
     path = lines(tmp_path / "x.jsonl", rows)
     report = check_images(recipe(listed(path)), sight=seeing.merit_images)
     assert [(entry.place, entry.reason) for entry in report.bad] == [
