@@ -160,6 +160,7 @@ def make_plan(
         UserError: The first thing that is wrong.
     """
     from merit.mixture.sources import refuse_images
+    from merit.mixture.template import ChatTemplate
     from merit.train import check_trainer_options
 
     notes: list[str] = []
@@ -195,6 +196,8 @@ def make_plan(
         _check_length(recipe, base, "train.max_length")
         if base.family is None:
             refuse_images(summaries)
+        if stands:
+            ChatTemplate(tokenizer())  # one that cannot be used for training is refused here, not after a preparation
         if stands and tokenizer().merit_template == "default":
             notes.append(
                 "the base has no chat template; a plain default one is used, and carried along into the merged model "

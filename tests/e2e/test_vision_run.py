@@ -185,3 +185,14 @@ def read_colour(file: Path) -> str:
     pixels = np.asarray(Image.open(file)).reshape(-1, 3)
     present = {tuple(int(v) for v in pixel) for pixel in pixels}
     return next(name for name, value in COLOURS.items() if value in present)
+
+
+def test_a_template_without_a_place_for_images_is_refused_by_check(tmp_path: Path, merit: Any) -> None:
+    case = make_case(tmp_path, "llava", 1)
+    (tmp_path / "mute.jinja").write_text("{% for m in messages %}{{ m['role'] }}: hello</s>{% endfor %}")
+    settings = {**case.settings, "model": {**case.settings["model"], "chat_template": "mute.jinja"}}
+    case.write(**settings)
+    result = merit("check", str(case.recipe))
+    assert result.code == 2
+    assert "chat template" in result.err
+    assert "Traceback" not in result.err
