@@ -169,3 +169,25 @@ def test_start_up_imports_no_ml_library() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["? [a, b]\n: 1\n", "d: 2020-13-45\n", "a: &a [*a]\n", "a: " + "[" * 3000, "name: {? [x] : 1}\n"],
+    ids=["list as key", "no such date", "circle", "deep", "list as key inside"],
+)
+def test_odd_yaml_is_refused_in_one_message(tmp_path: Path, text: str) -> None:
+    (tmp_path / "odd.yaml").write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(tmp_path / "odd.yaml")
+    assert "\n" not in caught.value.message
+
+
+def test_yaml_merge_keys_work(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(
+        "name: r\nmodel: {base: b}\nmixture:\n  datasets:\n    - &d {name: a, path: x.jsonl, samples: 5}\n"
+        "    - {<<: *d, name: c}\n"
+    )
+    datasets = load_recipe(tmp_path / "r.yaml").mixture.datasets
+    assert datasets is not None
+    assert [(item.name, item.samples) for item in datasets] == [("a", 5), ("c", 5)]

@@ -620,7 +620,17 @@ def _root(
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    sys.unraisablehook = _quiet_about_stops
     try:
         app()
     except KeyboardInterrupt:  # before a command was entered
         sys.exit(Interrupted.exit_code)
+    finally:  # all is done and said: a signal during the interpreter's teardown must not make a failure of it
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+
+
+def _quiet_about_stops(unraisable: Any) -> None:
+    """A stop that got lost in a destructor comes up at the next report (:func:`merit.progress.stop_if_asked`)."""
+    if not isinstance(unraisable.exc_value, Stop):
+        sys.__unraisablehook__(unraisable)

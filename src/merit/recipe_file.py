@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,11 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # <<: *anchor
+                continue
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
             seen.add(key)
@@ -62,7 +66,10 @@ def parse_recipe(
     data: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "recipe", folder: Path | None = None
 ) -> Recipe:
     """Validate a recipe given as a mapping; see :func:`load_recipe`. ``folder`` is where relative paths start."""
-    merged = json.loads(json.dumps(data, default=str))
+    try:
+        merged = json.loads(json.dumps(data, default=str))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RecipeError(f"{where} is no plain mapping of settings: {str(error).splitlines()[0]}.") from None
     for override in overrides:
         _override(merged, override)
     try:
@@ -93,6 +100,8 @@ def _parse_yaml(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise RecipeError(f"{where} is not valid YAML{place}: {getattr(error, 'problem', error)}.") from None
+    except (ValueError, TypeError, RecursionError) as error:  # a date that is none, blocks in blocks without end
+        raise RecipeError(f"{where} cannot be read as YAML: {str(error).splitlines()[0]}.") from None
 
 
 def _override(data: dict[str, Any], override: str) -> None:

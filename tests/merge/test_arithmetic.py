@@ -205,3 +205,15 @@ def test_weights_are_exact_decimals():
         Fraction(1, 4),
         Fraction(1, 3),
     ]
+
+
+def test_coefficients_that_float32_cannot_hold_well():
+    """Subnormal in float32, they would lose digits there; the products are of the size of the other operand's."""
+    rng = np.random.default_rng(0)
+    coefficients = [Fraction(int(rng.integers(1, 2**20)), 2**160), Fraction(1)]
+    large = torch.from_numpy(rng.uniform(1, 2, 512)).mul(2.0**126).to(torch.bfloat16)
+    small = torch.from_numpy(rng.uniform(-2, 2, 512)).mul(2.0**-16).to(torch.bfloat16)
+    raws = [raw(large), raw(small)]
+    found = combine(coefficients, raws, ["BF16", "BF16"], "BF16")
+    wanted = [nearest(x, "BF16") for x in exact(coefficients, raws, ["BF16", "BF16"])]
+    assert values(found, "BF16").tolist() == [float(x) for x in wanted]

@@ -12,6 +12,8 @@ It joins the store, the model and the maths; it contains none of them. Files in 
 from __future__ import annotations
 
 import hashlib
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -413,8 +415,25 @@ def _pool(
     )
     try:
         yield pool
+    except BaseException:  # stopped, or failed: whole datasets may be under way; what is finished is on disk
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Processes that are started in here ignore Ctrl-C, which the terminal sends to all: the parent stops them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _in_workers(
@@ -430,7 +449,8 @@ def _in_workers(
         flying = set()
         try:
             for task in tasks:
-                flying.add(pool.submit(_work, task))
+                with _deaf_to_interrupts():
+                    flying.add(pool.submit(_work, task))
                 if len(flying) >= 2 * jobs:
                     done = next(as_completed(flying))
                     flying.discard(done)

@@ -123,7 +123,8 @@ class Combination:
         self._copyable = sum(coefficients) == 1 and all(s == out for s in self.sources)
         bits = max(abs(n).bit_length() for n in self._numerators) + max(_PRECISION[s.tag] for s in self.sources)
         self._exact_products = bits <= 53 and self._denominator < 2**53
-        self._paired = all(d.tag == "BF16" for d in (*self.sources, out))
+        normal = all(not c or abs(c) >= 2.0**-126 for c in self._floats)  # others would lose digits in float32
+        self._paired = normal and all(d.tag == "BF16" for d in (*self.sources, out))
         self._compiled: Kernel | None = None
         if compiled is not None and Kernel.covers(self.sources, out):
             denominator = self._denominator if self._exact_products else 0

@@ -175,7 +175,10 @@ int64_t merit_combine(const struct terms *t, int64_t n, const void *const *opera
     uint16_t doubt[CHUNK] = {0};
     int64_t left = 0;
     int narrows = t->kind == BF16;
-    for (int32_t k = 0; k < t->count; k++) narrows &= t->kinds[k] == BF16;
+    for (int32_t k = 0; k < t->count; k++) {
+        double c = fabs(t->coefficients[k]); /* one that is subnormal in float32 would have lost digits */
+        narrows &= t->kinds[k] == BF16 && (c == 0 || c >= 0x1p-126);
+    }
     for (int64_t start = 0; start < n; start += CHUNK) {
         int64_t m = n - start < CHUNK ? n - start : CHUNK;
         char *out = (char *)result + start * width(t->kind);

@@ -158,6 +158,8 @@ def _compile(path: Path) -> bool:
         always = ("-fno-strict-aliasing", "-shared", "-fPIC", "-o", str(made), str(_SOURCE), "-lm")
         for flags in _FLAGS:
             if runs(compiler, *flags, *always):
+                with made.open("rb") as handle:
+                    os.fsync(handle.fileno())  # a file cut short by a power loss would crash whoever loads it
                 made.replace(path)  # whole or not at all, whoever else compiles it now
                 return True
     return False

@@ -118,7 +118,9 @@ class ImageReport:
         ]
         if not self.bad:
             return [sizes, *notes, "Every image can be used."]
-        wrong = Table("dataset", "row", "what is wrong", title="Images that cannot be used", title_justify="left")
+        wrong = Table("dataset", title="Images that cannot be used", title_justify="left")
+        for column in ("row", "what is wrong"):
+            wrong.add_column(column, overflow="fold")
         for entry in self.bad[:_SHOWN]:
             wrong.add_row(entry.dataset, escape(entry.place), escape(f"{entry.detail} ({entry.reason})"))
         rest = len(self.bad) - _SHOWN
