@@ -174,3 +174,10 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error_and_no_crash(tmp_path)
     with pytest.raises(CheckpointError, match="became shorter"):
         run_merge(plan_merge(base, branches, output=tmp_path / "out"), progress)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["b0", "b1", "base"]
+
+
+def test_an_empty_home_is_no_home(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", "")
+    assert not native._cache_folder().is_absolute()
+    assert native._load(native._cache_folder()) is None

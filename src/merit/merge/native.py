@@ -125,6 +125,8 @@ def _load(folder: Path) -> Function | None:
 
 def _cache_folder() -> Path:
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    if home.startswith("~") and os.environ.get("HOME") == "":
+        return Path(home)  # it would be expanded to the root folder
     return Path(os.path.expanduser(home)) / "merit"  # noqa: PTH111 (a home that cannot be found is no error here)
 
 
