@@ -107,6 +107,7 @@ def test_only_lost_stops_are_passed_over_in_silence() -> None:
 
 
 def _write_late(path: str) -> None:
+    Path(path).with_suffix(".begun").touch()
     time.sleep(4)
     Path(path).write_text("waited for")
 
@@ -127,6 +128,8 @@ def test_a_stop_does_not_wait_for_the_workers_datasets(tmp_path: Path) -> None:
         os.kill(worker, signal.SIGINT)  # ignored
         assert pool.submit(os.getpid).result() == worker
         pool.submit(_write_late, str(late))
+        while not late.with_suffix(".begun").exists():
+            time.sleep(0.01)
         raise KeyboardInterrupt
     assert not late.exists()
     assert not psutil.pid_exists(worker)
