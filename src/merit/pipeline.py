@@ -6,6 +6,7 @@ maths. Everything a stage needs comes from the recipe and from earlier stages' f
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
@@ -596,7 +597,10 @@ _NEXT = "`merit run` does every stage in order; `merit status RUN` shows what is
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Content of a tokenizer, of the chat template in force, and of how images are seen where they are."""
-    content = {"tokenizer": tokenizer.backend_tokenizer.to_str(), "template": tokenizer.chat_template}
+    settings = json.loads(tokenizer.backend_tokenizer.to_str())
+    for state in ("padding", "truncation"):  # what a live tokenizer was last asked for, not what it is
+        settings.pop(state, None)
+    content = {"tokenizer": settings, "template": tokenizer.chat_template}
     if tokenizer.merit_images is not None:
         content["images"] = tokenizer.merit_images.settings
     return fingerprint(content)
