@@ -24,28 +24,28 @@ PURE = (
     "merit.evaluation.summary",
     "merit.evaluation.verdict",
 )
-STORAGE = ("merit.checkpoint", "merit.run_folder", "merit.conflict.store")
+STORAGE = ("merit.hf.checkpoint", "merit.run.store", "merit.conflict.store")
 MODEL_FACING = (
-    "merit.models",
-    "merit.batches",
-    "merit.vision",
-    "merit.train",
-    "merit.trainer",
-    "merit.basin.assemble",
-    "merit.basin.encoder",
+    "merit.hf.models",
+    "merit.hf.batches",
+    "merit.hf.families",
+    "merit.train.branch",
+    "merit.train.trainer",
+    "merit.prepare.assemble",
+    "merit.prepare.encoder",
     "merit.conflict.gradients",
     "merit.evaluation.heldout",
     "merit.evaluation.decode",
     "merit.evaluation.drift",
 )
 JOINING = (
-    "merit.pipeline",
-    "merit.branches",
-    "merit.merging",
-    "merit.evaluating",
-    "merit.scale_search",
-    "merit.basin.preparation",
-    "merit.stages",
+    "merit.run.chain",
+    "merit.run.branches",
+    "merit.run.merging",
+    "merit.run.evaluating",
+    "merit.run.scale_search",
+    "merit.prepare.stage",
+    "merit.run.key",
     "merit.cli",
 )
 ML = ("transformers", "trl", "peft", "accelerate", "datasets")
@@ -91,13 +91,22 @@ def offenders(families: tuple[str, ...], forbidden: tuple[str, ...]) -> list[str
 def test_pure_modules_know_no_model_no_file_and_no_pipeline() -> None:
     assert not offenders(
         PURE,
-        (*MODEL_FACING, *STORAGE, *JOINING, *ML, "merit.mixture", "merit.recipe", "merit.recipe_file", "merit.demo"),
+        (
+            *MODEL_FACING,
+            *STORAGE,
+            *JOINING,
+            *ML,
+            "merit.mixture",
+            "merit.recipe.schema",
+            "merit.recipe.load",
+            "merit.demo",
+        ),
     )
 
 
 def test_storage_knows_no_model_and_no_pipeline() -> None:
     assert not offenders(
-        STORAGE, (*MODEL_FACING, *JOINING, *ML, "torch", "merit.recipe", "merit.recipe_file", "merit.mixture")
+        STORAGE, (*MODEL_FACING, *JOINING, *ML, "torch", "merit.recipe.schema", "merit.recipe.load", "merit.mixture")
     )
 
 
@@ -106,9 +115,9 @@ def test_model_facing_modules_choose_no_stages() -> None:
 
 
 def test_only_joining_modules_know_the_pipeline() -> None:
-    insiders = (*JOINING, "merit.merge_command", "merit.__main__")
+    insiders = (*JOINING, "merit.run.merge_command", "merit.__main__")
     outside = tuple(module for module in MODULES if module != "merit" and not within(module, insiders))
-    assert not offenders(outside, ("merit.pipeline", "merit.cli"))
+    assert not offenders(outside, ("merit.run.chain", "merit.cli"))
 
 
 def test_the_families_name_modules_that_exist() -> None:

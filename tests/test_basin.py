@@ -12,12 +12,12 @@ import pytest
 import torch
 from tests.vision.bases import TEXT, byte_tokenizer, make_base
 
-from merit import checkpoint
-from merit.basin.assemble import assemble, parameter_sizes, plan_assembly
 from merit.errors import CheckpointError
-from merit.models import file_names, load_tokenizer
-from merit.recipe import ModelSettings
-from merit.vision import FAMILIES
+from merit.hf import checkpoint
+from merit.hf.families import FAMILIES
+from merit.hf.models import file_names, load_tokenizer
+from merit.prepare.assemble import assemble, parameter_sizes, plan_assembly
+from merit.recipe.schema import ModelSettings
 
 IMAGE_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
 
@@ -160,7 +160,7 @@ def test_unused_embedding_rows_are_taken_before_new_ones(givers: Path, tmp_path:
 
 
 def test_the_joined_folder_is_an_ordinary_base(givers: Path, tmp_path: Path) -> None:
-    from merit.models import inspect_base, load_model
+    from merit.hf.models import inspect_base, load_model
 
     language, vision = make_language_model(tmp_path / "lm"), givers / "qwen2_5_vl"
     assemble(plan_assembly(language, vision), tmp_path / "joined", seed=0)
@@ -199,7 +199,7 @@ def test_a_bare_encoder_is_joined_as_llava_does(tmp_path: Path, kind: str, whole
     from PIL import Image
     from tests.vision.vision_cases import save
 
-    from merit.models import load_model
+    from merit.hf.models import load_model
 
     vision = make_encoder(tmp_path / "encoder", kind, whole=whole)
     language = make_language_model(tmp_path / "lm", "Llama", image_tokens=False)
@@ -287,7 +287,7 @@ PUBLISHED_VISION = {
 
 def test_the_papers_own_pair_fits_by_its_published_configs(tmp_path: Path) -> None:
     """Qwen2.5-VL-7B's flat config of before, and Qwen2.5-7B-Instruct's: no weights, the whole architecture."""
-    from merit.basin import assemble as module
+    from merit.prepare import assemble as module
 
     flat = {"model_type": "qwen2_5_vl", "max_position_embeddings": 128000, "vision_config": PUBLISHED_VISION}
     flat |= {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "image_token_id": 151655}

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from merit import checkpoint, dtypes
 from merit.errors import CheckpointError
+from merit.hf import checkpoint, dtypes
 
 DTYPES = [
     torch.bfloat16,

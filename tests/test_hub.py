@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import pytest
 
 from merit.errors import RecipeError
-from merit.hub import hub_ids, resolve_ids
-from merit.recipe import Recipe
-from merit.recipe_file import load_recipe, parse_recipe
+from merit.hf.hub import hub_ids, resolve_ids
+from merit.recipe.load import load_recipe, parse_recipe
+from merit.recipe.schema import Recipe
 
 PAPER = sorted((Path(__file__).parents[1] / "recipes" / "paper").glob("*.yaml"))
 KNOWN = {

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from merit.known import PUBLISHED
-from merit.vision import FAMILIES
+from merit.hf.families import FAMILIES
+from merit.hf.published import PUBLISHED
 
 
 def qwen(hidden: int, layers: int, heads: int, kv: int, inner: int, vocabulary: int, tied: bool) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tests.e2e.conftest import make_base
 
-from merit.batches import IGNORE, Batcher, accepts, length_sorted_batches, target_losses
 from merit.errors import CheckpointError, RecipeError
+from merit.hf.batches import IGNORE, Batcher, accepts, length_sorted_batches, target_losses
+from merit.hf.models import inspect_base, load_model, load_tokenizer, save_branch, trainable_parameters
 from merit.mixture.encode import EncodedRow
-from merit.models import inspect_base, load_model, load_tokenizer, save_branch, trainable_parameters
-from merit.recipe import ModelSettings
+from merit.recipe.schema import ModelSettings
 
 CPU = torch.device("cpu")
 

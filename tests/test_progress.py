@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from merit import cli
 from merit.errors import Interrupted, MeritError
-from merit.progress import Reporter, Stop, ask_to_stop, forget_stops, stop_if_asked
+from merit.report.terminal import Reporter
+from merit.signals import Stop, ask_to_stop, forget_stops, stop_if_asked
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +96,7 @@ def test_a_stop_after_the_last_word_fails_nothing() -> None:
 
 def test_only_lost_stops_are_passed_over_in_silence() -> None:
     code = (
-        "import sys; from merit import cli; from merit.progress import Stop; sys.unraisablehook = cli._quiet_about_stops\n"
+        "import sys; from merit import cli; from merit.signals import Stop; sys.unraisablehook = cli._quiet_about_stops\n"
         "class Lost:\n"
         "    def __init__(self, error): self.error = error\n"
         "    def __del__(self): raise self.error\n"
@@ -116,7 +117,7 @@ def test_a_stop_does_not_wait_for_the_workers_datasets(tmp_path: Path) -> None:
     """Workers that are in the middle of a dataset are stopped; Ctrl-C in a terminal reaches only the parent."""
     import torch
 
-    from merit.conflict.measure import _deaf_to_interrupts, _pool
+    from merit.conflict.stage import _deaf_to_interrupts, _pool
 
     late = tmp_path / "late"
     before = signal.getsignal(signal.SIGINT)

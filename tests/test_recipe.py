@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merit.errors import RecipeError
-from merit.recipe import Recipe
-from merit.recipe_file import dump_recipe, load_recipe, parse_recipe, recipe_schema
+from merit.recipe.load import dump_recipe, load_recipe, parse_recipe, recipe_schema
+from merit.recipe.schema import Recipe
 
 MINIMAL = {"name": "x", "model": {"base": "b"}, "mixture": {"folder": "f"}}
 
@@ -164,7 +164,7 @@ def test_the_starter_recipe_loads(tmp_path: Path) -> None:
 
 def test_start_up_imports_no_ml_library() -> None:
     code = (
-        "import sys, merit, merit.cli, merit.recipe, merit.errors, merit.pipeline, merit.status, merit.models\n"
+        "import sys, merit, merit.cli, merit.recipe.schema, merit.errors, merit.run.chain, merit.run.status, merit.hf.models\n"
         "heavy = {'torch', 'transformers', 'trl', 'datasets', 'peft', 'numba', 'scipy', 'sklearn'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

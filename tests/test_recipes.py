@@ -11,10 +11,10 @@ import pytest
 import yaml
 from tests.e2e.conftest import Result, merit  # noqa: F401  (a fixture)
 
-from merit import plan as plans
 from merit.errors import RecipeError
-from merit.needs import published_weights
-from merit.recipe_file import dump_recipe, load_recipe, parse_recipe
+from merit.recipe.load import dump_recipe, load_recipe, parse_recipe
+from merit.run import check as plans
+from merit.run.needs import published_weights
 
 PAPER = Path(__file__).parents[1] / "recipes" / "paper"
 SCALED = [

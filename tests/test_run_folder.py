@@ -13,17 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merit.errors import RunFolderError
-from merit.run_folder import (
-    Stage,
-    StaleStageError,
-    canonical,
-    differences,
-    file_hash,
-    fingerprint,
-    is_locked,
-    lock,
-    write_json,
-)
+from merit.files import canonical, differences, file_hash, fingerprint, write_json
+from merit.run.store import Stage, StaleStageError, is_locked, lock
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -107,7 +98,7 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from merit.run_folder import lock
+from merit.run.store import lock
 with lock(Path(sys.argv[1]), "x"):
     print("held", flush=True)
     time.sleep(60)

@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import training_cases as cases
-from merit.batches import Batcher
 from merit.errors import RecipeError, ResourceError, RunFolderError, TrainingError
-from merit.train import PASSED_ON, RECIPE_KEYS, check_trainer_options, steps_for
-from merit.trainer import GroupRows, StepCollator, cut_by_length, newest_checkpoint
+from merit.hf.batches import Batcher
+from merit.train.branch import PASSED_ON, RECIPE_KEYS, check_trainer_options, steps_for
+from merit.train.trainer import GroupRows, StepCollator, cut_by_length, newest_checkpoint
 
 SCRIPT = Path(cases.__file__)
 
@@ -341,7 +341,7 @@ def test_full_disk_leaves_no_half_model(root: Path, monkeypatch: pytest.MonkeyPa
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("merit.models.save_branch", no_room)
+    monkeypatch.setattr("merit.hf.models.save_branch", no_room)
     with pytest.raises(ResourceError, match="disk is full"):
         cases.train(root, "train.epochs=0.5")
     assert not list((root / "branch").rglob("*.safetensors"))

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from merit.mixture import EncodedDataset, EncodedRow
-from merit.recipe import Recipe
-from merit.recipe_file import parse_recipe
+from merit.recipe.load import parse_recipe
+from merit.recipe.schema import Recipe
 
 VOCABULARY = 40
 
@@ -81,8 +81,8 @@ def make_recipe(base: Path, *overrides: str) -> Recipe:
 
 def train(root: Path, *overrides: str, group: dict[str, EncodedDataset] | None = None, **options: object) -> dict:
     """Train ``group`` from ``root/base`` into ``root/branch``."""
-    from merit.models import inspect_base, load_tokenizer, pick_device
-    from merit.train import train_branch
+    from merit.hf.models import inspect_base, load_tokenizer, pick_device
+    from merit.train.branch import train_branch
 
     recipe = make_recipe(root / "base", *overrides)
     return train_branch(
@@ -108,8 +108,8 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[])
     options = parser.parse_args()
 
-    from merit import trainer
     from merit.errors import MeritError
+    from merit.train import trainer
 
     def die_at(step: int | None, number: int, name: str) -> None:
         """Send this process a signal when the trainer's method ``name`` ends at ``step``."""

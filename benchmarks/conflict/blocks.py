@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from merit.recipe import Recipe
-from merit.recipe_file import parse_recipe
+from merit.recipe.load import parse_recipe
+from merit.recipe.schema import Recipe
 
 BLOCK = 25
 ROWS = 1000
@@ -34,8 +34,8 @@ def make_recipe(base: str, mixture: str, max_length: int, **conflict: Any) -> Re
 
 def open_mixture(recipe: Recipe, work: Path) -> tuple[Any, dict[str, Any]]:
     """Tokenizer and encoded training rows, prepared once in ``work/mixture``."""
+    from merit.hf.models import load_tokenizer
     from merit.mixture import load_split, prepare_mixture
-    from merit.models import load_tokenizer
 
     tokenizer = load_tokenizer(recipe.model)
     if not (work / "mixture" / "datasets.json").exists():
@@ -47,10 +47,10 @@ def measure_blocks(recipe: Recipe, work: Path, *, only: list[str] | None = None)
     """Write ``work/blocks/<dataset>.npy`` (blocks, 2, parameters) float32 gradient sums and ``.json`` facts."""
     import torch
 
-    from merit.batches import Batcher
     from merit.conflict.gradients import GradientMeter
+    from merit.hf.batches import Batcher
+    from merit.hf.models import load_model
     from merit.mixture import draw
-    from merit.models import load_model
 
     torch.set_num_threads(1)
     cpu = torch.device("cpu")

@@ -57,8 +57,8 @@ def time_ratio(model: Any, rows: list[Any], recipe: Any, label: str) -> dict[str
     """Seconds of a bare pass, and ratios of our two ways, over the same micro-batches."""
     import torch
 
-    from merit.batches import Batcher, iterate_batches, length_sorted_batches, target_losses
     from merit.conflict.gradients import GradientMeter
+    from merit.hf.batches import Batcher, iterate_batches, length_sorted_batches, target_losses
 
     cpu = torch.device("cpu")
     meters = {
@@ -136,10 +136,10 @@ def _status(field: str) -> float:
 def _memory_child(variant: str, datasets: int, work: Path) -> None:
     import torch
 
-    from merit.batches import Batcher, target_losses
     from merit.conflict.gradients import GradientMeter
     from merit.conflict.store import GradientStore
-    from merit.recipe import ConflictSettings
+    from merit.hf.batches import Batcher, target_losses
+    from merit.recipe.schema import ConflictSettings
 
     torch.set_num_threads(1)
     rows = random_rows(8, 32, 8192)

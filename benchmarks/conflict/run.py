@@ -28,7 +28,7 @@ PARTS = ("time", "memory", "gram", "blocks", "fidelity", "calibration")
 def layout_of(recipe: Any) -> dict[str, int]:
     import torch
 
-    from merit.models import load_model, trainable_parameters
+    from merit.hf.models import load_model, trainable_parameters
 
     model = load_model(recipe.model, torch.device("cpu"), trainable=True)
     return {name: parameter.numel() for name, parameter in trainable_parameters(model).items()}
@@ -37,7 +37,7 @@ def layout_of(recipe: Any) -> dict[str, int]:
 def time_part(recipe: Any, work: Path) -> dict[str, Any]:
     import torch
 
-    from merit.models import load_model
+    from merit.hf.models import load_model
 
     torch.set_num_threads(1)
     _, mixture = blocks.open_mixture(recipe, work)

@@ -28,8 +28,8 @@ from pathlib import Path
 
 import numpy as np
 
-from merit.checkpoint import TensorInfo, read_headers, read_tensor
-from merit.dtypes import BLOCK, DTYPES, to_float
+from merit.hf.checkpoint import TensorInfo, read_headers, read_tensor
+from merit.hf.dtypes import BLOCK, DTYPES, to_float
 from merit.merge import native
 from merit.merge.arithmetic import round_to
 

@@ -25,12 +25,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 from benchmarks.report import table, write
 
+from merit.hf.models import load_tokenizer
 from merit.mixture.encode import ChatEncoder, EncodedRow
 from merit.mixture.formats import Chat, to_chat
 from merit.mixture.sources import Source, as_row, discover
-from merit.models import load_tokenizer
-from merit.recipe import Recipe
-from merit.recipe_file import parse_recipe
+from merit.recipe.load import parse_recipe
+from merit.recipe.schema import Recipe
 
 
 def read(sources: Sequence[Source], rows: int) -> list[Chat]:

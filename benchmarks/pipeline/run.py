@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks.report import table, write
 
-from merit.run_folder import file_hash, read_json
+from merit.files import file_hash, read_json
 
 PARTS = ("start-up", "demo", "branching", "resume")
 

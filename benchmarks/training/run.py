@@ -28,12 +28,15 @@ import numpy as np
 import psutil
 import torch
 
-from merit import batches, models, run_folder, train, trainer
+from merit.hf import batches, models
 from merit.mixture import EncodedDataset
-from merit.mixture.prepare import load_split, prepare_mixture
-from merit.recipe import Recipe
-from merit.recipe_file import parse_recipe
-from merit.trainer import CPU_OVERHEAD, EpochOrder, GroupRows, GroupTrainer
+from merit.mixture.stage import load_split, prepare_mixture
+from merit.recipe.load import parse_recipe
+from merit.recipe.schema import Recipe
+from merit.run import store as run_folder
+from merit.train import branch as train
+from merit.train import trainer
+from merit.train.trainer import CPU_OVERHEAD, EpochOrder, GroupRows, GroupTrainer
 
 RESULTS = Path(__file__).parents[1] / "results"
 Clock = tuple[float, float]

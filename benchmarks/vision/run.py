@@ -25,12 +25,12 @@ from benchmarks import report
 from tests.vision.bases import make_base
 from tests.vision.vision_cases import picture_chats
 
-from merit import batches, models
 from merit.conflict.gradients import GradientMeter
+from merit.hf import batches, models
 from merit.mixture.encode import ChatEncoder, EncodedDataset
-from merit.recipe import Recipe
-from merit.recipe_file import parse_recipe
-from merit.train import train_branch
+from merit.recipe.load import parse_recipe
+from merit.recipe.schema import Recipe
+from merit.train.branch import train_branch
 
 TEXT = {
     "small": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 4},

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from merit.errors import MeritError, UserError
     from merit.merge import Branch, plan_merge, run_merge
-    from merit.pipeline import Pipeline
-    from merit.recipe import Recipe
-    from merit.recipe_file import load_recipe, parse_recipe
+    from merit.recipe.load import load_recipe, parse_recipe
+    from merit.recipe.schema import Recipe
+    from merit.run.chain import Pipeline
     from merit.split import split_mixture
 
 __version__ = "0.1.0"
@@ -22,11 +22,11 @@ __version__ = "0.1.0"
 _HOME = {
     "Branch": "merit.merge",
     "MeritError": "merit.errors",
-    "Pipeline": "merit.pipeline",
-    "Recipe": "merit.recipe",
+    "Pipeline": "merit.run.chain",
+    "Recipe": "merit.recipe.schema",
     "UserError": "merit.errors",
-    "load_recipe": "merit.recipe_file",
-    "parse_recipe": "merit.recipe_file",
+    "load_recipe": "merit.recipe.load",
+    "parse_recipe": "merit.recipe.load",
     "plan_merge": "merit.merge",
     "run_merge": "merit.merge",
     "split_mixture": "merit.split",

@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 
 from merit import __version__
 from merit.errors import Interrupted, MeritError, RecipeError
-from merit.progress import Stop, ask_to_stop, forget_stops
+from merit.signals import Stop, ask_to_stop, forget_stops
 
 _PLACES = {
     errno.EACCES,
@@ -108,8 +108,8 @@ Redo = Annotated[
 
 def _open(target: Path, output: Path | None, overrides: list[str] | None) -> tuple[Any, Path]:
     """Recipe and run folder for a RECIPE or RUN argument."""
-    from merit.recipe_file import load_recipe
-    from merit.run_folder import is_run_folder
+    from merit.recipe.load import load_recipe
+    from merit.run.store import is_run_folder
 
     recipe_file = target / "recipe.yaml" if target.is_dir() else target
     if target.is_dir() and not (recipe_file.is_file() and is_run_folder(target)):
@@ -137,8 +137,8 @@ def _pipeline(
     redo: bool = False,
 ) -> Any:
     _offline_by_default()
-    from merit.pipeline import Pipeline
-    from merit.progress import Reporter
+    from merit.report.terminal import Reporter
+    from merit.run.chain import Pipeline
 
     recipe, run = _open(target, output, overrides)
     return Pipeline(recipe, run, Reporter(quiet), jobs=jobs, redo=redo)
@@ -187,7 +187,7 @@ def run(
     Example: `merit run recipe.yaml --jobs 2 --set train.learning_rate=2e-5`
     """
     from merit.errors import nearest
-    from merit.pipeline import STAGES
+    from merit.run.chain import STAGES
 
     if until not in STAGES:
         raise RecipeError(f"--until {until}: no such stage.{nearest(until, STAGES)} Stages: {', '.join(STAGES)}.")
@@ -225,8 +225,8 @@ def demo(
     Example: `merit demo --output runs/demo`, or `merit demo --vision`
     """
     from merit.demo import write_demo
-    from merit.recipe_file import load_recipe
-    from merit.run_folder import claim
+    from merit.recipe.load import load_recipe
+    from merit.run.store import claim
 
     name = "demo-vision" if vision else "demo"
     output = output or Path("runs") / name
@@ -244,7 +244,7 @@ def _finish(pipeline: Any, *, as_json: bool) -> None:
     """Results and verdict of a run, as far as it has come."""
     folder = pipeline.run_folder
     if as_json:
-        from merit.status import run_status
+        from merit.run.status import run_status
 
         result: dict[str, Any] = run_status(folder, pipeline.recipe)
         for name in ("results", "kept", "drift", "summary"):
@@ -254,7 +254,7 @@ def _finish(pipeline: Any, *, as_json: bool) -> None:
         _print_json(result)
         return
     if (folder / "evaluation" / "record.json").is_file():
-        from merit.evaluation.tables import render
+        from merit.report.evaluation import render
 
         _out(*render(folder / "evaluation"))
     merged = folder / "merged" / "model"
@@ -298,7 +298,7 @@ def schema() -> None:
 
     Example: `merit schema > recipe.schema.json`, and `# yaml-language-server: $schema=recipe.schema.json` in the recipe.
     """
-    from merit.recipe_file import recipe_schema
+    from merit.recipe.load import recipe_schema
 
     _print_json(recipe_schema())
 
@@ -341,7 +341,7 @@ def check(
             raise typer.Exit(2)
     notes = []
     if ids or not offline:
-        from merit.hub import resolve_ids
+        from merit.hf.hub import resolve_ids
 
         notes = resolve_ids(pipeline.given)
     plan = pipeline.check(offline=offline or ids)
@@ -374,7 +374,7 @@ def prepare(
     pipeline.prepare_alone()
     base = pipeline.run_folder / "prepared" / "base"
     if as_json:
-        from merit.status import run_status
+        from merit.run.status import run_status
 
         found = run_status(pipeline.run_folder, pipeline.recipe)["stages"]
         _print_json({"base": str(base), "stages": [row for row in found if row["stage"].startswith("prepare")]})
@@ -409,7 +409,7 @@ def gradients(
     if as_json:
         _print_json({"record": stage.record(), "summary": summary, "comparison": comparison})
     else:
-        from merit.conflict.tables import render
+        from merit.report.conflict import render
 
         _out(*render(stage.path, comparison))
 
@@ -465,13 +465,13 @@ def train(
 
     Example: `merit train runs/my-run --branch 2`
     """
-    from merit.pipeline import BranchId
+    from merit.run.chain import BranchId
 
     pipeline = _pipeline(target, output, overrides, quiet=quiet, jobs=jobs, redo=redo)
     branches = [BranchId.parse(text) for text in branch] if branch else None
     pipeline.train_alone(branches)
     if as_json:
-        from merit.status import run_status
+        from merit.run.status import run_status
 
         _print_json(run_status(pipeline.run_folder, pipeline.recipe))
 
@@ -518,8 +518,8 @@ def merge(
     Examples: `merit merge runs/my-run --operator ties --output ties-model`,
     `merit merge --base BASE --checkpoint A=120000 --checkpoint B=80000 --output AB`
     """
-    from merit.merge_command import merge_checkpoints, merge_overrides, merge_target
-    from merit.progress import Reporter
+    from merit.report.terminal import Reporter
+    from merit.run.merge_command import merge_checkpoints, merge_overrides, merge_target
 
     reporter = Reporter(quiet)
     if target is None:
@@ -550,7 +550,7 @@ def merge(
     if as_json:
         _print_json(result)
     else:
-        from merit.merge_command import render_merge
+        from merit.run.merge_command import render_merge
 
         _out(*render_merge(result))
 
@@ -587,7 +587,7 @@ def status(
 
     Example: `merit status runs/my-run --watch`
     """
-    from merit.status import render_status, run_status, watch_status
+    from merit.run.status import render_status, run_status, watch_status
 
     recipe, folder = _open(run_folder, None, overrides) if run_folder.is_dir() else (None, run_folder)
     if recipe is None:
@@ -631,6 +631,6 @@ def main() -> None:
 
 
 def _quiet_about_stops(unraisable: Any) -> None:
-    """A stop that got lost in a destructor comes up at the next report (:func:`merit.progress.stop_if_asked`)."""
+    """A stop that got lost in a destructor comes up at the next report (:func:`merit.report.terminal.stop_if_asked`)."""
     if not isinstance(unraisable.exc_value, Stop):
         sys.__unraisablehook__(unraisable)

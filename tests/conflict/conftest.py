@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from merit.hf.models import load_model
 from merit.mixture.encode import EncodedDataset, EncodedRow
-from merit.models import load_model
-from merit.recipe_file import parse_recipe
+from merit.recipe.load import parse_recipe
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")

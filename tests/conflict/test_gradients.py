@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from merit.batches import Batcher
 from merit.conflict.gradients import GradientMeter, vector_width
 from merit.conflict.sketch import Sketch
 from merit.errors import ConflictError
-from merit.models import load_model, trainable_parameters
+from merit.hf.batches import Batcher
+from merit.hf.models import load_model, trainable_parameters
 
 CPU = torch.device("cpu")
 

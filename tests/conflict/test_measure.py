@@ -20,7 +20,7 @@ from tests.conflict.conftest import CPU, PAD, make_dataset
 
 from merit.conflict.compare import compare_representations
 from merit.conflict.geometry import principal_components
-from merit.conflict.measure import measure_conflict
+from merit.conflict.stage import measure_conflict
 from merit.errors import ConflictError, ResourceError
 from merit.mixture.encode import EncodedDataset, EncodedRow
 from merit.split import split_mixture

@@ -8,8 +8,8 @@ from rich.console import Console
 from tests.conflict.conftest import make_dataset
 from tests.conflict.test_measure import damaged, run
 
-from merit.conflict.tables import render
-from merit.run_folder import read_json, write_json
+from merit.files import read_json, write_json
+from merit.report.conflict import render
 
 
 def printed(parts, width: int = 200) -> str:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from merit.demo import base_folder, demo_recipe, write_demo
 from merit.demo.mixture import BASE_STYLE, MIXTURE, draw_rows
-from merit.recipe_file import load_recipe
+from merit.recipe.load import load_recipe
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, LlavaForCon
 
 from merit.demo import base_folder, demo_recipe, write_demo
 from merit.demo.vision.mixture import BASE_STYLE, MIXTURE, base_stream, draw_examples
-from merit.recipe_file import load_recipe
+from merit.recipe.load import load_recipe
 
 BASE = base_folder(vision=True)
 SCRIPTS = Path(__file__).parents[2] / "scripts"

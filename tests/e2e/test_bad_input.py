@@ -142,7 +142,7 @@ def test_two_runs_at_once(finished: Case, merit, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished.run, run)
     holder = (
-        "import sys, time\nfrom pathlib import Path\nfrom merit.run_folder import lock\n"
+        "import sys, time\nfrom pathlib import Path\nfrom merit.run.store import lock\n"
         "with lock(Path(sys.argv[1]), 'this run'):\n    print('held', flush=True)\n    time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", holder, str(run)], stdout=subprocess.PIPE, text=True) as other:

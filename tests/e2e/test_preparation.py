@@ -22,8 +22,8 @@ from tests.test_basin import make_language_model, tensors
 from tests.vision.bases import make_base
 from tests.vision.vision_cases import COLOURS, picture
 
-from merit import checkpoint
-from merit.vision import FAMILIES
+from merit.hf import checkpoint
+from merit.hf.families import FAMILIES
 
 ROLE = FAMILIES["qwen2_5_vl"].role
 STAGES = ("align", "knowledge", "instruct")
@@ -161,8 +161,8 @@ def test_every_stage_changes_what_it_trains_and_nothing_else(root: Path, prepare
 
 
 def test_the_prepared_base_is_the_last_stages_model_and_an_ordinary_checkpoint(prepared: Path) -> None:
-    from merit.models import inspect_base, load_tokenizer
-    from merit.recipe import ModelSettings
+    from merit.hf.models import inspect_base, load_tokenizer
+    from merit.recipe.schema import ModelSettings
 
     base = prepared / "prepared" / "base"
     last = stage_model(prepared, "instruct")

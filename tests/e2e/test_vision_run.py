@@ -18,7 +18,7 @@ from tests.e2e.conftest import Case
 from tests.vision.bases import FAMILIES, make_base
 from tests.vision.vision_cases import COLOURS, picture
 
-from merit.vision import FAMILIES as KNOWN
+from merit.hf.families import FAMILIES as KNOWN
 
 
 def read(path: Path) -> Any:

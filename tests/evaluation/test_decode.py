@@ -7,9 +7,9 @@ import pytest
 import torch
 from evaluation_cases import END, SPECIAL, VOCABULARY, as_rows, tiny_model
 
-from merit.batches import Batcher
 from merit.errors import CheckpointError
 from merit.evaluation.decode import decode
+from merit.hf.batches import Batcher
 
 CPU = torch.device("cpu")
 ENDS = (1, END)

@@ -9,9 +9,9 @@ from evaluation_cases import END, VOCABULARY, as_rows, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merit.batches import Batcher
 from merit.errors import CheckpointError, ResourceError
 from merit.evaluation.drift import Reference, choose_prompts, measure_drift, sample_answers
+from merit.hf.batches import Batcher
 
 CPU = torch.device("cpu")
 

@@ -19,7 +19,7 @@ from merit.errors import CheckpointError
 from merit.evaluation import evaluate as module
 from merit.evaluation import evaluate_models
 from merit.mixture import EncodedDataset, EncodedRow
-from merit.recipe_file import parse_recipe
+from merit.recipe.load import parse_recipe
 
 SEEDS = {"base": 0, "joint": 1, "merged": 2, "branch-0": 3}
 
@@ -121,8 +121,8 @@ def reference(model, rows, generate):
 
 def test_a_model_is_right_about_its_own_answers(run, tmp_path, tokenizer):
     """Rows made of the base's own greedy answers: exact match 1 for the base, lower for the others."""
-    from merit.batches import Batcher
     from merit.evaluation.decode import decode
+    from merit.hf.batches import Batcher
 
     prompts = [row.prompt() for row in make_dataset("own", 60)]
     model = tiny_model(seed=0, sharpness=2.0)
@@ -290,7 +290,7 @@ CHILD = """
 
 def evaluate_in_child(root, folder):
     """Evaluate; say when the second model starts, then wait there to be killed."""
-    from merit.models import load_tokenizer
+    from merit.hf.models import load_tokenizer
 
     torch.set_num_threads(1)
     recipe = parse_recipe({"name": "x", "model": {"base": str(root / "base")}, "mixture": {"folder": str(root)}})

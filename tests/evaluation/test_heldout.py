@@ -7,7 +7,6 @@ import pytest
 import torch
 from evaluation_cases import END, VOCABULARY, make_dataset, tiny_model
 
-from merit.batches import Batcher
 from merit.evaluation.heldout import (
     answer_lengths,
     answer_limit,
@@ -16,6 +15,7 @@ from merit.evaluation.heldout import (
     is_short_answer,
     row_losses,
 )
+from merit.hf.batches import Batcher
 from merit.mixture import EncodedRow, encode_chat
 
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from merit.evaluation.summary import summarise
-from merit.evaluation.tables import dataset_table, markdown, overview, render, terminal
-from merit.run_folder import write_json
+from merit.files import write_json
+from merit.report.evaluation import dataset_table, markdown, overview, render, terminal
 
 N = 16  # datasets; with 13 or fewer and ties, Wilcoxon's exact p takes half a second
 NOISE = np.random.default_rng(0).normal(0, 0.05, size=(8, N))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from merge_cases import FORMATS, TORCH, nearest, raw, values
 
-from merit.dtypes import BLOCK, DTYPES
+from merit.hf.dtypes import BLOCK, DTYPES
 from merit.merge import native
 from merit.merge.arithmetic import Combination, NonFiniteError, exact_weights, round_to
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from merge_cases import near, random_tensors, write_checkpoint
 
-from merit import checkpoint
 from merit.errors import CheckpointError, MergeError
+from merit.hf import checkpoint
 from merit.merge import Branch, plan_merge, run_merge, stream
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from merit import checkpoint
 from merit.errors import CheckpointError, MergeError
+from merit.hf import checkpoint
 from merit.merge import Branch, plan_merge, run_merge
 from merit.merge.lora import merge_adapters_to_adapter, plan_adapter_merge
 

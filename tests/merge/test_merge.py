@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from merge_cases import TORCH, near, nearest, random_tensors, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from merit import checkpoint
 from merit.errors import CheckpointError, MergeError, ResourceError
+from merit.hf import checkpoint
 from merit.merge import OPERATORS, Branch, plan_merge, run_merge
 
 COUNTS = [1_234_567, 89_123, 456_789]

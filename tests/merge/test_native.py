@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from merge_cases import near, write_checkpoint
 
-from merit.dtypes import DTYPES
 from merit.errors import CheckpointError
+from merit.hf.dtypes import DTYPES
 from merit.merge import Branch, native, plan_merge, run_merge
 from merit.merge.arithmetic import Combination
 

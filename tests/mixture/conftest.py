@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from merit.mixture import default_chat_template
-from merit.recipe_file import parse_recipe
+from merit.recipe.load import parse_recipe
 
 CORPUS = [
     "User:\nHow many cats are in the garden?\n\nAssistant:\nThere are two cats in the garden.",
@@ -88,8 +88,8 @@ def whole_words(request):
 @pytest.fixture(scope="session")
 def seeing(tmp_path_factory):
     """The tokenizer of a tiny LLaVA, which sees images."""
-    from merit.models import load_tokenizer
-    from merit.recipe import ModelSettings
+    from merit.hf.models import load_tokenizer
+    from merit.recipe.schema import ModelSettings
 
     file = Path(__file__).parents[1] / "vision" / "bases.py"
     spec = importlib.util.spec_from_file_location("vision_bases", file)

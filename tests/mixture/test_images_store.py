@@ -15,16 +15,16 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from merit.errors import MixtureError
-from merit.images import digest, read_image
+from merit.hf.models import BaseInfo
 from merit.mixture import load_split, prepare_mixture
 from merit.mixture.fingerprint import source_fingerprints
 from merit.mixture.formats import to_chat
 from merit.mixture.image_check import check_images
 from merit.mixture.image_store import ImageFile, ImageFolder, image_threads, look_at_images, read_chats
+from merit.mixture.images import digest, read_image
 from merit.mixture.reading import Part
 from merit.mixture.sources import _groups, check_sources, discover
-from merit.models import BaseInfo
-from merit.plan import make_plan
+from merit.run.check import make_plan
 
 IMAGE_COLUMN = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 

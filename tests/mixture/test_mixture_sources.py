@@ -127,7 +127,7 @@ def test_reading_local_files_leaves_no_cache_behind(tmp_path):
     home = tmp_path / "home"
     home.mkdir()
     code = (
-        "from merit.recipe_file import parse_recipe; from merit.mixture.sources import check_sources\n"
+        "from merit.recipe.load import parse_recipe; from merit.mixture.sources import check_sources\n"
         f"r = parse_recipe({{'name': 'r', 'model': {{'base': 'b'}}, 'mixture': "
         f"{{'datasets': [{{'name': 'd', 'path': {path!r}}}]}}}})\n"
         "import sys; assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)\n"

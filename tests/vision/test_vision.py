@@ -14,14 +14,12 @@ import torch
 from tests.vision.bases import ALL_FAMILIES, FAMILIES, make_base
 from tests.vision.vision_cases import picture, picture_chats, save
 
-from merit.batches import Batcher, target_losses
 from merit.errors import CheckpointError, MixtureError, RecipeError
 from merit.evaluation.decode import decode
 from merit.evaluation.drift import Reference, measure_drift
-from merit.images import read_image
-from merit.mixture.encode import ChatEncoder, EncodedDataset, EncodedRow
-from merit.mixture.formats import IMAGE, Chat
-from merit.models import (
+from merit.hf.batches import Batcher, target_losses
+from merit.hf.families import FAMILIES as KNOWN
+from merit.hf.models import (
     file_names,
     inspect_base,
     load_model,
@@ -30,8 +28,10 @@ from merit.models import (
     save_branch,
     trainable_parameters,
 )
-from merit.recipe import ModelSettings
-from merit.vision import FAMILIES as KNOWN
+from merit.mixture.encode import ChatEncoder, EncodedDataset, EncodedRow
+from merit.mixture.formats import IMAGE, Chat
+from merit.mixture.images import read_image
+from merit.recipe.schema import ModelSettings
 
 CPU = torch.device("cpu")
 

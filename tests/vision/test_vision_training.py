@@ -13,16 +13,16 @@ import torch
 from tests.vision.bases import FAMILIES, make_base
 from tests.vision.vision_cases import picture_chats
 
-from merit.batches import Batcher, target_losses
-from merit.checkpoint import read_headers
 from merit.conflict.gradients import GradientMeter
 from merit.conflict.sketch import Sketch
+from merit.hf.batches import Batcher, target_losses
+from merit.hf.checkpoint import read_headers
+from merit.hf.families import FAMILIES as KNOWN
+from merit.hf.models import inspect_base, load_model, load_tokenizer, trainable_parameters
 from merit.mixture.encode import ChatEncoder, EncodedDataset, EncodedRow
-from merit.models import inspect_base, load_model, load_tokenizer, trainable_parameters
-from merit.recipe import Recipe
-from merit.recipe_file import parse_recipe
-from merit.train import train_branch
-from merit.vision import FAMILIES as KNOWN
+from merit.recipe.load import parse_recipe
+from merit.recipe.schema import Recipe
+from merit.train.branch import train_branch
 
 CPU = torch.device("cpu")
 
@@ -95,7 +95,7 @@ def test_killed_and_resumed_is_bit_identical_and_frozen_tensors_stay(folder: Pat
     assert facts["samples"] == 24
 
     def killed() -> None:
-        from merit import trainer
+        from merit.train import trainer
 
         kept = trainer.GroupTrainer.note_step
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from merit.batches import Batcher
 from merit.conflict.geometry import cosine_matrix, gram_matrix
-from merit.conflict.measure import Progress, measure_datasets
+from merit.conflict.stage import Progress, measure_datasets
 from merit.conflict.store import GradientStore, StoredVector
 from merit.errors import ConflictError
-from merit.recipe import Recipe
+from merit.hf.batches import Batcher
+from merit.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -117,7 +117,7 @@ def _layout(recipe: Recipe) -> dict[str, int]:
     """Entries of every trainable parameter, in order."""
     import torch
 
-    from merit.models import load_model, trainable_parameters
+    from merit.hf.models import load_model, trainable_parameters
 
     model = load_model(recipe.model, torch.device("cpu"), trainable=True, seed=recipe.seed)
     return {name: parameter.numel() for name, parameter in trainable_parameters(model).items()}

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 import torch
 
-from merit.batches import Batcher, iterate_batches, length_sorted_batches, target_losses
 from merit.conflict.sketch import Sketch
 from merit.errors import ConflictError, ResourceError
-from merit.models import trainable_parameters
-from merit.recipe import ConflictSettings
+from merit.hf.batches import Batcher, iterate_batches, length_sorted_batches, target_losses
+from merit.hf.models import trainable_parameters
+from merit.recipe.schema import ConflictSettings
 
 if TYPE_CHECKING:
     from merit.mixture.encode import EncodedRow

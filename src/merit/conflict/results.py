@@ -16,13 +16,13 @@ import numpy as np
 from merit.conflict import geometry
 from merit.conflict.reliability import cross_half_cosine, noise_corrected_cosine, reliability
 from merit.conflict.store import GradientStore, write_vectors
-from merit.recipe import Recipe
-from merit.run_folder import write_json
+from merit.files import write_json
+from merit.recipe.schema import Recipe
 from merit.split.balance import bisect
 from merit.split.view import Groups
 
 if TYPE_CHECKING:
-    from merit.conflict.measure import Measured
+    from merit.conflict.stage import Measured
 
 COMPONENTS = 6
 """R: principal axes that are kept (fewer with fewer datasets); recipes ask for at most as many."""
@@ -76,7 +76,7 @@ def compute_geometry(
     measured: Sequence[Measured], store: GradientStore, width: int
 ) -> tuple[dict[str, np.ndarray], list[geometry.Concentration]]:
     """All arrays of ``geometry.npz``, in the order of ``measured``; computed in name order, so it changes no figure."""
-    from merit.conflict.measure import half_samples
+    from merit.conflict.stage import half_samples
 
     order = sorted(range(len(measured)), key=lambda i: measured[i].name)
     items = [measured[i] for i in order]

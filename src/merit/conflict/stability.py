@@ -89,7 +89,7 @@ def split_stability(
     groups and the sign of axes carry no meaning.
 
     Args:
-        arrays: What ``geometry.npz`` holds (:func:`merit.conflict.measure.measure_conflict`).
+        arrays: What ``geometry.npz`` holds (:func:`merit.conflict.stage.measure_conflict`).
         split: ``split(cosine, gram)``, both (T, T) in the order of ``arrays["names"]``, returns groups of dataset names.
         replicates: Resampled geometries.
         seed: Of the resampling.

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from merit.batches import Batcher, accepts, length_sorted_batches, to_device
 from merit.errors import CheckpointError
-from merit.vision import positions as positions_in_space
+from merit.hf.batches import Batcher, accepts, length_sorted_batches, to_device
+from merit.hf.families import positions as positions_in_space
 
 if TYPE_CHECKING:
     import torch

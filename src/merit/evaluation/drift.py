@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from merit.batches import Batcher, iterate_batches, length_sorted_batches
 from merit.errors import CheckpointError, ResourceError
 from merit.evaluation.decode import decode
 from merit.evaluation.heldout import logits_tokens
+from merit.hf.batches import Batcher, iterate_batches, length_sorted_batches
 
 if TYPE_CHECKING:
     import torch

@@ -27,16 +27,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from merit.batches import Batcher
 from merit.errors import CheckpointError, RunFolderError
 from merit.evaluation import drift, heldout
 from merit.evaluation.summary import model_order, summarise
-from merit.evaluation.tables import markdown
 from merit.evaluation.text import exact_match
+from merit.files import fingerprint, read_json, write_json, write_text
+from merit.hf.batches import Batcher
+from merit.hf.models import autocast, load_model
 from merit.mixture.calibration import draw
-from merit.models import autocast, load_model
-from merit.recipe import EvaluateSettings, Recipe
-from merit.run_folder import fingerprint, read_json, write_json, write_text
+from merit.recipe.schema import EvaluateSettings, Recipe
+from merit.report.evaluation import markdown
 
 if TYPE_CHECKING:
     import torch

@@ -1,6 +1,6 @@
 """Held-out loss per target token and exact match of greedy answers: what a model does with rows it was not trained on.
 
-**Loss** (nats per target token): the training loss of :func:`merit.batches.target_losses`, summed over a dataset's target
+**Loss** (nats per target token): the training loss of :func:`merit.hf.batches.target_losses`, summed over a dataset's target
 tokens and divided by their number, so a dataset's figure weighs tokens; the macro average over datasets weighs datasets.
 **Exact match** (share of rows): the greedy answer to the row's last prompt equals its reference after
 :func:`merit.evaluation.text.normalise`. It is measured where answers are short enough for equality to mean something.
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from merit.batches import Batcher, iterate_batches, length_sorted_batches, target_losses
 from merit.evaluation.decode import decode
+from merit.hf.batches import Batcher, iterate_batches, length_sorted_batches, target_losses
 
 if TYPE_CHECKING:
     import torch

@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any
 
 from merit.errors import Interrupted, MeritError, UserError
-from merit.run_folder import write_json
+from merit.files import write_json
 
 _POLL_SECONDS = 0.2
 _TAIL_CHARACTERS = 4000

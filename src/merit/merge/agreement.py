@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from merit.checkpoint import Checkpoint, TensorInfo, chat_template, read_config, read_json
 from merit.errors import MergeError
+from merit.hf.checkpoint import Checkpoint, TensorInfo, chat_template, read_config, read_json
 
 __all__ = [
     "check_adapter_bases",

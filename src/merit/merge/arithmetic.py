@@ -22,7 +22,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from merit.dtypes import BLOCK, DType, to_float
+from merit.hf.dtypes import BLOCK, DType, to_float
 from merit.merge.native import Function, Kernel
 
 __all__ = ["Combination", "NonFiniteError", "exact_weights", "round_to"]

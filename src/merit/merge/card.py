@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merit.checkpoint import read_config
+from merit.hf.checkpoint import read_config
 
 if TYPE_CHECKING:
     from merit.merge.plan import MergePlan

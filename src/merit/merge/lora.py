@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from merit.checkpoint import Checkpoint, TensorInfo, fingerprint, read_headers, read_json, read_tensor
-from merit.dtypes import to_float
 from merit.errors import CheckpointError, MergeError
+from merit.hf.checkpoint import Checkpoint, TensorInfo, fingerprint, read_headers, read_json, read_tensor
+from merit.hf.dtypes import to_float
 from merit.merge.agreement import check_adapter_bases, core_name
 from merit.merge.operators import operator_and_options
 from merit.merge.plan import (

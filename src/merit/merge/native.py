@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from merit.dtypes import DTYPES, DType
+from merit.hf.dtypes import DTYPES, DType
 
 __all__ = ["Kernel", "available"]
 

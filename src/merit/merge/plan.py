@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from merit.checkpoint import Checkpoint, TensorInfo, WeightFile, read_headers, read_json
-from merit.dtypes import DTYPES, DType
 from merit.errors import CheckpointError, MergeError, ResourceError
+from merit.hf.checkpoint import Checkpoint, TensorInfo, WeightFile, read_headers, read_json
+from merit.hf.dtypes import DTYPES, DType
 from merit.merge import agreement
 from merit.merge.arithmetic import exact_weights
 from merit.merge.operators import Operator, operator_and_options

@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from merit.checkpoint import (
+from merit.errors import CheckpointError, MergeError, ResourceError
+from merit.hf.checkpoint import (
     TensorDigest,
     TensorInfo,
     combine_fingerprint,
@@ -33,8 +34,7 @@ from merit.checkpoint import (
     read_config,
     read_digest,
 )
-from merit.dtypes import BLOCK
-from merit.errors import CheckpointError, MergeError, ResourceError
+from merit.hf.dtypes import BLOCK
 from merit.merge import card, native
 from merit.merge.arithmetic import NonFiniteError
 from merit.merge.plan import (

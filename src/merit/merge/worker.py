@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from merit.checkpoint import TensorDigest, TensorInfo, pread_into
-from merit.dtypes import BLOCK, to_float
 from merit.errors import MergeError
+from merit.hf.checkpoint import TensorDigest, TensorInfo, pread_into
+from merit.hf.dtypes import BLOCK, to_float
 from merit.merge import native
 from merit.merge.arithmetic import Combination, NonFiniteError, round_to
 from merit.merge.operators import ties

@@ -20,8 +20,8 @@
 from merit.mixture.calibration import draw
 from merit.mixture.counts import DatasetCounts, read_counts
 from merit.mixture.encode import EncodedDataset, EncodedRow, encode_chat
-from merit.mixture.prepare import load_split, prepare_mixture
 from merit.mixture.sources import check_sources
+from merit.mixture.stage import load_split, prepare_mixture
 from merit.mixture.template import default_chat_template
 
 __all__ = [

@@ -20,8 +20,8 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from merit.errors import MixtureError
-from merit.images import ImageRef
 from merit.mixture.formats import Chat, Message
+from merit.mixture.images import ImageRef
 from merit.mixture.template import ChatTemplate, Span
 
 DropReason = Literal[
@@ -308,14 +308,14 @@ class EncodedDataset:
 
     Columns: ``input_ids`` list<int32>, ``targets`` list<bool>, ``length``, ``target_count``, ``prompt_length`` int64,
     ``truncated`` bool, ``answer`` and ``reference`` text (empty in training files), and ``images`` list<struct> with the
-    fields of :class:`merit.images.ImageRef` where a row has any. An image file's name that is relative starts from the
+    fields of :class:`merit.mixture.images.ImageRef` where a row has any. An image file's name that is relative starts from the
     stage's folder: the one above the file's own.
 
     Args:
         name: The dataset's name.
         rows: Rows to hold in memory.
         references: Per row the text that its last answer's tokens stand for (what exact match compares with).
-        seeing: What decides the pixels of the rows' images (:attr:`merit.vision.ImageInputs.settings`).
+        seeing: What decides the pixels of the rows' images (:attr:`merit.hf.families.ImageInputs.settings`).
 
     Attributes:
         lengths: (rows,) int64 tokens per row.

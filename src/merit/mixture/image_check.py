@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from merit.images import BadImage, ImageRef, renamed
 from merit.mixture.image_store import ImageFolder, look_at_images, read_chats
+from merit.mixture.images import BadImage, ImageRef, renamed
 from merit.mixture.reading import Part
 from merit.mixture.row_images import BadRow
 from merit.mixture.sources import Source, discover, discover_kept, refuse_shared_names
-from merit.recipe import Recipe
+from merit.recipe.schema import Recipe
 
 if TYPE_CHECKING:
-    from merit.vision import ImageInputs
+    from merit.hf.families import ImageInputs
 
 _SHOWN = 40
 _EVERY = 64  # rows between two ticks

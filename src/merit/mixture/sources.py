@@ -17,7 +17,7 @@ from merit.errors import MixtureError, nearest
 from merit.mixture.formats import BadRow, RowFormat, describe_formats, recognise, refuse_surrogates
 from merit.mixture.image_store import ImageFolder, look_at_images, read_chats, usable
 from merit.mixture.reading import Part
-from merit.recipe import DataFormat, DatasetSettings, EvaluateSettings, MixtureSettings, Recipe
+from merit.recipe.schema import DataFormat, DatasetSettings, EvaluateSettings, MixtureSettings, Recipe
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,119}")

@@ -1,0 +1,1 @@
+"""The Hugging Face side: the base, checkpoints, model families, batches, the hub."""

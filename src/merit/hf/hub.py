@@ -1,0 +1,120 @@
+"""Hub ids of a recipe: do they exist, may they be read, do they have the subsets asked for? Nothing is downloaded.
+
+`merit check` asks before it fetches anything, so that a misspelt id among sixty is found in seconds. Where the hub cannot be
+reached nothing is refused: what is in the local cache can still be used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from merit.errors import RecipeError, nearest
+from merit.recipe.load import is_hub_id
+from merit.recipe.schema import MixtureSettings, Recipe
+
+_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+
+
+@dataclass(frozen=True)
+class HubId:
+    """One id, and where the recipe names it.
+
+    Attributes:
+        kind: model or dataset.
+        id: The id, such as ``Qwen/Qwen2.5-3B``.
+        where: Key of the recipe.
+        revision: Branch, tag or commit, if one is given.
+        subset: Configuration of a dataset, if one is given.
+    """
+
+    kind: Literal["model", "dataset"]
+    id: str
+    where: str
+    revision: str | None = None
+    subset: str | None = None
+
+
+def hub_ids(recipe: Recipe) -> list[HubId]:
+    """Every hub id of a recipe, in its order: what is no file or folder here and reads like an id."""
+    found = [HubId("model", recipe.model.base, "model.base", recipe.model.revision)]
+    mixtures = [("mixture", recipe.mixture)]
+    if recipe.prepare is not None:
+        joined = recipe.prepare.assemble
+        if joined is not None:
+            found.append(HubId("model", joined.vision_from, "prepare.assemble.vision_from", joined.revision))
+        mixtures[:0] = [(f"prepare.stages.{stage.name}.mixture", stage.mixture) for stage in recipe.prepare.stages]
+    for key, mixture in mixtures:
+        found += _of_mixture(key, mixture)
+    found += [
+        HubId("dataset", item.path, f"evaluate.kept: {item.name}", None, item.subset) for item in recipe.evaluate.kept
+    ]
+    return [item for item in found if is_hub_id(item.id) and not _here(item)]
+
+
+def _of_mixture(key: str, mixture: MixtureSettings) -> Iterator[HubId]:
+    for item in mixture.datasets or []:
+        yield HubId("dataset", item.path, f"{key}: {item.name}", None, item.subset)
+    if mixture.path is not None:
+        yield HubId("dataset", mixture.path, f"{key}.path")
+
+
+def _here(item: HubId) -> bool:
+    return Path(item.id).exists() or (item.kind == "dataset" and Path(item.id).suffix in _SUFFIXES)
+
+
+def resolve_ids(recipe: Recipe) -> list[str]:
+    """Ask the hub about every id of a recipe.
+
+    Returns:
+        Notes: ids that ask for consent, or that the hub could not be reached.
+
+    Raises:
+        RecipeError: Ids that do not exist, revisions or subsets that they do not have: all of them in one message.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    ids, wrong, notes = hub_ids(recipe), [], []
+    if constants.HF_HUB_OFFLINE or not ids:
+        return [f"{len(ids)} hub ids were not resolved: the hub is switched off (HF_HUB_OFFLINE)."] if ids else []
+    api, known = HfApi(), {}
+    for item in ids:
+        place = (item.kind, item.id, item.revision)
+        try:
+            if place not in known:
+                ask = api.model_info if item.kind == "model" else api.dataset_info
+                known[place] = ask(item.id, revision=item.revision)
+                if getattr(known[place], "gated", False):
+                    notes.append(f"{item.where}: {item.id} asks for consent on its page before it can be read.")
+        except RevisionNotFoundError:
+            wrong.append(f"{item.where}: the {item.kind} {item.id} has no revision {item.revision!r}.")
+        except RepositoryNotFoundError:
+            wrong.append(
+                f"{item.where}: the hub has no {item.kind} {item.id} (or it is private, and you are not signed in)."
+            )
+        except Exception as error:  # the network errors of the libraries below have no root in common
+            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            notes.append(f"hub ids were not resolved, since the hub could not be reached: {reason}")
+            break
+        else:
+            wrong += _missing_subset(item, known[place])
+    if wrong:
+        wrong = list(dict.fromkeys(wrong))
+        raise RecipeError(
+            wrong[0] if len(wrong) == 1 else f"{len(wrong)} hub ids cannot be used:",
+            *(wrong if len(wrong) > 1 else []),
+            "A path that exists nowhere is taken for a hub id: check the spelling of paths as well. Nothing was downloaded.",
+        )
+    return notes
+
+
+def _missing_subset(item: HubId, info: Any) -> list[str]:
+    """What is wrong with the subset asked for, where the dataset's card lists its own."""
+    configs = (getattr(info, "card_data", None) or {}).get("configs") or []
+    names = [str(config["config_name"]) for config in configs if isinstance(config, dict) and "config_name" in config]
+    if item.subset is None or not names or item.subset in names:
+        return []
+    return [f"{item.where}: {item.id} has no subset {item.subset!r}.{nearest(item.subset, names)}"]

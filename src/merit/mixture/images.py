@@ -1,0 +1,312 @@
+"""Images as files: where one lies, whether it can be used, and its pixels when they are asked for. Storage; no model.
+
+An image is never kept in memory: rows carry :class:`ImageRef`, and :func:`read_image` decodes one at the moment a batch
+needs it. Before that, :func:`examine` decodes every image once, so that a damaged one is found before anything is trained.
+What a model makes of pixels (resizing, patches, placeholder tokens) is :mod:`merit.hf.families`'s business; which rows have which
+images is :mod:`merit.mixture`'s.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from merit.errors import MixtureError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""Image formats that are decoded; everything else is refused."""
+
+_ORIENTATION = 0x0112
+_SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
+
+
+class BadImage(Exception):
+    """An image that cannot be used.
+
+    Attributes:
+        reason: image_missing, image_outside, image_format, image_damaged or image_too_large; rows are counted under it.
+        detail: What is wrong, for a person.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+_SUFFIXES = {
+    **{".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".gif": "GIF", ".bmp": "BMP"},
+    **{".tif": "TIFF", ".tiff": "TIFF"},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRef:
+    """One image of one row.
+
+    Attributes:
+        file: The file that holds its encoded bytes: an image file, or a file of many images one after the other.
+        offset: First byte in that file.
+        nbytes: Number of encoded bytes.
+        width: Pixels, after the file's own rotation mark (EXIF) is followed.
+        height: Pixels, likewise.
+        digest: xxh3-128 of the encoded bytes, in hex.
+    """
+
+    file: str
+    offset: int
+    nbytes: int
+    width: int
+    height: int
+    digest: str
+
+
+def read_image(ref: ImageRef) -> Image:
+    """Decode an image to RGB, turned as its EXIF mark says; :func:`decode` tells what becomes of other kinds of pixels.
+
+    Raises:
+        MixtureError: The file is gone, or holds other bytes than when the mixture was prepared.
+    """
+    try:
+        with Path(ref.file).open("rb") as handle:
+            handle.seek(ref.offset)
+            data = handle.read(ref.nbytes)
+    except OSError as error:
+        raise MixtureError(
+            f"The image {ref.file} cannot be read any more: {error.strerror}.",
+            "Put it back; or start the run over, so that the mixture is prepared again.",
+        ) from None
+    if digest(data) != ref.digest:
+        raise MixtureError(
+            f"The image {ref.file} (from byte {ref.offset}) is not the one that the mixture was prepared with.",
+            "Put the old file back; or start the run over, so that the mixture is prepared again.",
+        )
+    return decode(data, max_pixels=ref.width * ref.height)
+
+
+def renamed(file: Path) -> str:
+    """The format that an image file holds, where its name says another one; else an empty text. Only the header is read."""
+    said = _SUFFIXES.get(file.suffix.lower())
+    if said is None:
+        return ""
+    try:
+        with _pillow(0).open(file, formats=FORMATS) as image:
+            return "" if image.format == said else str(image.format)
+    except Exception:  # what is wrong with it is told elsewhere
+        return ""
+
+
+def digest(data: bytes) -> str:
+    """xxh3-128 of an image's encoded bytes, in hex."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def examine(data: bytes, max_pixels: int) -> tuple[int, int]:
+    """Decode an image once, to the last byte, as :func:`read_image` will.
+
+    Args:
+        data: The encoded bytes.
+        max_pixels: Most pixels that are decoded; the header alone is looked at before.
+
+    Returns:
+        Its width and height in pixels, after the EXIF mark is followed.
+
+    Raises:
+        BadImage: It is no image of a known format, is cut short or damaged, or has too many pixels.
+    """
+    return decode(data, max_pixels).size
+
+
+def decode(data: bytes, max_pixels: int) -> Image:
+    """RGB pixels of an encoded image.
+
+    The first frame of an animation counts. Transparent parts are laid over white, so that dark lines on a transparent
+    ground stay visible (plain conversion would put most of them on black). 16-bit greys are scaled to 8 bits (plain
+    conversion would cut them off at 255). CMYK and palettes are converted.
+
+    Args:
+        data: The encoded bytes.
+        max_pixels: Most pixels that are decoded.
+
+    Raises:
+        BadImage: As :func:`examine`.
+    """
+    pillow = _pillow(max_pixels)
+    if not data:
+        raise BadImage("image_damaged", "it is empty (0 bytes)")
+    from PIL import UnidentifiedImageError
+
+    try:
+        with pillow.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise BadImage(
+                    "image_too_large",
+                    f"it has {width} x {height} pixels, more than mixture.images.max_file_pixels ({max_pixels})",
+                )
+            image.load()
+            return _rgb(_upright(image), image.format or "")
+    except BadImage:
+        raise
+    except pillow.DecompressionBombError as error:
+        size = re.search(r"\d+", str(error))
+        raise BadImage(
+            "image_too_large",
+            f"it has {size.group() if size else 'too many'} pixels, more than mixture.images.max_file_pixels ({max_pixels})",
+        ) from None
+    except UnidentifiedImageError:
+        found = _kind(data)
+        raise BadImage(
+            "image_format",
+            f"it is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image, or its header is damaged{found}",
+        ) from None
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders have their own errors, all of which mean the same
+        raise BadImage("image_damaged", f"it cannot be decoded: {str(error) or type(error).__name__}") from None
+
+
+def locate_image(text: str, folders: Sequence[Path]) -> Path:
+    """The file that a path in a row means.
+
+    Args:
+        text: Path; a relative one starts from the first folder.
+        folders: Resolved folders, one of which the file must lie in, links followed.
+
+    Raises:
+        BadImage: It leads out of the folders, or is no file.
+    """
+    shown = text if len(text) <= 200 else text[:197] + "..."
+    if not folders and not Path(text).is_absolute():
+        raise BadImage(
+            "image_missing", f"{shown} is a relative path, and no folder is named for it (images of the dataset)"
+        )
+    try:
+        path = (Path(*folders[:1]) / text).resolve()
+        inside = any(path.is_relative_to(folder) for folder in folders)
+        if inside and path.is_file():
+            return path
+        kind = "a folder" if inside and path.is_dir() else "not there"
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL byte, a name that is too long, links in a circle
+        raise BadImage("image_missing", f"{shown!r} is no usable path ({error})") from None
+    within = f"{folders[0]}" if folders else "the dataset's folder"
+    if not inside:
+        raise BadImage("image_outside", f"{shown} leads out of {within}; name the folder that holds the images")
+    raise BadImage("image_missing", f"{shown} is {kind} (looked for in {within})")
+
+
+def read_image_file(path: Path, max_pixels: int) -> bytes:
+    """An image file's bytes.
+
+    Raises:
+        BadImage: It cannot be read, or is larger than ``max_pixels`` could ever need.
+    """
+    try:
+        size = path.stat().st_size
+        if size > 8 * max_pixels + 2**20:  # 16 bits in four channels, and a header
+            raise BadImage(
+                "image_too_large",
+                f"its file has {size} bytes, more than mixture.images.max_file_pixels ({max_pixels}) could need",
+            )
+        return path.read_bytes()
+    except OSError as error:
+        raise BadImage("image_missing", f"{path} cannot be read: {error.strerror}") from None
+
+
+def encode_image(image: Any) -> bytes:
+    """A PIL image as the bytes of a PNG file, which keeps every pixel."""
+    image = _upright(image)
+    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
+        image = image.convert("RGB")
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _pillow(max_pixels: int) -> Any:
+    """``PIL.Image``, whose own limit on pixels is not below ours."""
+    from PIL import Image
+
+    _quiet()
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels
+    return Image
+
+
+@functools.cache
+def _quiet() -> None:
+    """Our own check says what is too large, and broken EXIF is harmless: no such lines amid a progress bar."""
+    from PIL import Image
+
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
+
+def _upright(image: Any) -> Any:
+    """Turned as the EXIF mark says; an EXIF block that cannot be read turns nothing.
+
+    Pillow's ``exif_transpose`` also writes the block anew, which fails where any other entry of it is damaged.
+    """
+    from PIL.Image import Transpose
+
+    try:
+        mark = image.getexif().get(_ORIENTATION)
+    except Exception:  # what a damaged block raises depends on where it is damaged
+        return image
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    turn = turns.get(mark) if isinstance(mark, int) else None
+    return image if turn is None else image.transpose(turn)
+
+
+def _rgb(image: Any, kind: str) -> Any:
+    from PIL import Image
+
+    if image.mode in _SIXTEEN_BITS or (image.mode == "I" and kind == "PPM"):
+        import numpy as np
+
+        values = np.asarray(image).astype(np.uint32)
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise BadImage("image_format", "its pixels are 32-bit numbers, for which black and white are not defined")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+_KINDS = (
+    (rb"\s*(?:<!doctype html|<html|<head)", "an HTML page"),
+    (rb"\s*(?:<\?xml|<svg)", "an XML or SVG file"),
+    (rb"%PDF", "a PDF file"),
+    (rb"\s*[\[{]", "a JSON text"),
+    (rb"PK\x03\x04", "a ZIP archive"),
+    (rb"\x1f\x8b", "a gzip archive"),
+    (rb".{4}ftypavi", "an AVIF image"),
+    (rb".{4}ftyp(?:hei|mif)", "a HEIF image"),
+    (rb"version https://git-lfs", "a Git LFS pointer, whose file was never fetched"),
+)
+
+
+def _kind(data: bytes) -> str:
+    """What the bytes look like, for an error message; nothing of them is shown."""
+    found = next((name for pattern, name in _KINDS if re.match(pattern, data, re.IGNORECASE | re.DOTALL)), None)
+    return f" (it looks like {found})" if found else ""

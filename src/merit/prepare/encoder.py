@@ -1,0 +1,86 @@
+"""A bare CLIP or SigLIP encoder as the giver of an assembly: the LLaVA that is built around it.
+
+Such a checkpoint says neither which of its features to take nor where an image stands in a prompt, so LLaVA's own answers
+are taken: the patch features of the last layer but one, without the class token, and the token ``<image>``. It knows no
+other encoder and writes nothing. Source: Liu et al., arXiv 2304.08485 (architecture) and 2310.03744 (two-layer projector).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from merit.errors import CheckpointError
+from merit.hf import checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+BARE = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")
+"""Model types of encoders that are taken without a vision-language model around them."""
+
+IMAGE_TOKEN = "<image>"
+
+
+def is_bare(folder: Path) -> bool:
+    """Whether the folder holds such an encoder (alone, or with its text tower, which is left aside)."""
+    file = folder / "config.json"
+    return file.is_file() and checkpoint.read_json(file).get("model_type") in BARE
+
+
+def llava_around(folder: Path, encoder: Any, text: Any) -> Any:
+    """Config of the LLaVA that joins an encoder and a language model.
+
+    Args:
+        folder: The encoder's folder.
+        encoder: Its config, with or without its text tower's.
+        text: The language model's config.
+
+    Raises:
+        CheckpointError: The folder has no image processor.
+    """
+    from transformers import LlavaConfig
+
+    if not (folder / "preprocessor_config.json").is_file():
+        raise CheckpointError(
+            f"prepare.assemble.vision_from: {folder} has no preprocessor_config.json (image processor)."
+        )
+    vision = getattr(encoder, "vision_config", encoder)
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default" if _has_class_token(vision) else "full",
+    )
+
+
+def encoder_state(folder: Path, vision: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The encoder's tensors under the names that they have in a LLaVA.
+
+    Raises:
+        CheckpointError: Some of its weights are missing.
+    """
+    from transformers import AutoModel
+
+    model, info = AutoModel.from_pretrained(
+        folder, config=vision, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+    )
+    odd = sorted({*info["missing_keys"], *(str(key[0]) for key in info["mismatched_keys"])})
+    if odd:
+        raise CheckpointError(f"prepare.assemble.vision_from: {folder} lacks {len(odd)} weights, first {odd[0]}.")
+    return {f"model.vision_tower.{name}": tensor for name, tensor in model.state_dict().items()}
+
+
+def processor_config(config: Any) -> dict[str, Any]:
+    """``processor_config.json`` of the joined model, as LLaVA's published folders have it."""
+    return {
+        "processor_class": "LlavaProcessor",
+        "image_token": IMAGE_TOKEN,
+        "patch_size": config.vision_config.patch_size,
+        "num_additional_image_tokens": int(_has_class_token(config.vision_config)),
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+    }
+
+
+def _has_class_token(vision: Any) -> bool:
+    return str(vision.model_type) == "clip_vision_model"

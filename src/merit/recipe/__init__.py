@@ -1,0 +1,1 @@
+"""The recipe: its settings (schema) and its files (load)."""

@@ -1,0 +1,392 @@
+"""The check before a run: everything that can be found wrong before the first expensive step, and the plan to print.
+
+It reads small files and headers, the first rows of every dataset, and free disk space. It loads no weights, encodes no
+dataset and writes nothing. Offline it looks at nothing that is not on this machine: sizes of published models come from
+:mod:`merit.hf.published`, and data that is not there is listed as not looked at.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from merit.errors import MergeError, RecipeError, ResourceError, UserError
+from merit.hf.hub import hub_ids
+from merit.hf.published import PUBLISHED
+from merit.prepare import stage_recipe
+from merit.progress import size
+from merit.recipe.schema import DatasetSettings, MixtureSettings, Recipe
+from merit.run.needs import Weights, branch_count, file_sizes, items, needs, published_weights, weigh
+
+if TYPE_CHECKING:
+    from merit.hf.models import BaseInfo
+    from merit.mixture.sources import SourceSummary
+
+UNSEEN = "not looked at"
+"""Format of a dataset that an offline check did not find on this machine."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One step of a preparation, as it is printed: its name, what it does, what it reads."""
+
+    name: str
+    does: str
+    datasets: tuple[SourceSummary, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do and need.
+
+    Attributes:
+        recipe: The recipe.
+        run: The run folder.
+        datasets: Datasets of the mixture, in order.
+        kept: Datasets that only evaluation reads.
+        base: Facts of the base; None when it was not looked at (offline).
+        weights: Its size, counted or published; None when neither is known.
+        steps: Optimizer steps of joint training, where every dataset's rows are stated by a budget; else None.
+        preparation: Steps that make the base first.
+        disk_bytes: Disk for preparation, branches, baselines, merges and the training checkpoints that exist at once; None
+            without a known size.
+        memory_bytes: Memory for one branch's weights, gradients and optimizer state, activations aside; likewise.
+        notes: What a person should know.
+    """
+
+    recipe: Recipe
+    run: Path
+    datasets: tuple[SourceSummary, ...]
+    kept: tuple[SourceSummary, ...]
+    base: BaseInfo | None
+    weights: Weights | None
+    steps: int | None
+    preparation: tuple[StagePlan, ...]
+    disk_bytes: int | None
+    memory_bytes: int | None
+    notes: tuple[str, ...]
+
+    def facts(self) -> dict[str, Any]:
+        """The plan as JSON values."""
+        recipe, base = self.recipe, self.base
+        return {
+            "name": recipe.name,
+            "run": str(self.run),
+            "base": {
+                "path": recipe.model.base,
+                "architecture": base.architecture if base else None,
+                "parameters": self.weights.parameters if self.weights else None,
+                "trainable": self.weights.trainable if self.weights else None,
+                "context": base.context if base else None,
+            },
+            "datasets": [
+                {"name": item.name, "path": item.path, "test": item.test, "format": item.format}
+                for item in self.datasets
+            ],
+            "kept": [item.name for item in self.kept],
+            "split": {"method": recipe.split.method, "groups": recipe.group_count},
+            "baselines": recipe.baselines,
+            "branches": branch_count(recipe),
+            "steps": self.steps,
+            "preparation": [
+                {"name": step.name, "does": step.does, "datasets": [item.name for item in step.datasets]}
+                for step in self.preparation
+            ],
+            "disk_bytes": self.disk_bytes,
+            "memory_bytes": self.memory_bytes,
+            "notes": list(self.notes),
+        }
+
+    def render(self) -> list[Any]:
+        """The plan as something that rich can print."""
+        from rich.table import Table
+
+        recipe, base = self.recipe, self.base
+        table = Table(show_header=False, title=f"{recipe.name} → {self.run}", title_justify="left")
+        found = f"{base.architecture}, context {base.context}" if base else "not checked"
+        weights = self.weights
+        counts = f", {weights.parameters:,} parameters, {weights.trainable:,} trained" if weights else ""
+        table.add_row(
+            "base", f"{recipe.model.base}\n{found}{counts}; trained: {' + '.join(items(recipe.model.trainable))}"
+        )
+        for step in self.preparation:
+            table.add_row("prepare", f"{step.name}: {step.does}")
+        formats = sorted({item.format for item in self.datasets})
+        tested = sum(item.test is not None for item in self.datasets)
+        what = f"{len(self.datasets)} datasets ({', '.join(formats)}), {tested} with held-out rows"
+        table.add_row("mixture", what if self.datasets else UNSEEN)
+        if self.kept:
+            table.add_row("kept", f"{len(self.kept)} datasets that the base is measured on and nobody trains on")
+        conflict = recipe.conflict
+        table.add_row("gradients", f"{conflict.examples} examples per dataset, {conflict.representation}")
+        table.add_row(
+            "split", f"{recipe.split.method}: {recipe.group_count} groups, balanced by {recipe.split.balance}"
+        )
+        train = recipe.train
+        steps = f"{train.epochs:g} epochs, batch {train.batch_size}, {train.scheduler} learning rate {train.learning_rate:g}"
+        table.add_row(
+            "train", f"{branch_count(recipe)} branches, each {steps}, at most {train.max_length} tokens a row"
+        )
+        if self.steps is not None:
+            each = f"; about {self.steps // recipe.group_count:,} in each of {recipe.group_count} branches"
+            table.add_row("", f"at most {self.steps:,} optimizer steps in all{each if recipe.group_count > 1 else ''}")
+        if recipe.baselines:
+            table.add_row("baselines", f"{', '.join(recipe.baselines)}, at the same budget")
+        table.add_row("merge", f"{recipe.merge.operator}, weights: {recipe.merge.weights}, scale: {recipe.merge.scale}")
+        if self.disk_bytes is not None and self.memory_bytes is not None:
+            need = f"{size(self.disk_bytes)} of disk; {size(self.memory_bytes)} of memory per branch, activations aside"
+            table.add_row("needs", need)
+        return [table, *(f"[yellow]note:[/] {note}" for note in self.notes)]
+
+
+def make_plan(
+    recipe: Recipe, run: Path, *, base: BaseInfo | None, tokenizer: Callable[[], Any], offline: bool = False
+) -> Plan:
+    """Check a recipe against data, base and disk.
+
+    Args:
+        recipe: The recipe.
+        run: The run folder, which need not be there.
+        base: Facts of the base, or None: offline, or where a preparation will make it.
+        tokenizer: Loads the tokenizer; called only with a base.
+        offline: Look at nothing that is not on this machine.
+
+    Raises:
+        UserError: The first thing that is wrong.
+    """
+    from merit.mixture.sources import refuse_images
+    from merit.mixture.template import ChatTemplate
+    from merit.train.branch import check_trainer_options
+
+    notes: list[str] = []
+    summaries = _sources(recipe, offline=offline)
+    datasets = tuple(item for item in summaries if not item.kept)
+    kept = tuple(item for item in summaries if item.kept)
+    if datasets or not offline:
+        check_groups(recipe, len(datasets))
+    if recipe.train.trainer:
+        check_trainer_options(recipe)
+    _check_merge(recipe)
+    if recipe.train.device == "cuda" and not offline:
+        from merit.hf.models import pick_device
+
+        pick_device("cuda")
+    without = [item.name for item in datasets if item.test is None and item.format != UNSEEN]
+    if without and recipe.evaluate.heldout:
+        notes.append(
+            f"{len(without)} of {len(datasets)} datasets have no held-out rows and are not scored: {_list(without)}."
+        )
+    stands = base is not None  # where it was prepared, the data of its stages is needed no more
+    sizes: Mapping[str, int] | None = None
+    weights = None
+    if base is not None:
+        sizes = file_sizes(base)
+    elif not offline:
+        from merit.prepare.stage import planned_base
+
+        base, sizes = planned_base(recipe, run)
+    preparation = _preparation(recipe, base, offline=offline or stands)
+    if base is not None and sizes is not None:
+        weights = weigh(recipe, base, sizes)
+        _check_length(recipe, base, "train.max_length")
+        if base.family is None:
+            refuse_images(summaries)
+        if stands:
+            ChatTemplate(tokenizer())  # one that cannot be used for training is refused here, not after a preparation
+        if stands and tokenizer().merit_template == "default":
+            notes.append(
+                "the base has no chat template; a plain default one is used, and carried along into the merged model "
+                "(docs/mixture.md). Give your own with model.chat_template."
+            )
+    else:
+        weights = published_weights(recipe)
+        said = "their sizes are those published" if weights else "memory and disk are not known"
+        notes.append(f"the base was not looked at: neither its files nor its tokenizer are checked; {said}.")
+    unseen = [item.name for item in summaries if item.format == UNSEEN]
+    if not stands:
+        unseen += [
+            f"{step.name}/{item.name}" for step in preparation for item in step.datasets if item.format == UNSEEN
+        ]
+    if unseen or not datasets:
+        what = f"{len(unseen)} datasets, {_list(unseen)}" if unseen else "the mixture"
+        notes.append(f"not on this machine, so not looked at: {what}.")
+    embedded = {item.id for item in hub_ids(recipe) if item.kind == "dataset"} if _sees(recipe, base) else ()
+    if embedded:
+        notes.append(
+            f"images inside the rows of {len(embedded)} hub datasets are kept once more in the run folder; the disk "
+            "estimate does not know their size."
+        )
+    disk = memory = None
+    if weights is not None:
+        disk, memory = needs(recipe, weights)
+        parent = next(folder for folder in (run, *run.resolve().parents) if folder.is_dir())
+        free = shutil.disk_usage(parent).free
+        begun = any((run / "branches").glob("*/record.json")) or (run / "preparation").is_dir()
+        if not begun and not offline and free < disk:
+            raise ResourceError(
+                f"{run}: the run needs about {size(disk)} of disk, {size(free)} are free.",
+                "Free space, use another disk (--output DIR), or train fewer branches (split.axes, baselines).",
+                "Nothing was written.",
+            )
+    steps = _stated_steps(recipe)
+    return Plan(recipe, run, datasets, kept, base, weights, steps, preparation, disk, memory, tuple(notes))
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+
+
+def _sources(recipe: Recipe, *, offline: bool) -> list[SourceSummary]:
+    """The recipe's datasets, checked; offline those on this machine only, the others as not looked at.
+
+    Raises:
+        MixtureError: A dataset cannot be used.
+    """
+    from merit.mixture.sources import SourceSummary, check_sources
+
+    if not offline:
+        return check_sources(recipe)
+    mixture, evaluate = recipe.mixture, recipe.evaluate
+    listed = _meant(mixture)
+    unseen = [SourceSummary(item.name, item.path, item.test, UNSEEN) for item in listed if not _here(item)]
+    away = [
+        SourceSummary(item.name, item.path, item.path, UNSEEN, kept=True) for item in evaluate.kept if not _here(item)
+    ]
+    if mixture.datasets is not None:
+        if unseen:  # a pattern may mean datasets that are not here
+            here = [item for item in listed if _here(item)]
+            mixture = mixture.model_copy(update={"datasets": here, "include": ["*"], "exclude": []})
+    elif mixture.test is not None and not Path(mixture.test).exists():
+        mixture = mixture.model_copy(update={"test": None})
+    source = mixture.folder or mixture.path
+    if not mixture.datasets and (source is None or not Path(source).exists()):
+        return [*unseen, *away]
+    kept: dict[str, Any] = {"kept": [item for item in evaluate.kept if _here(item)]}
+    if evaluate.kept_folder is not None and not Path(evaluate.kept_folder).is_dir():
+        kept |= {"kept_folder": None}
+    evaluate = evaluate.model_copy(update=kept)
+    found = check_sources(recipe.model_copy(update={"mixture": mixture, "evaluate": evaluate}))
+    places = {item.name: place for place, item in enumerate(recipe.mixture.datasets or [])}
+    return sorted([*found, *unseen, *away], key=lambda item: (item.kept, places.get(item.name, 0)))
+
+
+def _here(item: DatasetSettings) -> bool:
+    return Path(item.path).exists() and (item.test is None or Path(item.test).exists())
+
+
+def _meant(mixture: MixtureSettings) -> list[DatasetSettings]:
+    """The listed datasets that ``include`` and ``exclude`` leave; those that a column cuts further are all kept."""
+
+    def wanted(name: str) -> bool:
+        return any(fnmatchcase(name, p) for p in mixture.include) and not any(
+            fnmatchcase(name, p) for p in mixture.exclude
+        )
+
+    return [item for item in mixture.datasets or [] if item.split_by or wanted(item.name)]
+
+
+def _stated_steps(recipe: Recipe) -> int | None:
+    """Optimizer steps of joint training at most, where a budget states every dataset's rows."""
+    items = _meant(recipe.mixture)
+    budgets = [item.samples or recipe.mixture.samples for item in items]
+    rows = [budget for budget in budgets if budget is not None]
+    cut = any(item.split_by for item in items)  # into nobody knows how many
+    if not rows or cut or len(rows) < len(budgets):
+        return None
+    return math.ceil(recipe.train.epochs * math.ceil(sum(rows) / recipe.train.batch_size))
+
+
+# ---- preparation ---------------------------------------------------------------------------------------------------
+
+
+def check_preparation(recipe: Recipe, run: Path) -> tuple[StagePlan, ...]:
+    """Check a recipe's preparation alone: checkpoints, data, trainable subsets, lengths.
+
+    Raises:
+        UserError: The first thing that is wrong.
+    """
+    from merit.prepare.stage import planned_base
+
+    base, _ = planned_base(recipe, run)
+    return _preparation(recipe, base, offline=False)
+
+
+def _preparation(recipe: Recipe, base: BaseInfo | None, *, offline: bool) -> tuple[StagePlan, ...]:
+    if recipe.prepare is None:
+        return ()
+    steps = []
+    if recipe.prepare.assemble is not None:
+        joined = recipe.prepare.assemble
+        does = f"vision encoder of {joined.vision_from} and {recipe.model.base}; projector: {joined.projector}"
+        steps.append(StagePlan("assemble", does))
+    for stage in recipe.prepare.stages:
+        where = f"prepare.stages: {stage.name}"
+        inner = stage_recipe(recipe, stage, recipe.model.base)
+        try:
+            found = tuple(_sources(inner, offline=offline))
+            if base is not None:
+                weigh(inner, base, {})
+                _check_length(inner, base, "train.max_length")
+        except UserError as error:
+            raise type(error)(f"{where}: {error.message}", *error.ways_out) from None
+        train, count = stage.train, _stated_steps(inner)
+        data = f"{len(found)} dataset{'s' * (len(found) != 1)}" if found else "unseen data"
+        does = f"{' + '.join(items(stage.trainable))}; {data}, {train.epochs:g} epochs, batch {train.batch_size}, "
+        does += f"learning rate {train.learning_rate:g}" + (f", at most {count:,} steps" if count else "")
+        steps.append(StagePlan(stage.name, does, found))
+    return tuple(steps)
+
+
+def _sees(recipe: Recipe, base: BaseInfo | None) -> bool:
+    """Whether the base is a vision-language model, as far as is known."""
+    if base is not None:
+        return base.family is not None
+    known = PUBLISHED.get(recipe.model.base)
+    return bool(recipe.prepare and recipe.prepare.assemble) or (known is not None and known.vision > 0)
+
+
+def _check_length(recipe: Recipe, base: BaseInfo, key: str) -> None:
+    if base.context is not None and recipe.train.max_length > base.context:
+        raise RecipeError(
+            f"{key} is {recipe.train.max_length} tokens, but the base was made for at most {base.context}.",
+            f"Set {key} to {base.context} or less, or choose a base with a longer context.",
+        )
+
+
+def check_groups(recipe: Recipe, count: int) -> None:
+    """Refuse a split of ``count`` datasets into more groups than there are datasets.
+
+    Raises:
+        RecipeError: Some method of the recipe, baselines included, cannot be filled.
+    """
+    for method in (recipe.split.method, *recipe.baselines):
+        groups = 1 if method == "joint" else 2**recipe.split.axes
+        if count < groups:
+            raise RecipeError(
+                f"split: {count} datasets cannot fill {groups} groups (method {method}, split.axes {recipe.split.axes} "
+                f"makes 2^{recipe.split.axes}).",
+                "Datasets are never cut. Use fewer axes, add datasets, or use split.method: joint.",
+            )
+
+
+def _check_merge(recipe: Recipe) -> None:
+    """Operator options, before any branch is trained for them."""
+    from merit.merge.operators import operator_and_options
+
+    try:
+        operator, _ = operator_and_options(recipe.merge.operator, recipe.merge.options)
+    except MergeError as error:
+        raise RecipeError(f"merge.options: {error.message}", *error.ways_out) from None
+    if recipe.model.trainable == "lora" and operator.kind == "block":
+        raise RecipeError(
+            f"merge.operator {operator.name} ranks all entries of a model and cannot work on LoRA adapters.",
+            "Use average, task_arithmetic, star, tsv or iso_cts, or train full weights.",
+        )
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
