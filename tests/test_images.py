@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageFile, ImageOps
 
 from merit.errors import MixtureError
-from merit.mixture.images import BadImage, ImageRef, decode, digest, encode_image, examine, locate_image, read_image
+from merit.hf.images import BadImage, ImageRef, decode, digest, encode_image, examine, locate_image, read_image
 
 LIMIT = 10**6
 _MARK = struct.pack("<HHII", 274, 3, 1, 6)

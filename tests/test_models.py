@@ -16,7 +16,7 @@ from tests.e2e.conftest import make_base
 from merit.errors import CheckpointError, RecipeError
 from merit.hf.batches import IGNORE, Batcher, accepts, length_sorted_batches, target_losses
 from merit.hf.models import inspect_base, load_model, load_tokenizer, save_branch, trainable_parameters
-from merit.mixture.encode import EncodedRow
+from merit.hf.rows import EncodedRow
 from merit.recipe.schema import ModelSettings
 
 CPU = torch.device("cpu")

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from merit.mixture import EncodedDataset, EncodedRow
+from merit.hf.rows import EncodedRow
+from merit.mixture import EncodedDataset
 from merit.recipe.load import parse_recipe
 from merit.recipe.schema import Recipe
 

@@ -40,7 +40,7 @@ def random_qwen2(hidden: int, layers: int, vocabulary: int, intermediate: int) -
 
 
 def random_rows(count: int, length: int, vocabulary: int) -> list[Any]:
-    from merit.mixture import EncodedRow
+    from merit.hf.rows import EncodedRow
 
     rng = np.random.default_rng(0)
     ids = rng.integers(0, vocabulary, size=(count, length)).astype(np.int32)

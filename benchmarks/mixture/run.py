@@ -26,7 +26,8 @@ import numpy as np
 from benchmarks.report import table, write
 
 from merit.hf.models import load_tokenizer
-from merit.mixture.encode import ChatEncoder, EncodedRow
+from merit.hf.rows import EncodedRow
+from merit.mixture.encode import ChatEncoder
 from merit.mixture.formats import Chat, to_chat
 from merit.mixture.sources import Source, as_row, discover
 from merit.recipe.load import parse_recipe

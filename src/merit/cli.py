@@ -331,7 +331,7 @@ def check(
         from merit.mixture.image_check import check_images
 
         with pipeline.reporter.progress("images") as tick:
-            sight = None if offline or not pipeline.base_stands else pipeline.tokenizer.merit_images
+            sight = None if offline or not pipeline.base_stands else pipeline.base.images
             report = check_images(pipeline.recipe, tick, sight)
         if not as_json:
             _out(*report.render())

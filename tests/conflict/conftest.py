@@ -10,7 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from merit.hf.models import load_model
-from merit.mixture.encode import EncodedDataset, EncodedRow
+from merit.hf.rows import EncodedRow
+from merit.mixture.encode import EncodedDataset
 from merit.recipe.load import parse_recipe
 
 torch.set_num_threads(1)

@@ -22,7 +22,8 @@ from merit.conflict.compare import compare_representations
 from merit.conflict.geometry import principal_components
 from merit.conflict.stage import measure_conflict
 from merit.errors import ConflictError, ResourceError
-from merit.mixture.encode import EncodedDataset, EncodedRow
+from merit.hf.rows import EncodedRow
+from merit.mixture.encode import EncodedDataset
 from merit.split import split_mixture
 
 

@@ -15,7 +15,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from merit.mixture import EncodedDataset, EncodedRow
+from merit.hf.rows import EncodedRow
+from merit.mixture import EncodedDataset
 
 SPECIAL = ["<pad>", "<eos>", "<end>", "<user>", "<bot>", "<unk>"]
 VOCABULARY = [*SPECIAL, *"abcdefghijklmnopqrstuvwxyz0123456789 |-+"]

@@ -18,7 +18,8 @@ from evaluation_cases import END, make_dataset, tiny_model
 from merit.errors import CheckpointError
 from merit.evaluation import evaluate as module
 from merit.evaluation import evaluate_models
-from merit.mixture import EncodedDataset, EncodedRow
+from merit.hf.rows import EncodedRow
+from merit.mixture import EncodedDataset
 from merit.recipe.load import parse_recipe
 
 SEEDS = {"base": 0, "joint": 1, "merged": 2, "branch-0": 3}

@@ -16,7 +16,8 @@ from merit.evaluation.heldout import (
     row_losses,
 )
 from merit.hf.batches import Batcher
-from merit.mixture import EncodedRow, encode_chat
+from merit.hf.rows import EncodedRow
+from merit.mixture import encode_chat
 
 CPU = torch.device("cpu")
 

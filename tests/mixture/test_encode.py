@@ -4,7 +4,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from merit.errors import MixtureError
-from merit.mixture.encode import ChatEncoder, EncodedDataset, EncodedRow, encode_chat
+from merit.hf.rows import EncodedRow
+from merit.mixture.encode import ChatEncoder, EncodedDataset, encode_chat
 from merit.mixture.formats import Chat
 
 CHATML = (

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from merit.mixture.formats import IMAGE, BadRow, recognise, to_chat
-from merit.mixture.images import decode
+from merit.hf.images import decode
 
 A, B = "a.jpg", "b/c.png"
 EMBEDDED = {"bytes": b"encoded", "path": "somewhere.jpg"}

@@ -28,9 +28,10 @@ from merit.hf.models import (
     save_branch,
     trainable_parameters,
 )
-from merit.mixture.encode import ChatEncoder, EncodedDataset, EncodedRow
+from merit.hf.rows import EncodedRow
+from merit.mixture.encode import ChatEncoder, EncodedDataset
 from merit.mixture.formats import IMAGE, Chat
-from merit.mixture.images import read_image
+from merit.hf.images import read_image
 from merit.recipe.schema import ModelSettings
 
 CPU = torch.device("cpu")

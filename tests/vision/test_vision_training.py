@@ -19,7 +19,8 @@ from merit.hf.batches import Batcher, target_losses
 from merit.hf.checkpoint import read_headers
 from merit.hf.families import FAMILIES as KNOWN
 from merit.hf.models import inspect_base, load_model, load_tokenizer, trainable_parameters
-from merit.mixture.encode import ChatEncoder, EncodedDataset, EncodedRow
+from merit.hf.rows import EncodedRow
+from merit.mixture.encode import ChatEncoder, EncodedDataset
 from merit.recipe.load import parse_recipe
 from merit.recipe.schema import Recipe
 from merit.train.branch import train_branch

@@ -17,12 +17,12 @@ from merit.conflict.geometry import cosine_matrix, gram_matrix
 from merit.conflict.stage import Progress, measure_datasets
 from merit.conflict.store import GradientStore, StoredVector
 from merit.errors import ConflictError
-from merit.hf.batches import Batcher
 from merit.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     import torch
 
+    from merit.hf.base import Base
     from merit.mixture.encode import EncodedDataset
 
 __all__ = ["agreement", "compare_representations", "compress"]
@@ -35,8 +35,7 @@ def compare_representations(
     mixture: Mapping[str, EncodedDataset],
     folder: Path,
     *,
-    base_fingerprint: str,
-    tokenizer: Any,
+    base: Base,
     device: torch.device,
     jobs: int = 1,
     progress: Progress | None = None,
@@ -49,8 +48,7 @@ def compare_representations(
         recipe: ``conflict`` names the calibration sample; its representation is ignored.
         mixture: Training rows by dataset name; at least three whose gradient can be used.
         folder: Where exact gradients (two float32 halves per dataset) lie while it runs; removed at the end.
-        base_fingerprint: Hash of the base's weights.
-        tokenizer: Gives the padding token.
+        base: The base.
         device: Where to compute.
         jobs: Processes for the gradients.
         progress: Called with datasets done, in all, and the latest name.
@@ -72,8 +70,7 @@ def compare_representations(
             exact,
             mixture,
             store,
-            base_fingerprint=base_fingerprint,
-            batcher=Batcher.of(tokenizer),
+            base=base,
             device=device,
             jobs=jobs,
             progress=progress,
@@ -81,7 +78,7 @@ def compare_representations(
         _enough([m.name for m in measured if m.bad is None], [str(m.bad) for m in measured if m.bad])
         vectors = [store.vector(m.keys, width, (0, 1), 1.0 / m.weight) for m in measured if m.bad is None]
         true = cosine_matrix(gram_matrix(vectors))
-        layout = _layout(recipe)
+        layout = _layout(recipe, base)
         table = []
         for kind, settings in (
             ("sketch", sketch_sizes or [recipe.conflict.sketch_size]),
@@ -113,13 +110,13 @@ def _enough(usable: Sequence[str], left_out: Sequence[str]) -> None:
     )
 
 
-def _layout(recipe: Recipe) -> dict[str, int]:
+def _layout(recipe: Recipe, base: Base) -> dict[str, int]:
     """Entries of every trainable parameter, in order."""
     import torch
 
     from merit.hf.models import load_model, trainable_parameters
 
-    model = load_model(recipe.model, torch.device("cpu"), trainable=True, seed=recipe.seed)
+    model = load_model(base, torch.device("cpu"), trainable=True, seed=recipe.seed)
     return {name: parameter.numel() for name, parameter in trainable_parameters(model).items()}
 
 

@@ -25,7 +25,7 @@ from merit.hf.models import trainable_parameters
 from merit.recipe.schema import ConflictSettings
 
 if TYPE_CHECKING:
-    from merit.mixture.encode import EncodedRow
+    from merit.hf.rows import EncodedRow
 
 __all__ = ["GradientMeter", "Memory", "default_batch_tokens", "vector_width"]
 

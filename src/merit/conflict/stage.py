@@ -31,7 +31,6 @@ from merit.conflict.reliability import HalfSamples, calibration_steps, reliabili
 from merit.conflict.results import write_results
 from merit.conflict.store import GradientStore, check_space, content_key
 from merit.errors import ConflictError, ResourceError
-from merit.hf.batches import Batcher
 from merit.hf.models import autocast, load_model, trainable_parameters
 from merit.mixture.calibration import draw
 from merit.recipe.schema import Recipe
@@ -39,7 +38,9 @@ from merit.recipe.schema import Recipe
 if TYPE_CHECKING:
     import torch
 
-    from merit.mixture.encode import EncodedDataset, EncodedRow
+    from merit.hf.base import Base
+    from merit.hf.rows import EncodedRow
+    from merit.mixture.encode import EncodedDataset
 
 __all__ = ["Measured", "half_samples", "measure_conflict", "measure_datasets"]
 
@@ -104,8 +105,7 @@ def measure_conflict(
     mixture: Mapping[str, EncodedDataset],
     folder: Path,
     *,
-    base_fingerprint: str,
-    tokenizer: Any,
+    base: Base,
     device: torch.device,
     jobs: int = 1,
     progress: Progress | None = None,
@@ -123,8 +123,7 @@ def measure_conflict(
         recipe: ``seed``, ``model`` and ``conflict`` are read.
         mixture: Training rows by dataset name.
         folder: The stage's folder. Its ``partial`` sub-folder may stand from before.
-        base_fingerprint: Hash of the base's weights.
-        tokenizer: Gives the padding token.
+        base: The base.
         device: Where to compute; with several CUDA devices and jobs > 1 each worker takes one.
         jobs: Processes. Workers on a CPU have one thread each; where this process has one too, results are the same bit for
             bit whatever ``jobs`` is, otherwise up to float rounding.
@@ -143,8 +142,7 @@ def measure_conflict(
         recipe,
         mixture,
         store,
-        base_fingerprint=base_fingerprint,
-        batcher=Batcher.of(tokenizer),
+        base=base,
         device=device,
         jobs=jobs,
         progress=progress,
@@ -169,8 +167,7 @@ def measure_datasets(
     mixture: Mapping[str, EncodedDataset],
     store: GradientStore,
     *,
-    base_fingerprint: str,
-    batcher: Batcher,
+    base: Base,
     device: torch.device,
     jobs: int = 1,
     progress: Progress | None = None,
@@ -183,8 +180,8 @@ def measure_datasets(
     """
     if not mixture:
         raise ConflictError("conflict: the mixture holds no dataset.")
-    makers = {name: partial(_task, recipe, dataset, base_fingerprint, device) for name, dataset in mixture.items()}
-    load = partial(_make_meter, recipe, batcher)
+    makers = {name: partial(_task, recipe, dataset, base.fingerprint, device) for name, dataset in mixture.items()}
+    load = partial(_make_meter, recipe, base)
     found: dict[str, Measured] = {}
     missing: list[str] = []
     for name, make in makers.items():
@@ -204,7 +201,7 @@ def measure_datasets(
     if missing:
         in_process = jobs == 1 or len(missing) == 1
         meter = load(device) if in_process else None
-        width = meter.width if meter else _width(recipe)
+        width = meter.width if meter else _width(recipe, base)
         largest = max(len(makers[name](with_rows=False).steps) for name in missing)
         check_space(
             store.folder, len(missing) * largest * 8 * width, f"conflict: {len(missing)} gradients of {width} entries"
@@ -371,19 +368,19 @@ def _enough(item: Measured, store: GradientStore, recipe: Recipe) -> bool:
     return bool(found.expected_cosine[0] >= recipe.conflict.target_reliability)
 
 
-def _make_meter(recipe: Recipe, batcher: Batcher, device: torch.device) -> GradientMeter:
-    model = load_model(recipe.model, device, trainable=True, seed=recipe.seed)
+def _make_meter(recipe: Recipe, base: Base, device: torch.device) -> GradientMeter:
+    model = load_model(base, device, trainable=True, seed=recipe.seed)
     return GradientMeter(
         model,
         recipe.conflict,
         seed=recipe.seed,
-        batcher=batcher,
+        batcher=base.batcher,
         device=device,
         autocast=partial(autocast, recipe.model, device),
     )
 
 
-def _width(recipe: Recipe) -> int:
+def _width(recipe: Recipe, base: Base) -> int:
     """D without keeping a model in this process."""
     if recipe.conflict.representation == "sketch":
         return recipe.conflict.sketch_size
@@ -391,7 +388,7 @@ def _width(recipe: Recipe) -> int:
 
     from merit.conflict.gradients import vector_width
 
-    model = load_model(recipe.model, torch.device("cpu"), trainable=True, seed=recipe.seed)
+    model = load_model(base, torch.device("cpu"), trainable=True, seed=recipe.seed)
     return vector_width(recipe.conflict, trainable_parameters(model))
 
 

@@ -22,7 +22,7 @@ from merit.hf.families import positions as positions_in_space
 if TYPE_CHECKING:
     import torch
 
-    from merit.mixture.encode import EncodedRow
+    from merit.hf.rows import EncodedRow
 
 __all__ = ["context_length", "decode"]
 

@@ -28,7 +28,7 @@ from merit.hf.batches import Batcher, iterate_batches, length_sorted_batches
 if TYPE_CHECKING:
     import torch
 
-    from merit.mixture.encode import EncodedRow
+    from merit.hf.rows import EncodedRow
 
 __all__ = ["Reference", "choose_prompts", "measure_drift", "sample_answers"]
 
@@ -138,7 +138,7 @@ class Reference:
         Raises:
             ResourceError: ``folder``'s disk has no room for them.
         """
-        from merit.mixture.encode import EncodedRow
+        from merit.hf.rows import EncodedRow
 
         rows = []
         for prompt, answer in zip(prompts, answers, strict=True):

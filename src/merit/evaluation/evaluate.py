@@ -32,7 +32,6 @@ from merit.evaluation import drift, heldout
 from merit.evaluation.summary import model_order, summarise
 from merit.evaluation.text import exact_match
 from merit.files import fingerprint, read_json, write_json, write_text
-from merit.hf.batches import Batcher
 from merit.hf.models import autocast, load_model
 from merit.mixture.calibration import draw
 from merit.recipe.schema import EvaluateSettings, Recipe
@@ -41,7 +40,9 @@ from merit.report.evaluation import markdown
 if TYPE_CHECKING:
     import torch
 
-    from merit.mixture.encode import EncodedDataset, EncodedRow
+    from merit.hf.base import Base
+    from merit.hf.rows import EncodedRow
+    from merit.mixture.encode import EncodedDataset
 
 __all__ = ["evaluate_models"]
 
@@ -66,7 +67,7 @@ class _Job:
 
     recipe: Recipe
     sets: list[_Set]
-    tokenizer: Any
+    base: Base
     device: torch.device
     folder: Path
     progress: Callable[..., None] | None
@@ -90,7 +91,7 @@ def evaluate_models(
     kept: Mapping[str, EncodedDataset],
     folder: Path,
     *,
-    tokenizer: Any,
+    base: Base,
     device: torch.device,
     fingerprints: Mapping[str, str],
     trained_tokens: Mapping[str, int] | None = None,
@@ -107,7 +108,7 @@ def evaluate_models(
         kept: Held-out rows of what the base already knew, by dataset; may be empty. With neither there is nothing to
             measure: no model is loaded, and the verdict says what to add.
         folder: Where the files go; ``models/`` in it may hold what an earlier, killed call measured.
-        tokenizer: The base's tokenizer.
+        base: The base.
         device: Where to compute.
         fingerprints: Content of every model, by name; a model whose content, settings and rows are unchanged is not
             measured again, and two names with the same content are measured once.
@@ -132,9 +133,9 @@ def evaluate_models(
     names = [name for name in model_order(models) if settings.branches or not name.startswith("branch-")]
     parts = {"mixture": dict(test) if settings.heldout else {}, "kept": dict(kept)}
     sets = [_draw(part, name, rows, recipe) for part, sets in parts.items() for name, rows in sets.items() if len(rows)]
-    job = _Job(recipe, sets, tokenizer, device, folder, progress)
+    job = _Job(recipe, sets, base, device, folder, progress)
     measured: dict[str, Any] = {f"{item.part}/{item.name}": item.rows for item in sets}
-    job.ends = heldout.end_tokens(measured or dict(test), tokenizer)
+    job.ends = heldout.end_tokens(measured or dict(test), base.tokenizer)
     source = test or kept
     chosen = drift.choose_prompts(
         {name: len(rows) for name, rows in source.items()}, settings.drift.prompts, recipe.seed
@@ -215,11 +216,11 @@ def _measure_all(
     job.total = len(pending) * sum(len(item.rows) * (1 if item.limit is None else 2) for item in job.sets)
     job.total += len(pending) * len(job.prompts)
     if pending and job.prompts and "base" not in pending:
-        _prepare_drift(job, load_model(job.recipe.model, job.device))
+        _prepare_drift(job, load_model(job.base, job.device))
     for name in pending:
         job.label = name
         started = time.monotonic()
-        model = load_model(job.recipe.model, job.device, weights=models[name])
+        model = load_model(job.base, job.device, weights=models[name])
         if name == "base" and job.prompts:
             _prepare_drift(job, model)
         figures = _measure(job, name, model)
@@ -247,7 +248,7 @@ def _prepare_drift(job: _Job, base: Any) -> None:
         [prompt for _, _, prompt in job.prompts],
         settings.drift.tokens,
         ends=job.ends,
-        batcher=Batcher.of(job.tokenizer),
+        batcher=job.base.batcher,
         device=job.device,
         batch_tokens=settings.batch_tokens,
         seed=job.recipe.seed,
@@ -261,11 +262,11 @@ def _prepare_drift(job: _Job, base: Any) -> None:
         [prompt for (_, _, prompt), _ in pairs],
         [answer for _, answer in pairs],
         job.folder / "models",
-        batcher=Batcher.of(job.tokenizer),
+        batcher=job.base.batcher,
         device=job.device,
     )
     shown = [
-        {"dataset": name, "row": row, "answer": job.tokenizer.decode(answer.tolist()), "tokens": len(answer)}
+        {"dataset": name, "row": row, "answer": job.base.tokenizer.decode(answer.tolist()), "tokens": len(answer)}
         for (name, row, _), answer in pairs
     ]
     write_json(job.folder / "models" / "answers-of-the-base.json", shown)
@@ -273,7 +274,7 @@ def _prepare_drift(job: _Job, base: Any) -> None:
 
 def _measure(job: _Job, name: str, model: Any) -> dict[str, Any]:
     """Figures of one loaded model: ``mixture`` and ``kept`` by dataset, and ``drift``."""
-    settings, batcher = job.recipe.evaluate, Batcher.of(job.tokenizer)
+    settings, batcher = job.recipe.evaluate, job.base.batcher
     options: dict[str, Any] = {"device": job.device, "on_batch": job.tick}
     rows = [row for item in job.sets for row in item.rows]
     asked = [(item, row) for item in job.sets if item.limit is not None for row in item.rows]
@@ -283,7 +284,8 @@ def _measure(job: _Job, name: str, model: Any) -> dict[str, Any]:
             model,
             [row for _, row in asked],
             [item.limit or 0 for item, _ in asked],
-            job.tokenizer,
+            job.base.tokenizer,
+            batcher=batcher,
             ends=job.ends,
             batch_tokens=settings.batch_tokens,
             **options,

@@ -21,7 +21,7 @@ from merit.hf.batches import Batcher, iterate_batches, length_sorted_batches, ta
 if TYPE_CHECKING:
     import torch
 
-    from merit.mixture.encode import EncodedRow
+    from merit.hf.rows import EncodedRow
 
 __all__ = ["answer_lengths", "answer_limit", "end_tokens", "greedy_answers", "is_short_answer", "row_losses"]
 
@@ -82,6 +82,7 @@ def greedy_answers(
     limits: Sequence[int],
     tokenizer: Any,
     *,
+    batcher: Batcher,
     ends: Collection[int],
     device: torch.device,
     batch_tokens: int,
@@ -94,6 +95,7 @@ def greedy_answers(
         rows: Rows with ``prompt_length``.
         limits: Most new tokens per row.
         tokenizer: Decodes the answers.
+        batcher: Makes the batches.
         ends: Ids that end an answer, from :func:`end_tokens`.
         device: The model's device.
         batch_tokens: Padded tokens per batch.
@@ -104,7 +106,7 @@ def greedy_answers(
         [row.prompt() for row in rows],
         limits,
         end_tokens=ends,
-        batcher=Batcher.of(tokenizer),
+        batcher=batcher,
         device=device,
         batch_tokens=batch_tokens,
         on_batch=on_batch,

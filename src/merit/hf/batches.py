@@ -16,7 +16,7 @@ from merit.hf.families import ImageInputs, token_types
 if TYPE_CHECKING:
     import torch
 
-    from merit.mixture.encode import EncodedRow
+    from merit.hf.rows import EncodedRow
 
 IGNORE = -100
 """Label of a token that is no target."""
@@ -33,11 +33,6 @@ class Batcher:
     def __init__(self, pad_id: int, images: ImageInputs | None = None) -> None:
         self.pad_id = pad_id
         self.images = images
-
-    @classmethod
-    def of(cls, tokenizer: Any) -> Batcher:
-        """For rows that a tokenizer from :func:`load_tokenizer` encoded."""
-        return cls(int(tokenizer.pad_token_id), getattr(tokenizer, "merit_images", None))
 
     def __call__(self, rows: Sequence[EncodedRow], *, left: bool = False) -> dict[str, torch.Tensor]:
         """``input_ids``, ``attention_mask`` and ``labels`` (−100 where no target), each (B, L) int64.

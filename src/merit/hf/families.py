@@ -4,7 +4,7 @@ One entry per family in :data:`FAMILIES`; :mod:`merit.hf.models` and the encoder
 library's own processors are not used: Qwen's insists on a video processor that needs torchvision, SmolVLM's on a package
 that spells numbers, and ``AutoProcessor`` answers an unknown class with a bare tokenizer. Its image processors are (the
 PIL ones), and so a picture is resized, cut and normalised as the base's authors published it. Not covered: video, audio,
-reading image files (:mod:`merit.mixture.images`).
+reading image files (:mod:`merit.hf.images`).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import numpy as np
 
 from merit.errors import CheckpointError
 from merit.hf.checkpoint import read_json
-from merit.mixture.images import read_image
+from merit.hf.images import read_image
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-    from merit.mixture.images import ImageRef
+    from merit.hf.images import ImageRef
 
 MOST_THIN = 200
 """Longest side over shortest. Qwen's processor refuses what is thinner; others would scale it up to any size."""

@@ -1,4 +1,4 @@
-"""The base model and its tokenizer: loading, the trainable subset, and a branch's checkpoint folder.
+"""Models in memory: loading, the trainable subset, and a branch's checkpoint folder.
 
 With :mod:`merit.hf.families` (image inputs, roles of parameters) the only module that knows model families. It is handed
 folders and returns models; it chooses no paths, reads no datasets, makes no batches (:mod:`merit.hf.batches`) and trains
@@ -12,182 +12,20 @@ import fnmatch
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merit.errors import CheckpointError, RecipeError, ResourceError
-from merit.hf.families import FAMILIES, ROLES, Family, image_inputs
+from merit.hf import checkpoint
+from merit.hf.families import FAMILIES, ROLES, Family
 from merit.recipe.schema import ModelSettings
 
 if TYPE_CHECKING:
     import torch
 
-
-@dataclass(frozen=True)
-class BaseInfo:
-    """What is known of the base without loading its weights.
-
-    Attributes:
-        folder: Where its files lie on this machine.
-        model_type: transformers' name of the architecture.
-        architecture: Class name from its config.
-        parameters: Number of stored weights (tied ones once).
-        dtypes: File dtype by tensor name, by safetensors' names (BF16, F32 ...).
-        context: Longest sequence it was made for (tokens), or None when its config names none.
-        family: Its vision-language family; None for a text-only base.
-    """
-
-    folder: Path
-    model_type: str
-    architecture: str
-    parameters: int
-    dtypes: Mapping[str, str]
-    context: int | None
-    family: Family | None = None
-
-
-def resolve_base(settings: ModelSettings) -> Path:
-    """Folder of the base's files: the given folder, or a hub snapshot (safetensors and side files only).
-
-    Raises:
-        CheckpointError: It is neither a folder nor a hub id that can be had.
-    """
-    folder = Path(settings.base)
-    if folder.is_dir():
-        return folder
-    if folder.is_absolute() or settings.base.count("/") > 1 or settings.base.startswith("."):
-        raise CheckpointError(
-            f"model.base: {settings.base} is no folder on this machine.",
-            "Give the folder of a Hugging Face checkpoint (config.json, *.safetensors, tokenizer), or a hub id.",
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(
-                settings.base,
-                revision=settings.revision,
-                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*"],
-                tqdm_class=None,
-            )
-        )
-    except Exception as error:
-        raise CheckpointError(
-            f"model.base: {settings.base} is no folder here, and as a hub id it could not be had: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}",
-            "Check the spelling; a relative folder is looked up beside the recipe, then in the working directory.",
-            "Offline: download it elsewhere and give the folder.",
-        ) from None
-
-
-def inspect_base(settings: ModelSettings) -> BaseInfo:
-    """Check that the base can be trained, from its small files and headers alone.
-
-    Raises:
-        CheckpointError: No config, no safetensors weights, neither a causal LM nor of a known vision-language family, or
-            already quantized.
-    """
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    )
-
-    from merit.hf import checkpoint
-
-    folder = resolve_base(settings)
-    config_file = folder / "config.json"
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"model.base: {config_file} cannot be read ({error}).",
-            "Expected the folder of a Hugging Face checkpoint with config.json.",
-        ) from None
-    model_type = str(config.get("model_type", ""))
-    architecture = str((config.get("architectures") or [""])[0])
-    family = FAMILIES.get(model_type)
-    known = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if family is None else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES).get(
-        model_type
-    )
-    remote = settings.trust_remote_code and "AutoModelForCausalLM" in config.get("auto_map", {})
-    names = set(known) if isinstance(known, tuple | list) else {known}
-    if not remote and (known is None or (architecture and architecture not in names)):
-        raise CheckpointError(
-            f"model.base: {settings.base} is neither a causal language model (LlamaForCausalLM, Qwen2ForCausalLM ...) nor "
-            f"of a known vision-language family ({', '.join(FAMILIES)}): found {architecture or 'none'} (model_type "
-            f"{model_type or 'none'}).",
-            "Choose a decoder-only language model, or a vision-language model of one of these families."
-            + (" It brings its own code: read it, then set model.trust_remote_code." if "auto_map" in config else ""),
-        )
-    if config.get("quantization_config"):
-        raise CheckpointError(
-            f"model.base: {settings.base} is quantized, so its weights can be neither trained nor averaged.",
-            "Give the unquantized checkpoint.",
-        )
-    headers = checkpoint.read_headers(folder)
-    # A vision-language config keeps its language model's settings in a block of their own, or (old files) beside its own.
-    context = config.get("text_config", {}).get("max_position_embeddings") or config.get("max_position_embeddings")
-    return BaseInfo(
-        folder=folder,
-        model_type=model_type,
-        architecture=architecture,
-        parameters=sum(header.size for header in headers.tensors.values()),
-        dtypes={name: header.dtype.tag for name, header in headers.tensors.items()},
-        context=int(context) if context else None,
-        family=family,
-    )
-
-
-def load_tokenizer(settings: ModelSettings) -> Any:
-    """The base's tokenizer, with a pad token and a chat template set.
-
-    The template is the recipe's file, else the base's own, else the documented default of :mod:`merit.mixture`.
-    Its origin is kept in ``tokenizer.merit_template`` ("recipe", "base" or "default"). ``tokenizer.merit_images`` says how a
-    vision-language base sees images; it is None for a text-only base.
-
-    Raises:
-        CheckpointError: The folder holds no usable tokenizer or image processor.
-    """
-    from transformers import AutoTokenizer
-    from transformers.utils import logging
-
-    from merit.hf import checkpoint
-
-    logging.set_verbosity_error()
-    folder = resolve_base(settings)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=settings.trust_remote_code, local_files_only=True
-        )
-    except Exception as error:
-        raise CheckpointError(
-            f"model.base: no tokenizer could be loaded from {folder}: {str(error).splitlines()[0]}",
-            "The folder must hold tokenizer.json (or its older forms) beside config.json.",
-        ) from None
-    if settings.chat_template:
-        try:
-            tokenizer.chat_template = Path(settings.chat_template).read_text(encoding="utf-8")
-        except OSError as error:
-            raise RecipeError(f"model.chat_template: {settings.chat_template} cannot be read ({error}).") from None
-        tokenizer.merit_template = "recipe"
-    elif template := tokenizer.chat_template or checkpoint.chat_template(folder):
-        tokenizer.chat_template = template  # published processors keep it in a file that the tokenizer does not read
-        tokenizer.merit_template = "base"
-    else:
-        template = resources.files("merit.mixture").joinpath("default_chat_template.jinja")
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
-        tokenizer.merit_template = "default"
-    if tokenizer.eos_token_id is None:
-        raise CheckpointError(f"model.base: the tokenizer in {folder} has no end-of-sequence token.")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"
-    tokenizer.merit_images = image_inputs(folder, checkpoint.read_config(folder), tokenizer, settings.max_pixels)
-    return tokenizer
+    from merit.hf.base import Base
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -217,7 +55,7 @@ def autocast(settings: ModelSettings, device: torch.device) -> contextlib.Abstra
 
 
 def load_model(
-    settings: ModelSettings,
+    base: Base,
     device: torch.device,
     weights: Path | None = None,
     *,
@@ -227,7 +65,7 @@ def load_model(
     """A causal or vision-language LM in float32 on ``device``, in eval mode.
 
     Args:
-        settings: The base and its trainable subset.
+        base: The base; its ``settings`` name the trainable subset.
         device: Where to put it.
         weights: Checkpoint folder to load in place of the base (a branch, a merged model): full, or a LoRA adapter of the
             base.
@@ -241,14 +79,12 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils import logging
 
-    from merit.hf import checkpoint
-
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    folder = Path(weights) if weights is not None else resolve_base(settings)
+    settings, family = base.settings, base.family
+    folder = Path(weights) if weights is not None else base.folder
     adapter = folder if (folder / "adapter_config.json").is_file() else None
-    source = resolve_base(settings) if adapter else folder
-    family = FAMILIES.get(str(checkpoint.read_config(source).get("model_type")))
+    source = base.folder if adapter else folder
     kind: Any = AutoModelForCausalLM if family is None else AutoModelForImageTextToText
     try:
         loaded: Any = kind.from_pretrained(
@@ -379,8 +215,6 @@ def _check_names(model: Any, folder: Path) -> None:
 
     Branches and base are merged file by file: their names must be the same.
     """
-    from merit.hf import checkpoint
-
     stored, written = set(checkpoint.read_headers(folder).tensors), set(file_names(model).values())
     odd = sorted(stored - written)
     if odd:
@@ -396,20 +230,18 @@ def trainable_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def save_branch(model: Any, folder: Path, base: BaseInfo, *, save_dtype: str, tokenizer: Any) -> None:
+def save_branch(model: Any, folder: Path, base: Base, *, save_dtype: str) -> None:
     """Write a trained model as a Hugging Face checkpoint folder (an adapter folder for LoRA).
 
     Args:
         model: A model from :func:`load_model`, trained or not.
         folder: New folder.
-        base: Gives each tensor's file dtype and the config that is carried along unchanged.
+        base: Gives each tensor's file dtype, and the config and tokenizer files that are carried along unchanged. A chat
+            template that is not its own is written beside them.
         save_dtype: ``base``: every tensor in the base's file dtype, so that frozen tensors stay bit-identical;
             ``float32``: everything in float32.
-        tokenizer: Its chat template is written beside the base's tokenizer files, where it is not the base's own.
     """
     import torch
-
-    from merit.hf import checkpoint
 
     folder.mkdir(parents=True)
     if hasattr(model, "peft_config"):
@@ -433,8 +265,8 @@ def save_branch(model: Any, folder: Path, base: BaseInfo, *, save_dtype: str, to
         if save_dtype == "float32":
             _set_config_dtype(folder / "config.json", "float32")
     # The base's own tokenizer files, never the library's rewriting of them: that can come back with other ids.
-    if tokenizer.merit_template != "base":
-        (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+    if base.template.origin != "base":
+        (folder / "chat_template.jinja").write_text(base.template.text, encoding="utf-8")
 
 
 @lru_cache(maxsize=1)

@@ -19,7 +19,7 @@
 
 from merit.mixture.calibration import draw
 from merit.mixture.counts import DatasetCounts, read_counts
-from merit.mixture.encode import EncodedDataset, EncodedRow, encode_chat
+from merit.mixture.encode import EncodedDataset, encode_chat
 from merit.mixture.sources import check_sources
 from merit.mixture.stage import load_split, prepare_mixture
 from merit.mixture.template import default_chat_template
@@ -27,7 +27,6 @@ from merit.mixture.template import default_chat_template
 __all__ = [
     "DatasetCounts",
     "EncodedDataset",
-    "EncodedRow",
     "check_sources",
     "default_chat_template",
     "draw",

@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -20,8 +20,10 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from merit.errors import MixtureError
+from merit.hf.families import ImageInputs
+from merit.hf.images import ImageRef
+from merit.hf.rows import EncodedRow
 from merit.mixture.formats import Chat, Message
-from merit.mixture.images import ImageRef
 from merit.mixture.template import ChatTemplate, Span
 
 DropReason = Literal[
@@ -30,32 +32,6 @@ DropReason = Literal[
 
 _BATCH_ROWS = 512
 _TEMPLATE_WAY_OUT = "Use the base's tokenizer files and chat template as they were published."
-
-
-@dataclass(frozen=True)
-class EncodedRow:
-    """One row as the model sees it.
-
-    Attributes:
-        input_ids: (n,) int32 token ids.
-        targets: (n,) bool; ``targets[i]`` means that token i is predicted in the loss. ``targets[0]`` is always False.
-        prompt_length: Tokens before the first target of the last assistant turn: what a generated answer starts from.
-        truncated: The row was cut at ``max_length``.
-        answer: Text of that assistant turn, as its source has it.
-        images: Its images, in the order of their tokens.
-    """
-
-    input_ids: np.ndarray
-    targets: np.ndarray
-    prompt_length: int = 0
-    truncated: bool = False
-    answer: str = ""
-    images: tuple[ImageRef, ...] = ()
-
-    def prompt(self) -> EncodedRow:
-        """What a generated answer starts from: the tokens before the last answer, and the images among them."""
-        ids = self.input_ids[: self.prompt_length]
-        return EncodedRow(ids, np.zeros(len(ids), dtype=bool), self.prompt_length, images=self.images)
 
 
 def encode_chat(messages: Sequence[Message], tokenizer: Any, max_length: int) -> EncodedRow | DropReason:
@@ -80,7 +56,7 @@ class ChatEncoder:
         inventory: What the tokenizer can represent.
     """
 
-    def __init__(self, tokenizer: Any, max_length: int) -> None:
+    def __init__(self, tokenizer: Any, max_length: int, images: ImageInputs | None = None) -> None:
         from merit.mixture.representable import CharacterInventory
 
         if not getattr(tokenizer, "is_fast", False):
@@ -91,9 +67,9 @@ class ChatEncoder:
             )
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.images = getattr(tokenizer, "merit_images", None)
+        self.images = images
         self.inventory = CharacterInventory(tokenizer)
-        self.template = ChatTemplate(tokenizer)
+        self.template = ChatTemplate(tokenizer, None if images is None else images.token)
         added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self._added = "|".join(re.escape(token) for token in added) or r"(?!)"
         self._pattern, self._pattern_size = re.compile(r"(?!)"), 0
@@ -308,8 +284,8 @@ class EncodedDataset:
 
     Columns: ``input_ids`` list<int32>, ``targets`` list<bool>, ``length``, ``target_count``, ``prompt_length`` int64,
     ``truncated`` bool, ``answer`` and ``reference`` text (empty in training files), and ``images`` list<struct> with the
-    fields of :class:`merit.mixture.images.ImageRef` where a row has any. An image file's name that is relative starts from the
-    stage's folder: the one above the file's own.
+    fields of :class:`ImageRef` where a row has any. An image file's name that is relative starts from the stage's folder:
+    the one above the file's own.
 
     Args:
         name: The dataset's name.

@@ -3,7 +3,7 @@
 It hashes the bytes of data files. Of the image files that their rows name it takes name and size: a look at every file's
 entry costs seconds where reading a hundred gigabytes would cost an hour, and, unlike a modification time, it says the same
 on every machine. An image that changes without changing its size is noticed when it is next decoded
-(:func:`merit.mixture.images.read_image` compares its digest). Hub datasets count by id, configuration and split: their content is
+(``read_image`` compares its digest). Hub datasets count by id, configuration and split: their content is
 checked by the encoded rows' own fingerprints.
 """
 
@@ -18,9 +18,9 @@ from itertools import islice
 from pathlib import Path
 
 from merit.errors import MixtureError
+from merit.hf.images import BadImage
 from merit.mixture.formats import to_chat
 from merit.mixture.image_store import ImageFolder
-from merit.mixture.images import BadImage
 from merit.mixture.reading import Part
 from merit.mixture.row_images import BadRow
 from merit.mixture.sources import Source, discover, discover_kept

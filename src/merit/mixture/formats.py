@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from merit.errors import nearest
-from merit.mixture.images import ImageRef
+from merit.hf.images import ImageRef
 from merit.mixture.row_images import BadRow, RawImage, raw_image, row_images
 
 RowFormat = Literal["messages", "prompt_completion", "alpaca", "flan", "sharegpt", "cauldron"]

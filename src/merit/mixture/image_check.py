@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from merit.hf.images import BadImage, ImageRef, renamed
 from merit.mixture.image_store import ImageFolder, look_at_images, read_chats
-from merit.mixture.images import BadImage, ImageRef, renamed
 from merit.mixture.reading import Part
 from merit.mixture.row_images import BadRow
 from merit.mixture.sources import Source, discover, discover_kept, refuse_shared_names

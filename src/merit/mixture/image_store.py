@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import BinaryIO, Self
 
 from merit.errors import MixtureError
+from merit.hf.images import BadImage, ImageRef, digest, examine, locate_image, read_image_file
 from merit.mixture.formats import Chat, RowFormat, to_chat
-from merit.mixture.images import BadImage, ImageRef, digest, examine, locate_image, read_image_file
 from merit.mixture.reading import Part, hub_caches
 from merit.mixture.row_images import BadRow, RawImage
 from merit.recipe.schema import ImageSettings

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from merit.mixture.images import encode_image
+from merit.hf.images import encode_image
 
 RawImage = str | bytes
 """A path as the row has it, or the bytes of an image file."""

@@ -21,9 +21,11 @@ import numpy as np
 
 from merit.errors import MixtureError
 from merit.files import write_json
+from merit.hf.base import Base
+from merit.hf.rows import EncodedRow
 from merit.mixture.calibration import draw
 from merit.mixture.counts import DatasetCounts, read_counts
-from merit.mixture.encode import ChatEncoder, EncodedDataset, EncodedRow
+from merit.mixture.encode import ChatEncoder, EncodedDataset
 from merit.mixture.formats import IMAGE, BadRow, Chat, RowFormat
 from merit.mixture.image_store import (
     UNREAD,
@@ -55,13 +57,13 @@ _READ_BACK_ROWS = 32
 
 
 def prepare_mixture(
-    recipe: Recipe, tokenizer: Any, folder: Path, progress: Callable[..., None] | None = None
+    recipe: Recipe, base: Base, folder: Path, progress: Callable[..., None] | None = None
 ) -> list[DatasetCounts]:
     """Read, encode and count all datasets of a recipe, and write them into ``folder``.
 
     Args:
         recipe: The recipe; its paths are absolute or hub ids.
-        tokenizer: The base's fast tokenizer, chat template set.
+        base: The base; its tokenizer must be a fast one.
         folder: Where the stage's files go; made if absent.
         progress: Called as ``progress(done, total, name)`` before every dataset, and with fractions while images are
             looked at.
@@ -74,7 +76,7 @@ def prepare_mixture(
     """
     sources, kept = discover(recipe.mixture), discover_kept(recipe.evaluate)
     refuse_shared_names(sources, kept)
-    stage = _Stage(recipe, tokenizer)
+    stage = _Stage(recipe, base)
     counts: list[DatasetCounts] = []
     kept_counts: list[DatasetCounts] = []
     left_out: list[dict[str, Any]] = []
@@ -131,12 +133,13 @@ def load_split(folder: Path, split: Split) -> dict[str, EncodedDataset]:
 class _Stage:
     """What all datasets share: settings and the encoder."""
 
-    def __init__(self, recipe: Recipe, tokenizer: Any) -> None:
+    def __init__(self, recipe: Recipe, base: Base) -> None:
+        tokenizer = base.tokenizer
         self.settings = recipe.mixture
         self.seed = recipe.seed
         self.tokenizer = tokenizer
         self.max_length = min(recipe.train.max_length, tokenizer.model_max_length or recipe.train.max_length)
-        self.encoder = ChatEncoder(tokenizer, self.max_length)
+        self.encoder = ChatEncoder(tokenizer, self.max_length, base.images)
         self.tick: Callable[[float], None] = lambda share: None
         self.seeing = None if self.encoder.images is None else self.encoder.images.settings
 

@@ -37,6 +37,7 @@ class ChatTemplate:
 
     Args:
         tokenizer: A tokenizer with a chat template.
+        image_token: Text of the base's image token; None for a text-only base.
 
     Attributes:
         text: The Jinja template in use.
@@ -47,10 +48,9 @@ class ChatTemplate:
             special tokens.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, image_token: str | None = None) -> None:
         self.tokenizer = tokenizer
-        images = getattr(tokenizer, "merit_images", None)
-        self._image_token: str | None = images.token if images is not None else None
+        self._image_token = image_token
         self._image_parts = True
         self.text, self.source = _training_template(tokenizer)
         self._parts = False  # content as a list of parts, as the templates of vision-language models want it

@@ -22,7 +22,7 @@ from merit.run import key as stages
 from merit.run.store import Stage
 
 if TYPE_CHECKING:
-    from merit.hf.models import BaseInfo
+    from merit.hf.base import BaseFacts
     from merit.prepare.assemble import Assembly
     from merit.run.chain import Pipeline
 
@@ -92,7 +92,7 @@ def plan_of(recipe: Recipe) -> Assembly:
     Raises:
         CheckpointError: A checkpoint is not there, or the two do not fit.
     """
-    from merit.hf.models import resolve_base
+    from merit.hf.base import resolve_base
     from merit.prepare.assemble import plan_assembly
 
     assert recipe.prepare is not None
@@ -107,7 +107,7 @@ def plan_of(recipe: Recipe) -> Assembly:
     return plan_assembly(resolve_base(recipe.model), vision, projector=joined.projector)
 
 
-def planned_base(recipe: Recipe, run: Path) -> tuple[BaseInfo, dict[str, int]]:
+def planned_base(recipe: Recipe, run: Path) -> tuple[BaseFacts, dict[str, int]]:
     """Facts of the base that a preparation will end in, and its parameters' sizes by file name, before it is made.
 
     Training changes no shape, so they are those of the assembled model, or of ``model.base``.
@@ -115,11 +115,11 @@ def planned_base(recipe: Recipe, run: Path) -> tuple[BaseInfo, dict[str, int]]:
     Raises:
         CheckpointError: See :func:`plan_of`.
     """
-    from merit.hf.models import BaseInfo, inspect_base
+    from merit.hf.base import BaseFacts, open_base
 
     assert recipe.prepare is not None
     if recipe.prepare.assemble is None:
-        info = inspect_base(recipe.model)
+        info: BaseFacts = open_base(recipe.model)
         headers = checkpoint.read_headers(info.folder)
         return info, {name: tensor.size for name, tensor in headers.tensors.items()}
     from merit.prepare.assemble import parameter_sizes
@@ -127,7 +127,7 @@ def planned_base(recipe: Recipe, run: Path) -> tuple[BaseInfo, dict[str, int]]:
     plan = plan_of(recipe)
     sizes = parameter_sizes(plan)
     dtypes = {name: plan.dtypes[0 if plan.family.role(name) == "language" else 1] for name in sizes}
-    info = BaseInfo(
+    info = BaseFacts(
         folder=prepared_base(run),
         model_type=str(plan.config.model_type),
         architecture=f"{plan.config.model_type}, to be assembled",

@@ -1,7 +1,7 @@
 """Training the branches of a run: which are to be done, in this process or in worker processes, and what is recorded.
 
-It joins :mod:`merit.train.branch` (one group) with :mod:`merit.launch` (processes). It decides no hyperparameters and does not
-merge.
+It joins :mod:`merit.train.branch` (one group) with :mod:`merit.launch` (processes). It decides no hyperparameters and
+does not merge.
 """
 
 from __future__ import annotations
@@ -98,7 +98,6 @@ def _train_here(owner: Pipeline, branch: BranchId) -> None:
             {name: rows[name] for name in owner.groups()[branch.k]},
             stage.path,
             base=owner.base,
-            tokenizer=owner.tokenizer,
             device=owner.device,
             threads=owner.recipe.train.threads or max(1, (os.cpu_count() or 1) // owner.jobs),
             progress=tick,

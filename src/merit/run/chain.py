@@ -6,7 +6,6 @@ maths. Everything a stage needs comes from the recipe and from earlier stages' f
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merit.errors import ConflictError, MixtureError, RecipeError, RunFolderError
-from merit.files import differences, fingerprint, read_json, write_json, write_text
+from merit.files import differences, read_json, write_json, write_text
 from merit.prepare import with_prepared_base
 from merit.prepare.stage import prepare
 from merit.progress import duration
@@ -61,15 +60,18 @@ class Pipeline:
 
     @cached_property
     def base(self) -> Any:
-        """Facts of the base (:class:`merit.hf.models.BaseInfo`), from its small files.
+        """The base (:class:`merit.hf.base.Base`), opened once per command.
 
         Raises:
             RunFolderError: The recipe prepares its base, and that has not been done.
         """
-        from merit.hf.models import inspect_base
+        from merit.hf.base import open_base
 
         self._require_base()
-        return inspect_base(self.recipe.model)
+        with self.hashes() as memo:
+            base = open_base(self.recipe.model, memo)
+            _ = base.fingerprint
+        return base
 
     @property
     def base_stands(self) -> bool:
@@ -82,14 +84,6 @@ class Pipeline:
                 f"{self.run_folder}: the base is not prepared yet.", "`merit prepare` makes it; `merit run` does all."
             )
 
-    @cached_property
-    def base_fingerprint(self) -> str:
-        """Content of the base; its files are read once per change."""
-        from merit.hf import checkpoint
-
-        with self.hashes() as memo:
-            return checkpoint.fingerprint(self.base.folder, memo)
-
     @contextmanager
     def hashes(self) -> Iterator[dict[str, str]]:
         """Known hashes of big files by path, size and modification time, kept in the run folder."""
@@ -101,14 +95,6 @@ class Pipeline:
         yield memo
         if len(memo) != known and is_run_folder(self.run_folder):
             write_json(file, memo)
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The base's tokenizer, chat template set."""
-        from merit.hf.models import load_tokenizer
-
-        self._require_base()
-        return load_tokenizer(self.recipe.model)
 
     @cached_property
     def device(self) -> Any:
@@ -150,12 +136,12 @@ class Pipeline:
         if command == "run" and self.redo:
             return
         last = STAGES.index(until or command) if command == "run" else STAGES.index(command) - (self.redo or not own)
-        known: dict[str, Any] = {"base": self.base_fingerprint} if self.base_stands else {}
+        known: dict[str, Any] = {"base": self.base.fingerprint} if self.base_stands else {}
         if command not in (
             "merge",
             "prepare",
         ):  # they need no tokenizer, and to load one takes longer than a small merge
-            known |= {"tokenizer": tokenizer_fingerprint(self.tokenizer)} if self.base_stands else {}
+            known |= {"tokenizer": self.base.input_fingerprint} if self.base_stands else {}
             known |= {"sources": self.sources()}
         for row in run_status(self.run_folder, self.recipe, **known)["stages"]:
             changed = row["changed"]
@@ -219,7 +205,7 @@ class Pipeline:
             update={"split": self.recipe.split.model_copy(update={"method": method}), "baselines": []}
         )
         other = Pipeline(recipe, self.run_folder, self.reporter, jobs=self.jobs, redo=self.redo)
-        for name in ("base", "base_fingerprint", "tokenizer", "device"):
+        for name in ("base", "device"):
             if name in self.__dict__:
                 other.__dict__[name] = self.__dict__[name]
         other.__dict__["root"] = self.run_folder / "baselines" / method
@@ -246,7 +232,7 @@ class Pipeline:
             UserError: The first thing that is wrong.
         """
         base = self.base if self.base_stands and not offline else None
-        return make_plan(self.given, self.run_folder, base=base, tokenizer=lambda: self.tokenizer, offline=offline)
+        return make_plan(self.given, self.run_folder, opened=base, offline=offline)
 
     # ---- prepare -----------------------------------------------------------------------------------------------------
 
@@ -262,7 +248,7 @@ class Pipeline:
                 "model.base is the base as it stands; docs/preparation.md says when another one is needed.",
             )
         base = prepare(self)
-        for name in ("base", "base_fingerprint", "tokenizer"):  # what is known of an earlier one counts no more
+        for name in ("base",):  # what is known of an earlier one counts no more
             self.__dict__.pop(name, None)
         return base
 
@@ -279,15 +265,15 @@ class Pipeline:
         """Read, encode and count every dataset."""
         from merit.mixture.stage import prepare_mixture
 
-        tokenizer = tokenizer_fingerprint(self.tokenizer)
+        tokenizer = self.base.input_fingerprint
         stage = stages.mixture_stage(self.recipe, self.run_folder, tokenizer=tokenizer, sources=self.sources())
         if self.done(stage):
             self._say_mixture(stage, again=False)
             return stage
         self.reporter.stage("mixture", "reading and tokenising")
         with stage.writing(seed=self.recipe.seed) as record, self.reporter.progress("datasets") as tick:
-            prepare_mixture(self.recipe, self.tokenizer, stage.path, progress=tick)
-            record["chat_template"] = self.tokenizer.merit_template
+            prepare_mixture(self.recipe, self.base, stage.path, progress=tick)
+            record["chat_template"] = self.base.template.origin
         self._say_mixture(stage, again=True)
         return stage
 
@@ -321,7 +307,7 @@ class Pipeline:
 
     def gradients(self) -> Stage:
         """One gradient sketch per dataset at the base, and their geometry."""
-        stage = stages.conflict_stage(self.recipe, self.run_folder, base=self.base_fingerprint)
+        stage = stages.conflict_stage(self.recipe, self.run_folder, base=self.base.fingerprint)
         if self.done(stage):
             self.reporter.stage("gradients", f"{self.recipe.conflict.representation}{self._ending(stage, False)}")
             return stage
@@ -338,8 +324,7 @@ class Pipeline:
                 self.recipe,
                 rows,
                 stage.path,
-                base_fingerprint=self.base_fingerprint,
-                tokenizer=self.tokenizer,
+                base=self.base,
                 device=self.device,
                 jobs=self.jobs,
                 progress=tick,
@@ -357,8 +342,7 @@ class Pipeline:
                 self.recipe,
                 load_split(self.run_folder / "mixture", "train"),
                 self.run_folder / "conflict",
-                base_fingerprint=self.base_fingerprint,
-                tokenizer=self.tokenizer,
+                base=self.base,
                 device=self.device,
                 jobs=self.jobs,
                 progress=tick,
@@ -373,7 +357,7 @@ class Pipeline:
         from merit.split import needs_conflict, split_mixture
 
         recipe, method = self.recipe, self.recipe.split.method
-        conflict = stages.conflict_stage(recipe, self.run_folder, base=self.base_fingerprint)
+        conflict = stages.conflict_stage(recipe, self.run_folder, base=self.base.fingerprint)
         measured = conflict if needs_conflict(method) else None
         if measured is not None and not self.done(measured):
             raise RunFolderError(f"split.method {method} needs the gradients, which are not measured yet.", _NEXT)
@@ -445,7 +429,7 @@ class Pipeline:
     def branch_stages(self) -> dict[int, Stage]:
         """The run's (or baseline's) branches."""
         return {
-            k: stages.branch_stage(self.recipe, self.run_folder, self.root, k, group, base=self.base_fingerprint)
+            k: stages.branch_stage(self.recipe, self.run_folder, self.root, k, group, base=self.base.fingerprint)
             for k, group in enumerate(self.groups())
         }
 
@@ -584,17 +568,6 @@ class Pipeline:
 
 _SHOWN = 8  # notes on datasets that are printed; all are in the files
 _NEXT = "`merit run` does every stage in order; `merit status RUN` shows what is done."
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Content of a tokenizer, of the chat template in force, and of how images are seen where they are."""
-    settings = json.loads(tokenizer.backend_tokenizer.to_str())
-    for state in ("padding", "truncation"):  # what a live tokenizer was last asked for, not what it is
-        settings.pop(state, None)
-    content = {"tokenizer": settings, "template": tokenizer.chat_template}
-    if tokenizer.merit_images is not None:
-        content["images"] = tokenizer.merit_images.settings
-    return fingerprint(content)
 
 
 __all__ = ["STAGES", "BranchId", "Pipeline"]

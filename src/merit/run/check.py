@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -24,7 +24,7 @@ from merit.recipe.schema import DatasetSettings, MixtureSettings, Recipe
 from merit.run.needs import Weights, branch_count, file_sizes, items, needs, published_weights, weigh
 
 if TYPE_CHECKING:
-    from merit.hf.models import BaseInfo
+    from merit.hf.base import Base, BaseFacts
     from merit.mixture.sources import SourceSummary
 
 UNSEEN = "not looked at"
@@ -63,7 +63,7 @@ class Plan:
     run: Path
     datasets: tuple[SourceSummary, ...]
     kept: tuple[SourceSummary, ...]
-    base: BaseInfo | None
+    base: BaseFacts | None
     weights: Weights | None
     steps: int | None
     preparation: tuple[StagePlan, ...]
@@ -144,16 +144,13 @@ class Plan:
         return [table, *(f"[yellow]note:[/] {note}" for note in self.notes)]
 
 
-def make_plan(
-    recipe: Recipe, run: Path, *, base: BaseInfo | None, tokenizer: Callable[[], Any], offline: bool = False
-) -> Plan:
+def make_plan(recipe: Recipe, run: Path, *, opened: Base | None, offline: bool = False) -> Plan:
     """Check a recipe against data, base and disk.
 
     Args:
         recipe: The recipe.
         run: The run folder, which need not be there.
-        base: Facts of the base, or None: offline, or where a preparation will make it.
-        tokenizer: Loads the tokenizer; called only with a base.
+        opened: The base, or None: offline, or where a preparation will make it.
         offline: Look at nothing that is not on this machine.
 
     Raises:
@@ -181,6 +178,7 @@ def make_plan(
         notes.append(
             f"{len(without)} of {len(datasets)} datasets have no held-out rows and are not scored: {_list(without)}."
         )
+    base: BaseFacts | None = opened
     stands = base is not None  # where it was prepared, the data of its stages is needed no more
     sizes: Mapping[str, int] | None = None
     weights = None
@@ -196,9 +194,11 @@ def make_plan(
         _check_length(recipe, base, "train.max_length")
         if base.family is None:
             refuse_images(summaries)
-        if stands:
-            ChatTemplate(tokenizer())  # one that cannot be used for training is refused here, not after a preparation
-        if stands and tokenizer().merit_template == "default":
+        if opened is not None:
+            ChatTemplate(
+                opened.tokenizer, opened.images.token if opened.images else None
+            )  # one that cannot be used for training is refused here, not after a preparation
+        if opened is not None and opened.template.origin == "default":
             notes.append(
                 "the base has no chat template; a plain default one is used, and carried along into the merged model "
                 "(docs/mixture.md). Give your own with model.chat_template."
@@ -315,7 +315,7 @@ def check_preparation(recipe: Recipe, run: Path) -> tuple[StagePlan, ...]:
     return _preparation(recipe, base, offline=False)
 
 
-def _preparation(recipe: Recipe, base: BaseInfo | None, *, offline: bool) -> tuple[StagePlan, ...]:
+def _preparation(recipe: Recipe, base: BaseFacts | None, *, offline: bool) -> tuple[StagePlan, ...]:
     if recipe.prepare is None:
         return ()
     steps = []
@@ -341,7 +341,7 @@ def _preparation(recipe: Recipe, base: BaseInfo | None, *, offline: bool) -> tup
     return tuple(steps)
 
 
-def _sees(recipe: Recipe, base: BaseInfo | None) -> bool:
+def _sees(recipe: Recipe, base: BaseFacts | None) -> bool:
     """Whether the base is a vision-language model, as far as is known."""
     if base is not None:
         return base.family is not None
@@ -349,7 +349,7 @@ def _sees(recipe: Recipe, base: BaseInfo | None) -> bool:
     return bool(recipe.prepare and recipe.prepare.assemble) or (known is not None and known.vision > 0)
 
 
-def _check_length(recipe: Recipe, base: BaseInfo, key: str) -> None:
+def _check_length(recipe: Recipe, base: BaseFacts, key: str) -> None:
     if base.context is not None and recipe.train.max_length > base.context:
         raise RecipeError(
             f"{key} is {recipe.train.max_length} tokens, but the base was made for at most {base.context}.",

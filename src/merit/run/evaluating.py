@@ -47,7 +47,7 @@ def evaluate_run(pipeline: Pipeline) -> Stage:
             load_split(pipeline.run_folder / "mixture", "test"),
             load_split(pipeline.run_folder / "mixture", "kept"),
             stage.path,
-            tokenizer=pipeline.tokenizer,
+            base=pipeline.base,
             device=pipeline.device,
             fingerprints=fingerprints,
             trained_tokens=trained_tokens(pipeline),
@@ -65,7 +65,7 @@ def find_models(pipeline: Pipeline) -> dict[str, tuple[Path | None, str]]:
         RunFolderError: A model is stale, or its files are not what was recorded.
     """
     recipe = pipeline.recipe
-    found: dict[str, tuple[Path | None, str]] = {"base": (None, pipeline.base_fingerprint)}
+    found: dict[str, tuple[Path | None, str]] = {"base": (None, pipeline.base.fingerprint)}
     wanted: dict[str, Stage] = {}
     for method in recipe.baselines:
         other = pipeline.baseline(method)
@@ -79,7 +79,7 @@ def find_models(pipeline: Pipeline) -> dict[str, tuple[Path | None, str]]:
 
 
 def _merge_as_made(owner: Pipeline) -> Stage:
-    return stages.merged_as_made(owner.recipe, owner.root, owner.branch_stages(), base=owner.base_fingerprint)
+    return stages.merged_as_made(owner.recipe, owner.root, owner.branch_stages(), base=owner.base.fingerprint)
 
 
 def _checked(pipeline: Pipeline, stage: Stage) -> tuple[Path, str]:

@@ -36,7 +36,7 @@ def merge_run(pipeline: Pipeline, *, exclude: Sequence[int] = (), allow_missing:
     """
     taking, left_out = choose_branches(pipeline, exclude, allow_missing)
     stage = stages.merged_stage(
-        pipeline.recipe, pipeline.root, taking, base=pipeline.base_fingerprint, excluded=left_out
+        pipeline.recipe, pipeline.root, taking, base=pipeline.base.fingerprint, excluded=left_out
     )
     if pipeline.done(stage):
         pipeline.reporter.stage("merge", f"{len(taking)} branches (done before)")
@@ -115,7 +115,7 @@ def plan_run(
         return plan_adapter_merge(*arguments, dtype=settings.dtype, excluded=excluded)
     mixed = "base" if pipeline.recipe.train.save_dtype == "float32" else None
     return plan_merge(
-        *arguments, dtype=settings.dtype or mixed, excluded=excluded, base_fingerprint=pipeline.base_fingerprint
+        *arguments, dtype=settings.dtype or mixed, excluded=excluded, base_fingerprint=pipeline.base.fingerprint
     )
 
 

@@ -14,7 +14,7 @@ from merit.hf.published import PUBLISHED
 from merit.recipe.schema import Recipe
 
 if TYPE_CHECKING:
-    from merit.hf.models import BaseInfo
+    from merit.hf.base import BaseFacts
 
 _WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 _MOMENTS = {"sgd": 0, "adafactor": 0}
@@ -44,7 +44,7 @@ def branch_count(recipe: Recipe) -> int:
     return sum(groups)
 
 
-def weigh(recipe: Recipe, base: BaseInfo, sizes: Mapping[str, int]) -> Weights:
+def weigh(recipe: Recipe, base: BaseFacts, sizes: Mapping[str, int]) -> Weights:
     """Count a base's weights and those that ``model.trainable`` means.
 
     Args:
@@ -65,7 +65,7 @@ def weigh(recipe: Recipe, base: BaseInfo, sizes: Mapping[str, int]) -> Weights:
 
 
 def estimate(
-    recipe: Recipe, base: BaseInfo, *, branches: int | None = None, merges: int | None = None, at_once: int = 1
+    recipe: Recipe, base: BaseFacts, *, branches: int | None = None, merges: int | None = None, at_once: int = 1
 ) -> tuple[int, int]:
     """:func:`needs` of a base that is there, its preparation done."""
     recipe = recipe.model_copy(update={"prepare": None})
@@ -106,7 +106,7 @@ def needs(
     return total * stored * models + (4 * total + state) * at_once, memory
 
 
-def file_sizes(base: BaseInfo) -> dict[str, int]:
+def file_sizes(base: BaseFacts) -> dict[str, int]:
     """Number of weights of every tensor in the base's files."""
     from merit.hf import checkpoint
 

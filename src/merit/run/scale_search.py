@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from merit.mixture import EncodedDataset, EncodedRow
+    from merit.hf.rows import EncodedRow
+    from merit.mixture import EncodedDataset
     from merit.run.chain import Pipeline
 
 ROWS = 50
@@ -43,10 +44,10 @@ def choose_scale(pipeline: Pipeline, merged: Path, folder: Path) -> tuple[dict[s
     recipe, device = pipeline.recipe, pipeline.device
     test, shared = spare_rows(pipeline, load_split(pipeline.run_folder / "mixture", "test"), "mixture")
     kept, shared_kept = spare_rows(pipeline, load_split(pipeline.run_folder / "mixture", "kept"), "kept")
-    model = load_model(recipe.model, device)
+    model = load_model(pipeline.base, device)
     drift = None if kept else _drift_from(pipeline, model, test, folder)
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    other = load_model(recipe.model, device, merged).state_dict()
+    other = load_model(pipeline.base, device, merged).state_dict()
     scales = sorted({0.0, 1.0, *recipe.merge.scales})
 
     with pipeline.reporter.progress("scales") as tick:
@@ -96,11 +97,10 @@ def spare_rows(
 def _mean_loss(pipeline: Pipeline, model: Any, datasets: Mapping[str, list[EncodedRow]]) -> float:
     """Unweighted mean over datasets of the loss per target token (nats)."""
     from merit.evaluation.heldout import row_losses
-    from merit.hf.batches import Batcher
     from merit.hf.models import autocast
 
     rows = [row for held in datasets.values() for row in held]
-    settings, batcher = pipeline.recipe.evaluate, Batcher.of(pipeline.tokenizer)
+    settings, batcher = pipeline.recipe.evaluate, pipeline.base.batcher
     with autocast(pipeline.recipe.model, pipeline.device):
         losses, counts = row_losses(
             model, rows, batcher=batcher, device=pipeline.device, batch_tokens=settings.batch_tokens
@@ -115,9 +115,8 @@ def _drift_from(
     """Divergence from the base on answers that it samples now, as a function of a model."""
     from merit.evaluation import drift
     from merit.evaluation.heldout import end_tokens
-    from merit.hf.batches import Batcher
 
-    settings, batcher, device = pipeline.recipe.evaluate, Batcher.of(pipeline.tokenizer), pipeline.device
+    settings, batcher, device = pipeline.recipe.evaluate, pipeline.base.batcher, pipeline.device
     chosen = drift.choose_prompts(
         {name: len(rows) for name, rows in datasets.items()}, settings.drift.prompts or 64, pipeline.recipe.seed
     )
@@ -126,7 +125,7 @@ def _drift_from(
         base,
         prompts,
         settings.drift.tokens,
-        ends=end_tokens(datasets, pipeline.tokenizer),
+        ends=end_tokens(datasets, pipeline.base.tokenizer),
         batcher=batcher,
         device=device,
         batch_tokens=settings.batch_tokens,

@@ -30,7 +30,7 @@ from merit.files import differences
 if TYPE_CHECKING:
     import torch
 
-    from merit.hf.models import BaseInfo
+    from merit.hf.base import Base
     from merit.mixture import EncodedDataset
     from merit.recipe.schema import Recipe
     from merit.train.trainer import Totals
@@ -123,8 +123,7 @@ def train_branch(
     datasets: Mapping[str, EncodedDataset],
     folder: Path,
     *,
-    base: BaseInfo,
-    tokenizer: Any,
+    base: Base,
     device: torch.device,
     threads: int | None,
     progress: Callable[[int, int, dict[str, Any]], None] | None = None,
@@ -139,8 +138,7 @@ def train_branch(
         folder: The branch's folder. ``log.jsonl`` gets a line per step; ``checkpoints`` exists until training is done.
             Called again after an interruption, training goes on from the newest complete checkpoint there and ends in
             the same bits as without the interruption (same machine kind, versions and threads).
-        base: The base's facts; its file dtypes and side files shape ``folder/model``.
-        tokenizer: The base's tokenizer.
+        base: The base; its file dtypes and side files shape ``folder/model``.
         device: Where to compute.
         threads: CPU threads (None leaves them).
         progress: Called about twice a second with (step, steps, facts); facts hold loss (mean per target token, nats),
@@ -166,7 +164,6 @@ def train_branch(
     import torch
     from datasets import Dataset
 
-    from merit.hf.batches import Batcher
     from merit.hf.models import limit_threads, load_model, save_branch, trainable_parameters
     from merit.train.trainer import (
         CPU_OVERHEAD,
@@ -197,7 +194,7 @@ def train_branch(
     args.n_gpu  # noqa: B018  finds the devices; the next line keeps one of them
     args._n_gpu = min(args._n_gpu, 1)
     with _memory_meter(device) as memory, StopRequest() as stop, _plain_errors(folder):
-        model = load_model(recipe.model, device, trainable=True, seed=recipe.seed)
+        model = load_model(base, device, trainable=True, seed=recipe.seed)
         if not trainable_parameters(model):
             raise TrainingError("model.trainable leaves no parameter to train.")
         trainer = GroupTrainer(
@@ -211,12 +208,12 @@ def train_branch(
             progress=progress,
             model=model,
             args=args,
-            processing_class=tokenizer,
+            processing_class=base.tokenizer,
             train_dataset=Dataset.from_dict({"row": range(len(rows))}),
             data_collator=StepCollator(
                 rows,
                 train.micro_batch_size or train.batch_size,
-                Batcher.of(tokenizer),
+                base.batcher,
                 overhead=CPU_OVERHEAD if device.type == "cpu" else None,
             ),
         )
@@ -225,7 +222,7 @@ def train_branch(
         if step < steps:
             raise Interrupted(f"{folder}: stopped at step {step} of {steps}; the same command goes on from there.")
         partial = folder / ".model.partial"
-        save_branch(trainer.model, partial, base, save_dtype=train.save_dtype, tokenizer=tokenizer)
+        save_branch(trainer.model, partial, base, save_dtype=train.save_dtype)
         partial.rename(folder / "model")
     shutil.rmtree(checkpoints, ignore_errors=True)
     del trainer, model

@@ -46,8 +46,8 @@ from merit.hf.batches import Batcher, target_losses
 from merit.hf.models import trainable_parameters
 
 if TYPE_CHECKING:
+    from merit.hf.rows import EncodedRow
     from merit.mixture import EncodedDataset
-    from merit.mixture.encode import EncodedRow
 
 MARKER = "complete.json"
 LOG = "log.jsonl"

@@ -2,8 +2,8 @@
 
 An image is never kept in memory: rows carry :class:`ImageRef`, and :func:`read_image` decodes one at the moment a batch
 needs it. Before that, :func:`examine` decodes every image once, so that a damaged one is found before anything is trained.
-What a model makes of pixels (resizing, patches, placeholder tokens) is :mod:`merit.hf.families`'s business; which rows have which
-images is :mod:`merit.mixture`'s.
+What a model makes of pixels (resizing, patches, placeholder tokens) is :mod:`merit.hf.families`' business; which rows have
+which images is :mod:`merit.mixture`'s.
 """
 
 from __future__ import annotations

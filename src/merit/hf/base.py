@@ -1,0 +1,271 @@
+"""The base (θ0): its facts, tokenizer, chat template, image inputs, and the fingerprints of their files.
+
+One :class:`Base` is opened per command and handed to every stage. What a stage sets on a live tokenizer changes nothing
+here: both fingerprints are functions of files and settings alone. Weights are loaded by :mod:`merit.hf.models`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from merit.errors import CheckpointError, RecipeError
+from merit.hf import checkpoint
+from merit.hf.families import FAMILIES, Family, ImageInputs, image_inputs
+from merit.recipe.schema import ModelSettings
+
+if TYPE_CHECKING:
+    from merit.hf.batches import Batcher
+
+TemplateOrigin = Literal["recipe", "base", "default"]
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """What is known of a base without loading its weights.
+
+    Attributes:
+        folder: Where its files lie on this machine.
+        model_type: transformers' name of the architecture.
+        architecture: Class name from its config.
+        parameters: Number of stored weights (tied ones once).
+        dtypes: File dtype by tensor name, by safetensors' names (BF16, F32 ...).
+        context: Longest sequence it was made for (tokens), or None when its config names none.
+        family: Its vision-language family; None for a text-only base.
+    """
+
+    folder: Path
+    model_type: str
+    architecture: str
+    parameters: int
+    dtypes: Mapping[str, str]
+    context: int | None
+    family: Family | None = None
+
+
+@dataclass(frozen=True)
+class Template:
+    """A chat template and where it comes from.
+
+    Attributes:
+        text: Jinja.
+        origin: ``recipe`` (model.chat_template), ``base`` (its files) or ``default`` (the documented one).
+    """
+
+    text: str
+    origin: TemplateOrigin
+
+
+@dataclass(frozen=True, eq=False)
+class Base(BaseFacts):
+    """The base as every stage reads it; tokenizer and image inputs are opened on first use.
+
+    Attributes:
+        settings: The recipe's ``model`` block that it was opened with.
+        hashes: Known hashes of its weight files by path, size and time; extended.
+    """
+
+    settings: ModelSettings = field(kw_only=True)
+    hashes: MutableMapping[str, str] | None = field(default=None, kw_only=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Facts and fingerprints only: another process opens tokenizer and image inputs from the files anew."""
+        live = ("tokenizer", "images", "template")
+        return {key: value for key, value in self.__dict__.items() if key not in live}
+
+    @cached_property
+    def template(self) -> Template:
+        """The chat template in force: the recipe's file, else the base's own, else the documented default.
+
+        Raises:
+            RecipeError: The recipe's file cannot be read.
+        """
+        if self.settings.chat_template:
+            try:
+                return Template(Path(self.settings.chat_template).read_text(encoding="utf-8"), "recipe")
+            except (OSError, UnicodeDecodeError) as error:
+                raise RecipeError(
+                    f"model.chat_template: {self.settings.chat_template} cannot be read ({error})."
+                ) from None
+        # Published processors keep it in a file that the tokenizer does not read.
+        own = _tokenizer(self.folder, self.settings).chat_template or checkpoint.chat_template(self.folder)
+        if own:
+            return Template(own, "base")
+        default = resources.files("merit.mixture").joinpath("default_chat_template.jinja")
+        return Template(default.read_text(encoding="utf-8"), "default")
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Its tokenizer, with a pad token, right padding and :attr:`template` set.
+
+        Raises:
+            CheckpointError: The folder holds no usable tokenizer.
+        """
+        tokenizer = _tokenizer(self.folder, self.settings)
+        tokenizer.chat_template = self.template.text
+        if tokenizer.eos_token_id is None:
+            raise CheckpointError(f"model.base: the tokenizer in {self.folder} has no end-of-sequence token.")
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.padding_side = "right"
+        return tokenizer
+
+    @cached_property
+    def images(self) -> ImageInputs | None:
+        """How it sees images; None for a text-only base.
+
+        Raises:
+            CheckpointError: Its image processor or image token is missing.
+        """
+        config = checkpoint.read_config(self.folder)
+        return image_inputs(self.folder, config, self.tokenizer, self.settings.max_pixels)
+
+    @property
+    def batcher(self) -> Batcher:
+        """Makes batches of encoded rows."""
+        from merit.hf.batches import Batcher
+
+        return Batcher(int(self.tokenizer.pad_token_id), self.images)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Content of weights, config, tokenizer and template files (:func:`merit.hf.checkpoint.fingerprint`)."""
+        return checkpoint.fingerprint(self.folder, self.hashes)
+
+    @cached_property
+    def input_fingerprint(self) -> str:
+        """Content of what turns rows into model inputs: tokenizer and image processor files, template, pixel limit.
+
+        A hash of bytes on disk and of settings; no tokenizer is loaded for it where the template is in a file.
+        """
+        names = {path.name: path for path in checkpoint.side_files(self.folder)}
+        inputs = [name for name in names if name in checkpoint.TEXT_FILES]
+        inputs += ["config.json"] if self.family is not None else []  # image token, patch size
+        content = {
+            "files": {name: hashlib.sha256(names[name].read_bytes()).hexdigest() for name in sorted(inputs)},
+            "template": self.template.text,
+            "max_pixels": self.settings.max_pixels if self.family is not None else None,
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def resolve_base(settings: ModelSettings) -> Path:
+    """Folder of the base's files: the given folder, or a hub snapshot (safetensors and side files only).
+
+    Raises:
+        CheckpointError: It is neither a folder nor a hub id that can be had.
+    """
+    folder = Path(settings.base)
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or settings.base.count("/") > 1 or settings.base.startswith("."):
+        raise CheckpointError(
+            f"model.base: {settings.base} is no folder on this machine.",
+            "Give the folder of a Hugging Face checkpoint (config.json, *.safetensors, tokenizer), or a hub id.",
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                settings.base,
+                revision=settings.revision,
+                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*"],
+                tqdm_class=None,
+            )
+        )
+    except Exception as error:
+        raise CheckpointError(
+            f"model.base: {settings.base} is no folder here, and as a hub id it could not be had: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            "Check the spelling; a relative folder is looked up beside the recipe, then in the working directory.",
+            "Offline: download it elsewhere and give the folder.",
+        ) from None
+
+
+def open_base(settings: ModelSettings | str | Path, hashes: MutableMapping[str, str] | None = None) -> Base:
+    """Open a base: check from its small files and headers that it can be trained. Weights are not read.
+
+    Args:
+        settings: The recipe's ``model`` block, or just a folder or hub id.
+        hashes: Known hashes of big files, read and extended (:func:`merit.hf.checkpoint.weights_digest`).
+
+
+    Raises:
+        CheckpointError: No config, no safetensors weights, neither a causal LM nor of a known vision-language family, or
+            already quantized.
+    """
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    if not isinstance(settings, ModelSettings):
+        settings = ModelSettings(base=str(settings))
+    folder = resolve_base(settings)
+    config_file = folder / "config.json"
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"model.base: {config_file} cannot be read ({error}).",
+            "Expected the folder of a Hugging Face checkpoint with config.json.",
+        ) from None
+    model_type = str(config.get("model_type", ""))
+    architecture = str((config.get("architectures") or [""])[0])
+    family = FAMILIES.get(model_type)
+    known = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if family is None else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES).get(
+        model_type
+    )
+    remote = settings.trust_remote_code and "AutoModelForCausalLM" in config.get("auto_map", {})
+    names = set(known) if isinstance(known, tuple | list) else {known}
+    if not remote and (known is None or (architecture and architecture not in names)):
+        raise CheckpointError(
+            f"model.base: {settings.base} is neither a causal language model (LlamaForCausalLM, Qwen2ForCausalLM ...) nor "
+            f"of a known vision-language family ({', '.join(FAMILIES)}): found {architecture or 'none'} (model_type "
+            f"{model_type or 'none'}).",
+            "Choose a decoder-only language model, or a vision-language model of one of these families."
+            + (" It brings its own code: read it, then set model.trust_remote_code." if "auto_map" in config else ""),
+        )
+    if config.get("quantization_config"):
+        raise CheckpointError(
+            f"model.base: {settings.base} is quantized, so its weights can be neither trained nor averaged.",
+            "Give the unquantized checkpoint.",
+        )
+    headers = checkpoint.read_headers(folder)
+    # A vision-language config keeps its language model's settings in a block of their own, or (old files) beside its own.
+    context = config.get("text_config", {}).get("max_position_embeddings") or config.get("max_position_embeddings")
+    return Base(
+        folder=folder,
+        model_type=model_type,
+        architecture=architecture,
+        parameters=sum(header.size for header in headers.tensors.values()),
+        dtypes={name: header.dtype.tag for name, header in headers.tensors.items()},
+        context=int(context) if context else None,
+        family=family,
+        settings=settings,
+        hashes=hashes,
+    )
+
+
+def _tokenizer(folder: Path, settings: ModelSettings) -> Any:
+    """A fresh tokenizer object from the folder's files."""
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    try:
+        return AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=settings.trust_remote_code, local_files_only=True
+        )
+    except Exception as error:
+        raise CheckpointError(
+            f"model.base: no tokenizer could be loaded from {folder}: {str(error).splitlines()[0]}",
+            "The folder must hold tokenizer.json (or its older forms) beside config.json.",
+        ) from None

@@ -1,0 +1,35 @@
+"""One row as a model reads it: token ids, which of them are predicted, and the images among them. It reads no file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from merit.hf.images import ImageRef
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """One row as the model sees it.
+
+    Attributes:
+        input_ids: (n,) int32 token ids.
+        targets: (n,) bool; ``targets[i]`` means that token i is predicted in the loss. ``targets[0]`` is always False.
+        prompt_length: Tokens before the first target of the last assistant turn: what a generated answer starts from.
+        truncated: The row was cut at ``max_length``.
+        answer: Text of that assistant turn, as its source has it.
+        images: Its images, in the order of their tokens.
+    """
+
+    input_ids: np.ndarray
+    targets: np.ndarray
+    prompt_length: int = 0
+    truncated: bool = False
+    answer: str = ""
+    images: tuple[ImageRef, ...] = ()
+
+    def prompt(self) -> EncodedRow:
+        """What a generated answer starts from: the tokens before the last answer, and the images among them."""
+        ids = self.input_ids[: self.prompt_length]
+        return EncodedRow(ids, np.zeros(len(ids), dtype=bool), self.prompt_length, images=self.images)
