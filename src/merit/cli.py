@@ -10,7 +10,6 @@ import errno
 import json
 import os
 import shlex
-import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from typer.core import TyperGroup
 
 from merit import __version__
 from merit.errors import Interrupted, MeritError, RecipeError
-from merit.signals import Stop, ask_to_stop, forget_stops
+from merit.signals import Stop, ignore_from_now_on, stop_on_sigterm
 
 _PLACES = {
     errno.EACCES,
@@ -47,13 +46,7 @@ class _Commands(TyperGroup):
     """Turns the error tree into messages and exit codes; usage errors are Typer's own."""
 
     def invoke(self, ctx: Any) -> Any:
-        def stop(signum: int, _frame: Any) -> None:
-            reason = f"stopped by {signal.Signals(signum).name}"
-            ask_to_stop(reason)
-            raise Stop(reason)
-
-        forget_stops()
-        signal.signal(signal.SIGTERM, stop)
+        stop_on_sigterm()
         try:
             return super().invoke(ctx)
         except MeritError as error:
@@ -625,9 +618,8 @@ def main() -> None:
         app()
     except KeyboardInterrupt:  # before a command was entered
         sys.exit(Interrupted.exit_code)
-    finally:  # all is done and said: a signal during the interpreter's teardown must not make a failure of it
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
+    finally:
+        ignore_from_now_on()
 
 
 def _quiet_about_stops(unraisable: Any) -> None:

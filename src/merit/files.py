@@ -5,14 +5,21 @@ Every file that this package writes goes through here.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from merit.errors import RunFolderError
+from merit.errors import ResourceError, RunFolderError
+from merit.progress import size
+
+PARTIAL = ".partial"
+"""Ending of files that are not complete; what a killed process left of them may be removed."""
 
 
 def canonical(value: Any) -> str:
@@ -35,23 +42,76 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON under its final name only when complete."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write text under its final name only when complete."""
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for bytes that gets its name only when the block ends well, flushed to disk; else nothing is left."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{PARTIAL}")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with partial.open("wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write bytes under their final name only when complete."""
+    with writing(path) as file:
+        file.write(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text under its final name only when complete."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON under its final name only when complete; a value that JSON cannot represent is refused."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def sync(path: Path) -> None:
+    """Have a file's or folder's content on disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(unfinished: Path, final: Path) -> None:
+    """Give a finished folder or file its final name in one step; ``final`` must not exist as a folder."""
+    unfinished.replace(final)
+
+
+def free_bytes(folder: Path) -> int:
+    """Free bytes where ``folder`` lies, or where it will be made."""
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    return shutil.disk_usage(there).free
+
+
+def require_space(folder: Path, needed: int, what: str, *ways_out: str) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Args:
+        folder: Where it will lie; need not exist.
+        needed: Bytes.
+        what: Who needs them, as the message's subject: ``9 branches``.
+        ways_out: What the user can do besides freeing space.
+
+    Raises:
+        ResourceError: ``folder`` has less than ``needed`` bytes free.
+    """
+    free = free_bytes(folder)
+    if free < needed:
+        raise ResourceError(
+            f"{folder}: {what} need about {size(needed)} of disk space, {size(free)} are free.",
+            *(ways_out or ("Free some space, or use another disk (--output DIR).",)),
+            "Nothing was written.",
+        )
 
 
 def read_json(path: Path) -> Any:

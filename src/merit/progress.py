@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
-Tick = Callable[..., None]
-"""Called as ``tick(done, total, label)`` by whatever does the work."""
+
+class Progress(Protocol):
+    """What work calls as it goes on; made by whoever shows it. It may raise a stop that was asked for."""
+
+    def __call__(self, done: float, total: float, label: str = "", /) -> None:
+        """``done`` of ``total`` units are finished; ``label`` says what is at hand."""
+
+
+def silent(done: float, total: float, label: str = "", /) -> None:
+    """Progress that nobody looks at."""
 
 
 def duration(seconds: float) -> str:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from merit.progress import Tick, duration
+from merit.progress import Progress, duration
 from merit.signals import stop_if_asked
 
 _EVERY = 10.0  # seconds between progress lines where stderr is no terminal
@@ -46,10 +46,10 @@ class Reporter:
         self.say(f"  note: {text}", style="yellow")
 
     @contextlib.contextmanager
-    def progress(self, unit: str = "") -> Iterator[Tick]:
+    def progress(self, unit: str = "") -> Iterator[Progress]:
         """A progress bar with an ETA (lines every ten seconds where stderr is no terminal)."""
         if self.quiet:
-            yield lambda *_: stop_if_asked()
+            yield lambda _done, _total, _label="", /: stop_if_asked()
         elif self.console.is_terminal:
             with self._bar(unit) as tick:
                 yield tick
@@ -57,8 +57,9 @@ class Reporter:
             yield _LinePrinter(unit)
 
     @contextlib.contextmanager
-    def _bar(self, unit: str) -> Iterator[Tick]:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    def _bar(self, unit: str) -> Iterator[Progress]:
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
 
         columns = (
             TextColumn("  {task.description}"),
@@ -68,14 +69,12 @@ class Reporter:
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.console, transient=True) as bar:
+        with Bar(*columns, console=self.console, transient=True) as bar:
             task = bar.add_task(unit, total=None)
 
-            def tick(done: float, total: float, label: object = "") -> None:
+            def tick(done: float, total: float, label: str = "", /) -> None:
                 stop_if_asked()
-                bar.update(
-                    task, completed=done, total=total, description=f"{unit} {_text(label)}".strip()[:60].ljust(24)
-                )
+                bar.update(task, completed=done, total=total, description=f"{unit} {label}".strip()[:60].ljust(24))
 
             yield tick
 
@@ -87,7 +86,7 @@ class _LinePrinter:
         self.unit = unit
         self.started = self.last = time.monotonic()
 
-    def __call__(self, done: float, total: float, label: object = "") -> None:
+    def __call__(self, done: float, total: float, label: str = "", /) -> None:
         stop_if_asked()
         now = time.monotonic()
         if now - self.last < _EVERY or not done:
@@ -95,13 +94,4 @@ class _LinePrinter:
         self.last = now
         left = (now - self.started) * (total - done) / done
         share = f"{done / total:.0%}" if total else ""
-        print(
-            f"  {self.unit} {share}, about {duration(left)} left  {_text(label)}".rstrip(), file=sys.stderr, flush=True
-        )
-
-
-def _text(label: object) -> str:
-    if isinstance(label, dict):
-        shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in label.items()}
-        return " ".join(f"{key} {value}" for key, value in shown.items())
-    return str(label)
+        print(f"  {self.unit} {share}, about {duration(left)} left  {label}".rstrip(), file=sys.stderr, flush=True)

@@ -91,7 +91,11 @@ def _train_here(owner: Pipeline, branch: BranchId) -> None:
 
         def tick(done: int, total: int, info: Mapping[str, Any]) -> None:
             progress(done, total, info)
-            show(done, total, {key: info[key] for key in ("loss", "tokens_per_second") if key in info})
+            show(
+                done,
+                total,
+                " ".join(f"{key} {info[key]:.4g}" for key in ("loss", "tokens_per_second") if info.get(key)),
+            )
 
         record |= train_branch(
             owner.recipe,
