@@ -27,6 +27,7 @@ from tests.vision.vision_cases import picture_chats
 
 from merit.conflict.gradients import GradientMeter
 from merit.hf import batches, models
+from merit.hf.base import open_base
 from merit.mixture.encode import ChatEncoder, EncodedDataset
 from merit.recipe.load import parse_recipe
 from merit.recipe.schema import Recipe
@@ -107,7 +108,7 @@ def bare_branch(model: Any, parts: list[Any], batcher: Any, device: torch.device
 def run(args: argparse.Namespace, scratch: Path) -> None:
     device = models.pick_device(args.device)
     models.limit_threads(1 if device.type == "cpu" else None)
-    base = make_base(
+    folder = make_base(
         "qwen2_5_vl",
         scratch / "base",
         dtype="bfloat16",
@@ -115,19 +116,20 @@ def run(args: argparse.Namespace, scratch: Path) -> None:
         vision={**SEEN, **VISION[args.size]},
         processor={"patch_size": 14, "min_pixels": 3136, "max_pixels": 614656},
     )
-    recipe = make_recipe(base, device.type)
-    tokenizer = models.load_tokenizer(recipe.model)
+    recipe = make_recipe(folder, device.type)
+    base = open_base(recipe.model)
+    assert base.images is not None
     chats = picture_chats(scratch / "pictures", args.rows, many=False, sizes=[(args.side, args.side)])
-    rows: list[Any] = ChatEncoder(tokenizer, 1024).encode(chats)
-    dataset = EncodedDataset("pictures", rows, seeing=tokenizer.merit_images.settings)
-    batcher, info = batches.Batcher.of(tokenizer), models.inspect_base(recipe.model)
+    rows: list[Any] = ChatEncoder(base.tokenizer, 1024, base.images).encode(chats)
+    dataset = EncodedDataset("pictures", rows, seeing=base.images.settings)
+    batcher = base.batcher
     parts = [[dataset[i] for i in range(k, min(k + 8, len(rows)))] for k in range(0, len(rows), 8)]
 
     def cast() -> Any:
         return models.autocast(recipe.model, device)
 
     pixels = best(lambda: [batcher(part) for part in parts], args.repeats, device)
-    model = models.load_model(recipe.model, device, trainable=True)
+    model = models.load_model(base, device, trainable=True)
     trained = sum(p.numel() for p in models.trainable_parameters(model).values())
     tokens = int(dataset.lengths.sum())
     found: list[tuple[str, float, float]] = []
@@ -149,8 +151,7 @@ def run(args: argparse.Namespace, scratch: Path) -> None:
                     recipe,
                     {"pictures": dataset},
                     Path(folder) / "branch",
-                    base=info,
-                    tokenizer=tokenizer,
+                    base=base,
                     device=device,
                     threads=1 if device.type == "cpu" else None,
                     provenance={},
@@ -175,7 +176,7 @@ def run(args: argparse.Namespace, scratch: Path) -> None:
         ],
     )
     body += (
-        f"\n\n{info.parameters / 1e6:.1f} million parameters, {trained / 1e6:.1f} of them trained (language); "
+        f"\n\n{base.parameters / 1e6:.1f} million parameters, {trained / 1e6:.1f} of them trained (language); "
         f"{len(rows)} pictures of {args.side} x {args.side} pixels, {tokens} tokens in all; device {device.type}. "
         f"Decoding and processing the pictures alone takes {pixels:.2f} s of each figure; peak memory "
         f"{peak(device):.2f} GiB. The branch's figure is its training time; loading and saving are not in it."

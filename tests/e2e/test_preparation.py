@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import yaml
 from tests.e2e.conftest import Result, make_case, write_rows
-from tests.test_basin import make_language_model, tensors
+from tests.prepare.test_assemble import make_language_model, tensors
 from tests.vision.bases import make_base
 from tests.vision.vision_cases import COLOURS, picture
 
@@ -161,7 +161,7 @@ def test_every_stage_changes_what_it_trains_and_nothing_else(root: Path, prepare
 
 
 def test_the_prepared_base_is_the_last_stages_model_and_an_ordinary_checkpoint(prepared: Path) -> None:
-    from merit.hf.models import inspect_base, load_tokenizer
+    from merit.hf.base import open_base
     from merit.recipe.schema import ModelSettings
 
     base = prepared / "prepared" / "base"
@@ -169,9 +169,9 @@ def test_the_prepared_base_is_the_last_stages_model_and_an_ordinary_checkpoint(p
     assert {file.name for file in base.iterdir()} == {file.name for file in last.iterdir() if file.is_file()}
     assert changed_roles(last, base) == set()
     assert record(prepared / "prepared")["model_fingerprint"] == checkpoint.fingerprint(base)
-    info = inspect_base(ModelSettings(base=str(base)))
+    info = open_base(ModelSettings(base=str(base)))
     assert info.family is FAMILIES["qwen2_5_vl"]
-    assert load_tokenizer(ModelSettings(base=str(base))).merit_images.token == "<|image_pad|>"
+    assert open_base(ModelSettings(base=str(base))).images.token == "<|image_pad|>"
 
 
 def test_records_and_status(prepared: Path, merit: Callable[..., Result]) -> None:

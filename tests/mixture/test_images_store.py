@@ -15,13 +15,13 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from merit.errors import MixtureError
+from merit.hf.images import digest, read_image
 from merit.hf.models import BaseInfo
 from merit.mixture import load_split, prepare_mixture
 from merit.mixture.fingerprint import source_fingerprints
 from merit.mixture.formats import to_chat
 from merit.mixture.image_check import check_images
 from merit.mixture.image_store import ImageFile, ImageFolder, image_threads, look_at_images, read_chats
-from merit.hf.images import digest, read_image
 from merit.mixture.reading import Part
 from merit.mixture.sources import _groups, check_sources, discover
 from merit.run.check import make_plan

@@ -9,8 +9,8 @@ from pathlib import Path
 import xxhash
 from PIL import Image, ImageDraw
 
-from merit.mixture.formats import IMAGE, Chat
 from merit.hf.images import ImageRef
+from merit.mixture.formats import IMAGE, Chat
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 170, 60), "blue": (40, 60, 220), "white": (245, 245, 245)}
 

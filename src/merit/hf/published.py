@@ -1,6 +1,6 @@
 """Sizes of a few published checkpoints, so that a plan can say what a run needs where no weights are at hand.
 
-Counts follow from the published configs (``tests/test_known.py`` builds the architectures and counts). Nothing but the
+Counts follow from the published configs (``tests/hf/test_published.py`` builds and counts them). Nothing but the
 offline plan reads this table: where the checkpoint itself is there, its headers are counted.
 """
 

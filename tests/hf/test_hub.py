@@ -16,7 +16,7 @@ from merit.hf.hub import hub_ids, resolve_ids
 from merit.recipe.load import load_recipe, parse_recipe
 from merit.recipe.schema import Recipe
 
-PAPER = sorted((Path(__file__).parents[1] / "recipes" / "paper").glob("*.yaml"))
+PAPER = sorted((Path(__file__).parents[2] / "recipes" / "paper").glob("*.yaml"))
 KNOWN = {
     "/api/models/some/model": {"id": "some/model"},
     "/api/datasets/some/data": {

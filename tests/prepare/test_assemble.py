@@ -14,8 +14,9 @@ from tests.vision.bases import TEXT, byte_tokenizer, make_base
 
 from merit.errors import CheckpointError
 from merit.hf import checkpoint
+from merit.hf.base import open_base
 from merit.hf.families import FAMILIES
-from merit.hf.models import file_names, load_tokenizer
+from merit.hf.models import file_names, load_model
 from merit.prepare.assemble import assemble, parameter_sizes, plan_assembly
 from merit.recipe.schema import ModelSettings
 
@@ -143,12 +144,12 @@ def test_tokens_that_the_language_model_lacks_are_added_with_seeded_rows(givers:
         assert new[name].shape[0] == old[name].shape[0] + 5
         assert np.array_equal(new[name][:-5], old[name])
         assert np.array_equal(new[name], tensors(tmp_path / "b")[name])
-    tokenizer = load_tokenizer(ModelSettings(base=str(tmp_path / "a")))
-    assert tokenizer.merit_images.token == "<|image_pad|>"
-    assert tokenizer("<|image_pad|>", add_special_tokens=False)["input_ids"] == [tokenizer.merit_images.token_id]
+    base = open_base(ModelSettings(base=str(tmp_path / "a")))
+    assert base.images.token == "<|image_pad|>"
+    assert base.tokenizer("<|image_pad|>", add_special_tokens=False)["input_ids"] == [base.images.token_id]
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     for key, token in (("image_token_id", "<|image_pad|>"), ("vision_start_token_id", "<|vision_start|>")):
-        assert config[key] == tokenizer.convert_tokens_to_ids(token)
+        assert config[key] == base.tokenizer.convert_tokens_to_ids(token)
 
 
 def test_unused_embedding_rows_are_taken_before_new_ones(givers: Path, tmp_path: Path) -> None:
@@ -160,16 +161,14 @@ def test_unused_embedding_rows_are_taken_before_new_ones(givers: Path, tmp_path:
 
 
 def test_the_joined_folder_is_an_ordinary_base(givers: Path, tmp_path: Path) -> None:
-    from merit.hf.models import inspect_base, load_model
-
     language, vision = make_language_model(tmp_path / "lm"), givers / "qwen2_5_vl"
     assemble(plan_assembly(language, vision), tmp_path / "joined", seed=0)
     settings = ModelSettings(base=str(tmp_path / "joined"))
-    assert inspect_base(settings).family is FAMILIES["qwen2_5_vl"]
-    tokenizer = load_tokenizer(settings)
-    assert tokenizer.chat_template == checkpoint.chat_template(vision)
+    base = open_base(settings)
+    assert base.family is FAMILIES["qwen2_5_vl"]
+    assert base.tokenizer.chat_template == checkpoint.chat_template(vision)
     assert (tmp_path / "joined" / "tokenizer.json").read_bytes() == (language / "tokenizer.json").read_bytes()
-    model = load_model(settings, torch.device("cpu"), trainable=True)
+    model = load_model(base, torch.device("cpu"), trainable=True)
     assert set(file_names(model).values()) == set(checkpoint.read_headers(tmp_path / "joined").tensors)
     assert {p.requires_grad for name, p in model.named_parameters() if "visual" in name} == {False}
 
@@ -199,8 +198,6 @@ def test_a_bare_encoder_is_joined_as_llava_does(tmp_path: Path, kind: str, whole
     from PIL import Image
     from tests.vision.vision_cases import save
 
-    from merit.hf.models import load_model
-
     vision = make_encoder(tmp_path / "encoder", kind, whole=whole)
     language = make_language_model(tmp_path / "lm", "Llama", image_tokens=False)
     assert "no projector to copy" in refused(language, vision)
@@ -215,13 +212,13 @@ def test_a_bare_encoder_is_joined_as_llava_does(tmp_path: Path, kind: str, whole
     assert copied
     assert facts["tokens_added"] == ["<image>"]
     settings = ModelSettings(base=str(tmp_path / "joined"))
-    tokenizer = load_tokenizer(settings)
+    base = open_base(settings)
     picture = save(Image.new("RGB", (50, 40), (9, 99, 200)), tmp_path / "picture.png")
-    assert tokenizer.merit_images.text(picture) == "<image>" * 16, "one token per patch, none for a class token"
-    ids = tokenizer(tokenizer.merit_images.text(picture), add_special_tokens=False)["input_ids"]
-    model = load_model(settings, torch.device("cpu"))
+    assert base.images.text(picture) == "<image>" * 16, "one token per patch, none for a class token"
+    ids = base.tokenizer(base.images.text(picture), add_special_tokens=False)["input_ids"]
+    model = load_model(base, torch.device("cpu"))
     with torch.no_grad():
-        found = model(input_ids=torch.tensor([[5, *ids, 7]]), **tokenizer.merit_images.tensors([picture])).logits
+        found = model(input_ids=torch.tensor([[5, *ids, 7]]), **base.images.tensors([picture])).logits
     assert torch.isfinite(found).all(), "as many features as tokens"
 
 

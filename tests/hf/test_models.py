@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from tests.e2e.conftest import make_base
 
 from merit.errors import CheckpointError, RecipeError
+from merit.hf.base import open_base
 from merit.hf.batches import IGNORE, Batcher, accepts, length_sorted_batches, target_losses
-from merit.hf.models import inspect_base, load_model, load_tokenizer, save_branch, trainable_parameters
+from merit.hf.models import load_model, save_branch, trainable_parameters
 from merit.hf.rows import EncodedRow
 from merit.recipe.schema import ModelSettings
 
@@ -39,7 +40,7 @@ def rows(seed: int, count: int = 5) -> list[EncodedRow]:
 
 
 def test_the_loss_is_that_of_an_unbatched_float64_pass(folder: Path) -> None:
-    model = load_model(ModelSettings(base=str(folder)), CPU)
+    model = load_model(open_base(ModelSettings(base=str(folder))), CPU)
     batch = rows(1)
     losses, counts = target_losses(model, Batcher(0)(batch))
     exact = model.double()
@@ -87,11 +88,9 @@ def in_bfloat16(folder: Path, target: Path) -> Path:
 def test_an_untrained_branch_is_the_base_bit_for_bit(folder: Path, tmp_path: Path, save_dtype: str) -> None:
     base = in_bfloat16(folder, tmp_path / "base")
     settings = ModelSettings(base=str(base))
-    model = load_model(settings, CPU, trainable=True)
+    model = load_model(open_base(settings), CPU, trainable=True)
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
-    save_branch(
-        model, tmp_path / "out", inspect_base(settings), save_dtype=save_dtype, tokenizer=load_tokenizer(settings)
-    )
+    save_branch(model, tmp_path / "out", open_base(settings), save_dtype=save_dtype)
     old, new = load_file(base / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert set(new) == set(old), "a tied tensor keeps the one name that the base's files have"
     for name, tensor in new.items():
@@ -101,16 +100,14 @@ def test_an_untrained_branch_is_the_base_bit_for_bit(folder: Path, tmp_path: Pat
 
 def test_the_base_s_tokenizer_files_are_copied_and_not_rewritten(folder: Path, tmp_path: Path) -> None:
     settings = ModelSettings(base=str(folder))
-    tokenizer = load_tokenizer(settings)
-    assert tokenizer.merit_template == "default"
-    save_branch(
-        load_model(settings, CPU), tmp_path / "out", inspect_base(settings), save_dtype="base", tokenizer=tokenizer
-    )
+    base = open_base(settings)
+    assert base.template.origin == "default"
+    save_branch(load_model(base, CPU), tmp_path / "out", base, save_dtype="base")
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
-    assert (tmp_path / "out" / "chat_template.jinja").read_text() == tokenizer.chat_template
-    again = load_tokenizer(ModelSettings(base=str(tmp_path / "out")))
-    assert again.merit_template == "base", "the template that was trained with is the branch's own now"
-    assert again.chat_template == tokenizer.chat_template
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == base.template.text
+    again = open_base(ModelSettings(base=str(tmp_path / "out")))
+    assert again.template.origin == "base", "the template that was trained with is the branch's own now"
+    assert again.tokenizer.chat_template == base.tokenizer.chat_template
 
 
 def test_missing_and_left_over_weights_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -119,24 +116,24 @@ def test_missing_and_left_over_weights_are_refused(folder: Path, tmp_path: Path)
     name = "model.layers.1.mlp.up_proj.weight"
     save_file({k: v for k, v in tensors.items() if k != name}, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="missing"):
-        load_model(ModelSettings(base=str(base)), CPU)
+        load_model(open_base(ModelSettings(base=str(base))), CPU)
     save_file({**tensors, "model.extra.weight": torch.zeros(2)}, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="unexpected"):
-        load_model(ModelSettings(base=str(base)), CPU)
+        load_model(open_base(ModelSettings(base=str(base))), CPU)
 
 
 def test_trainable_subsets(folder: Path) -> None:
-    everything = trainable_parameters(load_model(ModelSettings(base=str(folder)), CPU, trainable=True))
+    everything = trainable_parameters(load_model(open_base(ModelSettings(base=str(folder))), CPU, trainable=True))
     assert "lm_head.weight" not in everything, "tied weights count once"
     some = ModelSettings(base=str(folder), trainable=["model.layers.1.*"])
-    names = trainable_parameters(load_model(some, CPU, trainable=True))
+    names = trainable_parameters(load_model(open_base(some), CPU, trainable=True))
     assert names
     assert all(name.startswith("model.layers.1.") for name in names)
-    assert not trainable_parameters(load_model(some, CPU))
+    assert not trainable_parameters(load_model(open_base(some), CPU))
     with pytest.raises(RecipeError, match="nothing"):
-        load_model(ModelSettings(base=str(folder), trainable=["nothing*"]), CPU, trainable=True)
+        load_model(open_base(ModelSettings(base=str(folder), trainable=["nothing*"])), CPU, trainable=True)
     lora = ModelSettings(base=str(folder), trainable="lora")
-    first, second = (load_model(lora, CPU, trainable=True, seed=3) for _ in range(2))
+    first, second = (load_model(open_base(lora), CPU, trainable=True, seed=3) for _ in range(2))
     assert accepts(first, "logits_to_keep"), "seen through the adapter's wrapper"
     for name, parameter in trainable_parameters(first).items():
         assert "lora_" in name
@@ -144,7 +141,7 @@ def test_trainable_subsets(folder: Path) -> None:
 
 
 def test_the_facts_of_a_base_come_from_its_headers(folder: Path) -> None:
-    info = inspect_base(ModelSettings(base=str(folder)))
+    info = open_base(ModelSettings(base=str(folder)))
     config = json.loads((folder / "config.json").read_text())
     assert info.architecture == "LlamaForCausalLM"
     assert info.context == config["max_position_embeddings"]

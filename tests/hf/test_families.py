@@ -17,13 +17,13 @@ from tests.vision.vision_cases import picture, picture_chats, save
 from merit.errors import CheckpointError, MixtureError, RecipeError
 from merit.evaluation.decode import decode
 from merit.evaluation.drift import Reference, measure_drift
-from merit.hf.batches import Batcher, target_losses
+from merit.hf.base import Base, open_base
+from merit.hf.batches import target_losses
 from merit.hf.families import FAMILIES as KNOWN
+from merit.hf.images import read_image
 from merit.hf.models import (
     file_names,
-    inspect_base,
     load_model,
-    load_tokenizer,
     mark_trainable,
     save_branch,
     trainable_parameters,
@@ -31,7 +31,6 @@ from merit.hf.models import (
 from merit.hf.rows import EncodedRow
 from merit.mixture.encode import ChatEncoder, EncodedDataset
 from merit.mixture.formats import IMAGE, Chat
-from merit.hf.images import read_image
 from merit.recipe.schema import ModelSettings
 
 CPU = torch.device("cpu")
@@ -49,11 +48,15 @@ def settings(folder: Path, family: str, **changes: Any) -> ModelSettings:
     return ModelSettings(base=str(folder / family), **changes)
 
 
-def encoded(folder: Path, family: str, count: int = 9, length: int = 512) -> tuple[Any, list[EncodedRow]]:
-    tokenizer = load_tokenizer(settings(folder, family))
-    rows = ChatEncoder(tokenizer, length).encode(picture_chats(folder / "pictures", count))
+def encoder_of(base: Base, length: int) -> ChatEncoder:
+    return ChatEncoder(base.tokenizer, length, base.images)
+
+
+def encoded(folder: Path, family: str, count: int = 9, length: int = 512) -> tuple[Base, list[EncodedRow]]:
+    base = open_base(settings(folder, family))
+    rows = encoder_of(base, length).encode(picture_chats(folder / "pictures", count))
     assert all(isinstance(row, EncodedRow) for row in rows), rows
-    return tokenizer, rows  # type: ignore[return-value]
+    return base, rows  # type: ignore[return-value]
 
 
 def library_processor(folder: Path, where: str, tokenizer: Any, family: str = "") -> Any:
@@ -88,9 +91,9 @@ def library_processor(folder: Path, where: str, tokenizer: Any, family: str = ""
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_ids_and_pixels_are_those_of_the_published_processor(folder: Path, family: str) -> None:
-    tokenizer, rows = encoded(folder, family)
-    processor = library_processor(folder, family, load_tokenizer(settings(folder, family)))
-    batcher = Batcher.of(tokenizer)
+    base, rows = encoded(folder, family)
+    processor = library_processor(folder, family, open_base(settings(folder, family)).tokenizer)
+    batcher = base.batcher
     chats = picture_chats(folder / "pictures", 9)
     assert {len(chat.images) for chat in chats} == {0, 1, 2}
     for chat, row in zip(chats, rows, strict=True):
@@ -113,8 +116,8 @@ def test_ids_and_pixels_are_those_of_the_published_processor(folder: Path, famil
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_a_batch_of_mixed_rows_gives_every_row_its_own_loss(folder: Path, family: str) -> None:
-    tokenizer, rows = encoded(folder, family)
-    model, batcher = load_model(settings(folder, family), CPU), Batcher.of(tokenizer)
+    base, rows = encoded(folder, family)
+    model, batcher = load_model(base, CPU), base.batcher
     with torch.no_grad():
         together, counts = target_losses(model, batcher(rows))
         apart = [target_losses(model, batcher([row])) for row in rows]
@@ -127,11 +130,11 @@ def test_a_batch_of_mixed_rows_gives_every_row_its_own_loss(folder: Path, family
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_the_picture_reaches_the_model(folder: Path, family: str) -> None:
-    tokenizer = load_tokenizer(settings(folder, family))
+    base = open_base(settings(folder, family))
     encoder, model, batcher = (
-        ChatEncoder(tokenizer, 512),
-        load_model(settings(folder, family), CPU),
-        Batcher.of(tokenizer),
+        encoder_of(base, 512),
+        load_model(base, CPU),
+        base.batcher,
     )
     losses = []
     for colour in ("red", "blue"):
@@ -145,8 +148,8 @@ def test_the_picture_reaches_the_model(folder: Path, family: str) -> None:
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_positions_are_numbered_in_three_dimensions(folder: Path, family: str) -> None:
     """Without ``mm_token_type_ids`` Qwen2.5-VL numbers patches like words, without a word: another loss."""
-    tokenizer, rows = encoded(folder, family)
-    model, batch = load_model(settings(folder, family), CPU), Batcher.of(tokenizer)([rows[0]])
+    base, rows = encoded(folder, family)
+    model, batch = load_model(base, CPU), base.batcher([rows[0]])
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.0 if parameter.ndim < 2 else 4.0)
@@ -163,8 +166,8 @@ def test_positions_are_numbered_in_three_dimensions(folder: Path, family: str) -
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_greedy_answers_equal_growing_the_sequence_without_a_cache(folder: Path, family: str) -> None:
-    tokenizer, rows = encoded(folder, family)
-    model, batcher = load_model(settings(folder, family), CPU), Batcher.of(tokenizer)
+    base, rows = encoded(folder, family)
+    model, batcher = load_model(base, CPU), base.batcher
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.0 if parameter.ndim < 2 else 6.0)  # answers that depend on what was asked
@@ -190,8 +193,8 @@ def test_greedy_answers_equal_growing_the_sequence_without_a_cache(folder: Path,
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_drift_of_the_base_from_itself_is_none_and_pictures_count(folder: Path, family: str, tmp_path: Path) -> None:
-    tokenizer, rows = encoded(folder, family)
-    model, batcher = load_model(settings(folder, family), CPU), Batcher.of(tokenizer)
+    base, rows = encoded(folder, family)
+    model, batcher = load_model(base, CPU), base.batcher
     prompts = [row.prompt() for row in rows]
     answers = [np.asarray([7, 8, 9])] * len(prompts)
     reference = Reference.of_base(model, prompts, answers, tmp_path, batcher=batcher, device=CPU)
@@ -218,18 +221,20 @@ def test_roles(folder: Path, family: str) -> None:
         return next((role for prefix, role in ROLE_OF_MODULE[family].items() if name.startswith(prefix)), "language")
 
     for wanted in ("language", "projector", "vision", "all", ["vision", "projector"], ["projector", "*norm*"]):
-        model = load_model(settings(folder, family), CPU)
+        model = load_model(open_base(settings(folder, family)), CPU)
         names = file_names(model)
         mark_trainable(model, settings(folder, family, trainable=wanted), 0)
         for name, parameter in model.named_parameters():
             expected = wanted == "all" or role_of(name) in wanted or ("*norm*" in wanted and "norm" in names[name])
             assert parameter.requires_grad == expected, (wanted, name)
-    model = load_model(settings(folder, family, trainable="lora"), CPU, trainable=True)
+    model = load_model(open_base(settings(folder, family, trainable="lora")), CPU, trainable=True)
     adapted = [name for name in trainable_parameters(model) if "lora_A" in name]
     assert adapted
     assert {role_of(name.removeprefix("base_model.model.")) for name in adapted} == {"language"}
     with pytest.raises(RecipeError, match="matches none"):
-        mark_trainable(load_model(settings(folder, family), CPU), settings(folder, family, trainable=["nope.*"]), 0)
+        mark_trainable(
+            load_model(open_base(settings(folder, family)), CPU), settings(folder, family, trainable=["nope.*"]), 0
+        )
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
@@ -238,29 +243,26 @@ def test_gradient_names_are_not_file_names_and_branches_have_the_bases(
 ) -> None:
     from safetensors.torch import load_file
 
-    base = inspect_base(settings(folder, family))
-    model = load_model(settings(folder, family), CPU, trainable=True)
+    base = open_base(settings(folder, family))
+    model = load_model(base, CPU, trainable=True)
     if family in ("qwen2_5_vl", "llava"):
         assert set(trainable_parameters(model)) - set(base.dtypes)  # the trap: these differ
     with torch.no_grad():
         for parameter in trainable_parameters(model).values():
             parameter.add_(0.5)
-    tokenizer = load_tokenizer(settings(folder, family))
-    save_branch(model, tmp_path / "branch", base, save_dtype="base", tokenizer=tokenizer)
+    save_branch(model, tmp_path / "branch", base, save_dtype="base")
     before, after = load_file(folder / family / "model.safetensors"), load_file(tmp_path / "branch/model.safetensors")
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert tensor.dtype == after[name].dtype
         frozen = KNOWN[family].role(name) != "language"
         assert torch.equal(tensor, after[name]) == frozen, name
-    again = load_model(settings(folder, family), CPU, weights=tmp_path / "branch")
+    again = load_model(open_base(settings(folder, family)), CPU, weights=tmp_path / "branch")
     for (name, one), other in zip(model.named_parameters(), again.parameters(), strict=True):
         assert torch.allclose(one, other, atol=0 if base.dtypes != "BF16" else 1, rtol=1e-2), name
     for file in ("preprocessor_config.json", "chat_template.json"):
         assert (tmp_path / "branch" / file).read_bytes() == (folder / family / file).read_bytes()
-    assert load_tokenizer(ModelSettings(base=str(tmp_path / "branch"))).merit_images.settings == (
-        tokenizer.merit_images.settings
-    )
+    assert open_base(ModelSettings(base=str(tmp_path / "branch"))).images.settings == (base.images.settings)
 
 
 def test_published_llava_files_keep_their_names(folder: Path, tmp_path: Path) -> None:
@@ -274,8 +276,8 @@ def test_published_llava_files_keep_their_names(folder: Path, tmp_path: Path) ->
     assert renamed.keys() != state.keys()
     save_file(renamed, old / "model.safetensors", metadata={"format": "pt"})
     wanted = ModelSettings(base=str(old))
-    model = load_model(wanted, CPU, trainable=True)
-    save_branch(model, tmp_path / "branch", inspect_base(wanted), save_dtype="base", tokenizer=load_tokenizer(wanted))
+    model = load_model(open_base(wanted), CPU, trainable=True)
+    save_branch(model, tmp_path / "branch", open_base(wanted), save_dtype="base")
     assert load_file(tmp_path / "branch/model.safetensors").keys() == renamed.keys()
 
 
@@ -292,25 +294,25 @@ def test_names_that_would_change_are_refused_before_training(folder: Path, tmp_p
         metadata={"format": "pt"},
     )
     with pytest.raises(CheckpointError):
-        load_model(ModelSettings(base=str(old)), CPU, trainable=True)
+        load_model(open_base(ModelSettings(base=str(old))), CPU, trainable=True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_long_row_never_loses_part_of_an_image(folder: Path, family: str) -> None:
     """max_length cuts between images: what is left has every token of the images that it has."""
     chats = [chat for chat in picture_chats(folder / "pictures", 9) if len(chat.images) == 2]
-    tokenizer, whole = encoded(folder, family)
+    base, whole = encoded(folder, family)
     whole = [row for row in whole if len(row.images) == 2]
-    token = tokenizer.merit_images.token_id
-    model, batcher = load_model(settings(folder, family), CPU), Batcher.of(tokenizer)
+    token = base.images.token_id
+    model, batcher = load_model(base, CPU), base.batcher
     seen = set()
     for length in range(8, len(whole[0].input_ids) + 2, 5):
-        [row] = ChatEncoder(tokenizer, length).encode(chats[:1])
+        [row] = encoder_of(base, length).encode(chats[:1])
         if row == "no_target_after_truncation":
             continue
         assert isinstance(row, EncodedRow)
         assert len(row.input_ids) <= length
-        sizes = [tokenizer.merit_images.text(image).count(tokenizer.merit_images.token) for image in row.images]
+        sizes = [base.images.text(image).count(base.images.token) for image in row.images]
         assert int((row.input_ids == token).sum()) == sum(sizes)
         assert not row.targets[row.input_ids == token].any()
         assert row.images == chats[0].images[: len(row.images)]
@@ -322,26 +324,26 @@ def test_a_long_row_never_loses_part_of_an_image(folder: Path, family: str) -> N
 
 def test_targets_are_the_assistants_alone(folder: Path) -> None:
     for family in FAMILIES:
-        tokenizer, rows = encoded(folder, family)
+        base, rows = encoded(folder, family)
         for row in rows:
-            assert tokenizer.merit_images.token_id not in row.input_ids[row.targets]
-            text = tokenizer.decode(row.input_ids[row.targets], skip_special_tokens=True)
+            assert base.images.token_id not in row.input_ids[row.targets]
+            text = base.tokenizer.decode(row.input_ids[row.targets], skip_special_tokens=True)
             assert "colour" not in text and "Say" not in text  # noqa: PT018
 
 
 def test_an_image_token_in_the_text_is_no_image(folder: Path) -> None:
-    tokenizer = load_tokenizer(settings(folder, "llava"))
+    base = open_base(settings(folder, "llava"))
     turns = [{"role": "user", "content": "What does <image> mean?"}, {"role": "assistant", "content": "a place"}]
-    assert ChatEncoder(tokenizer, 99).encode([Chat(turns)]) == ["image_token_in_text"]
+    assert encoder_of(base, 99).encode([Chat(turns)]) == ["image_token_in_text"]
 
 
 def test_images_for_a_text_base_are_refused(folder: Path, tmp_path: Path) -> None:
     from tests.e2e.conftest import make_base as text_base
 
-    tokenizer = load_tokenizer(ModelSettings(base=str(text_base(tmp_path / "text"))))
-    assert tokenizer.merit_images is None
+    base = open_base(ModelSettings(base=str(text_base(tmp_path / "text"))))
+    assert base.images is None
     with pytest.raises(MixtureError, match="text-only"):
-        ChatEncoder(tokenizer, 99).encode(picture_chats(tmp_path, 1))
+        encoder_of(base, 99).encode(picture_chats(tmp_path, 1))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -349,7 +351,7 @@ def test_max_pixels_makes_images_cheaper_by_the_processors_own_resizing(folder: 
     large = save(picture("red", (600, 400)), folder / "pictures" / "large.png")
     counts = {}
     for limit in (784, 1600, 614656):
-        images = load_tokenizer(settings(folder, family, max_pixels=limit)).merit_images
+        images = open_base(settings(folder, family, max_pixels=limit)).images
         counts[limit] = images.text(large).count(images.token)
         batch = images.tensors([large])
         if family == "qwen2_5_vl":
@@ -362,11 +364,11 @@ def test_max_pixels_makes_images_cheaper_by_the_processors_own_resizing(folder: 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_size_gets_as_many_tokens_as_the_model_makes_features(folder: Path, family: str) -> None:
-    tokenizer = load_tokenizer(settings(folder, family))
+    base = open_base(settings(folder, family))
     encoder, model, batcher = (
-        ChatEncoder(tokenizer, 2048),
-        load_model(settings(folder, family), CPU),
-        Batcher.of(tokenizer),
+        encoder_of(base, 2048),
+        load_model(base, CPU),
+        base.batcher,
     )
     for size in [(1, 1), (3, 90), (90, 3), (17, 31), (33, 16), (200, 150)]:
         ref = save(picture("green", (max(size[0], 8), max(size[1], 8))).resize(size), folder / "pictures" / "any.png")
@@ -380,13 +382,13 @@ def test_a_shape_that_the_processor_refuses_is_told_before_training(folder: Path
     ref = save(picture("red", (8, 8)).resize((801, 3)), folder / "pictures" / "thin.png")
     turns = [{"role": "user", "content": IMAGE}, {"role": "assistant", "content": "ok"}]
     for family in FAMILIES:  # LLaVA's processor would make a picture of 32 x 8544 pixels of it
-        encoder = ChatEncoder(load_tokenizer(settings(folder, family)), 512)
+        encoder = encoder_of(open_base(settings(folder, family)), 512)
         assert encoder.encode([Chat(turns, images=(ref,))]) == ["image_refused"]
 
 
 def test_saved_rows_keep_their_images_and_notice_a_changed_one(folder: Path, tmp_path: Path) -> None:
-    tokenizer, rows = encoded(folder, "llava")
-    seeing = tokenizer.merit_images.settings
+    base, rows = encoded(folder, "llava")
+    seeing = base.images.settings
     dataset = EncodedDataset("squares", rows, seeing=seeing)
     dataset.save(tmp_path / "train" / "squares.parquet")
     again = EncodedDataset.load(tmp_path / "train" / "squares.parquet")
@@ -407,8 +409,8 @@ def test_saved_rows_keep_their_images_and_notice_a_changed_one(folder: Path, tmp
 
 
 def test_inputs_go_to_worker_processes(folder: Path) -> None:
-    tokenizer, rows = encoded(folder, "idefics3")
-    batcher = Batcher.of(tokenizer)
+    base, rows = encoded(folder, "idefics3")
+    batcher = base.batcher
     again = pickle.loads(pickle.dumps(batcher))
     one, other = batcher(rows), again(rows)
     assert all(torch.equal(one[key], other[key]) for key in one)
@@ -419,7 +421,7 @@ def test_a_base_without_its_processor_is_refused(folder: Path, tmp_path: Path) -
     shutil.copytree(folder / "qwen2_5_vl", tmp_path / "bare")
     (tmp_path / "bare" / "preprocessor_config.json").unlink()
     with pytest.raises(CheckpointError, match="image processor"):
-        load_tokenizer(ModelSettings(base=str(tmp_path / "bare")))
+        _ = open_base(ModelSettings(base=str(tmp_path / "bare"))).images
 
 
 def test_a_tokenizer_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -428,14 +430,14 @@ def test_a_tokenizer_of_another_model_is_refused(folder: Path, tmp_path: Path) -
     config["image_token_index" if "image_token_index" in config else "image_token_id"] = 77
     (tmp_path / "mixed" / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="image token"):
-        load_tokenizer(ModelSettings(base=str(tmp_path / "mixed")))
+        _ = open_base(ModelSettings(base=str(tmp_path / "mixed"))).images
 
 
 def test_a_wrong_run_length_is_refused(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "idefics3", tmp_path / "wrong")
     (tmp_path / "wrong" / "processor_config.json").write_text(json.dumps({"image_seq_len": 9}))
     with pytest.raises(CheckpointError, match="tile is 9 tokens"):
-        load_tokenizer(ModelSettings(base=str(tmp_path / "wrong")))
+        _ = open_base(ModelSettings(base=str(tmp_path / "wrong"))).images
 
 
 def test_the_librarys_new_folder_layout_loads_as_well(folder: Path, tmp_path: Path) -> None:
@@ -443,15 +445,15 @@ def test_the_librarys_new_folder_layout_loads_as_well(folder: Path, tmp_path: Pa
     for family in ("llava", "idefics3"):
         new = tmp_path / family
         shutil.copytree(folder / family, new)
-        processor = library_processor(folder, family, load_tokenizer(settings(folder, family)))
+        processor = library_processor(folder, family, open_base(settings(folder, family)).tokenizer)
         for name in ("preprocessor_config.json", "processor_config.json", "chat_template.json"):
             (new / name).unlink()
         processor.save_pretrained(new)
         assert not (new / "preprocessor_config.json").exists()
-        tokenizer = load_tokenizer(ModelSettings(base=str(new)))
+        base = open_base(ModelSettings(base=str(new)))
         chats = picture_chats(tmp_path / "pictures", 6)
         _, wanted = encoded(folder, family, 6)
-        rows = ChatEncoder(tokenizer, 512).encode(chats)
+        rows = encoder_of(base, 512).encode(chats)
         for row, other in zip(rows, wanted, strict=True):
             assert isinstance(row, EncodedRow)
             assert row.input_ids.tolist() == other.input_ids.tolist()
@@ -464,7 +466,7 @@ def test_unknown_families_are_named(folder: Path, tmp_path: Path) -> None:
         json.dumps({**config, "model_type": "blip-2", "architectures": ["Blip2ForConditionalGeneration"]})
     )
     with pytest.raises(CheckpointError, match="qwen2_5_vl, qwen3_vl, llava"):
-        inspect_base(ModelSettings(base=str(tmp_path / "blip")))
+        open_base(ModelSettings(base=str(tmp_path / "blip")))
 
 
 @pytest.mark.parametrize(
@@ -482,12 +484,12 @@ def test_the_published_templates(folder: Path, family: str, template: str) -> No
     import trl
 
     file = Path(trl.__file__).parent / "chat_templates" / f"{template}.jinja"
-    tokenizer = load_tokenizer(settings(folder, family, chat_template=str(file)))
+    base = open_base(settings(folder, family, chat_template=str(file)))
     chats = picture_chats(folder / "pictures", 9)
-    for chat, row in zip(chats, ChatEncoder(tokenizer, 512).encode(chats), strict=True):
+    for chat, row in zip(chats, encoder_of(base, 512).encode(chats), strict=True):
         assert isinstance(row, EncodedRow)
         assert row.images == chat.images
-        text = tokenizer.decode(row.input_ids[row.targets], skip_special_tokens=True)
+        text = base.tokenizer.decode(row.input_ids[row.targets], skip_special_tokens=True)
         answers = [turn["content"] for turn in chat.messages if turn["role"] == "assistant"]
         assert text.replace("\n", " ").split() == answers
 
@@ -505,14 +507,14 @@ def test_a_tokenizers_own_beginning_comes_first_as_in_the_library(folder: Path, 
     config = json.loads((base / "tokenizer_config.json").read_text())
     (base / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": "<pad>"}))
     [chat] = picture_chats(folder / "pictures", 1)
-    [row] = ChatEncoder(load_tokenizer(ModelSettings(base=str(base))), 512).encode([chat])
-    [plain] = ChatEncoder(load_tokenizer(settings(folder, "llava")), 512).encode([chat])
+    [row] = encoder_of(open_base(ModelSettings(base=str(base))), 512).encode([chat])
+    [plain] = encoder_of(open_base(settings(folder, "llava")), 512).encode([chat])
     assert isinstance(row, EncodedRow)
     assert isinstance(plain, EncodedRow)
     assert row.input_ids.tolist() == [0, *plain.input_ids.tolist()]
     assert row.targets.tolist() == [False, *plain.targets.tolist()]
     assert row.prompt_length == plain.prompt_length + 1
-    processor = library_processor(base, ".", load_tokenizer(ModelSettings(base=str(base))), family="llava")
+    processor = library_processor(base, ".", open_base(ModelSettings(base=str(base))).tokenizer, family="llava")
     turns = [
         {"role": "user", "content": [{"type": "image", "image": read_image(chat.images[0])}, text("Which colour?")]},
         {"role": "assistant", "content": [text(chat.messages[1]["content"])]},
@@ -521,7 +523,7 @@ def test_a_tokenizers_own_beginning_comes_first_as_in_the_library(folder: Path, 
     assert row.input_ids.tolist() == found["input_ids"][0].tolist()
     template = (base / "chat_template.json").read_text()
     (base / "chat_template.json").write_text(template.replace('"chat_template": "', '"chat_template": "<pad>'))
-    [written] = ChatEncoder(load_tokenizer(ModelSettings(base=str(base))), 512).encode([chat])
+    [written] = encoder_of(open_base(ModelSettings(base=str(base))), 512).encode([chat])
     assert isinstance(written, EncodedRow)
     assert written.input_ids.tolist() == row.input_ids.tolist()
 
@@ -532,27 +534,27 @@ def text(content: str) -> dict[str, str]:
 
 def test_a_template_for_text_alone_takes_the_image_token_inline(folder: Path, tmp_path: Path) -> None:
     """The package's default template, and those of text models, add a content to other text."""
-    base = tmp_path / "llava"
-    shutil.copytree(folder / "llava", base)
-    (base / "chat_template.json").unlink()
-    tokenizer = load_tokenizer(ModelSettings(base=str(base)))
-    assert tokenizer.merit_template == "default"
+    bare = tmp_path / "llava"
+    shutil.copytree(folder / "llava", bare)
+    (bare / "chat_template.json").unlink()
+    base = open_base(ModelSettings(base=str(bare)))
+    assert base.template.origin == "default"
     chats = picture_chats(folder / "pictures", 9)
-    for chat, row in zip(chats, ChatEncoder(tokenizer, 512).encode(chats), strict=True):
+    for chat, row in zip(chats, encoder_of(base, 512).encode(chats), strict=True):
         assert isinstance(row, EncodedRow)
         assert row.images == chat.images
     joined = "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '</s>' }}{% endfor %}"
     (tmp_path / "joined.jinja").write_text(joined + "{% if add_generation_prompt %}<assistant>{% endif %}")
     wanted = settings(folder, "qwen2_5_vl", chat_template=str(tmp_path / "joined.jinja"))
-    rows = ChatEncoder(load_tokenizer(wanted), 512).encode(chats)
+    rows = encoder_of(open_base(wanted), 512).encode(chats)
     assert [len(row.images) for row in rows] == [len(chat.images) for chat in chats]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_image_tokens_are_never_generated(folder: Path, family: str) -> None:
-    tokenizer, rows = encoded(folder, family, 4)
-    model, batcher = load_model(settings(folder, family), CPU), Batcher.of(tokenizer)
-    token = tokenizer.merit_images.token_id
+    base, rows = encoded(folder, family, 4)
+    model, batcher = load_model(base, CPU), base.batcher
+    token = base.images.token_id
     with torch.no_grad():
         head = model.get_output_embeddings().weight
         head.copy_(torch.randn(head.shape, generator=torch.Generator().manual_seed(0)))
@@ -576,7 +578,7 @@ def test_llava_with_an_encoder_of_many_sizes_is_refused(folder: Path, tmp_path: 
     config["vision_config"]["model_type"] = "pixtral"
     (tmp_path / "pixtral" / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="pixtral"):
-        load_tokenizer(ModelSettings(base=str(tmp_path / "pixtral")))
+        _ = open_base(ModelSettings(base=str(tmp_path / "pixtral"))).images
 
 
 @pytest.mark.parametrize("trainable", [["lora"], ["lora", "projector"], ["all"], []])
