@@ -1,7 +1,7 @@
 """Pretrain the demo's base checkpoint and write it as package data, with the record of how it was made.
 
 The base is a Qwen2-architecture model of 0.9M parameters that reads single bytes. It learns sixteen procedural skills
-(`merit.demo.mixture.BASE_STYLE`), answered by a full friendly sentence unless the question begins with "Briefly:", on
+(`demo_data.words.BASE_STYLE`), answered by a full friendly sentence unless the question begins with "Briefly:", on
 cases that no test ever uses. Same arguments, thread count and versions give the same bytes. It does not fine-tune and
 knows nothing of the mixture.
 
@@ -32,7 +32,7 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from merit.demo.mixture import BASE_STYLE, Row, base_stream, draw_rows
+from demo_data.words import BASE_STYLE, Row, base_stream, draw_rows
 
 DEFAULT_OUTPUT = Path(__file__).parents[1] / "src/merit/demo/base"
 PAD, USER, ASSISTANT, END = SPECIALS = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -190,7 +190,7 @@ def pretrain(args: argparse.Namespace) -> None:
         f" --batch-size {args.batch_size} --learning-rate {args.learning_rate} --hidden {args.hidden}"
         f" --layers {args.layers} --threads {args.threads}",
         "seed": args.seed,
-        "data": "merit.demo.mixture.base_stream(seed): procedural, generated on the fly, training side only",
+        "data": "scripts/demo_data/words.py, base_stream(seed): procedural, generated on the fly, training side only",
         "parameters": model.num_parameters(),
         "rows": args.steps * args.batch_size,
         "tokens": trained_tokens,
@@ -224,7 +224,8 @@ A Qwen2-architecture language model of {record["parameters"]:,} parameters that 
 procedural skills (reverse a word, add two numbers, ...) in full sentences, or barely when the question begins with
 "Briefly:", and knows nothing else. It exists so that `merit demo` can run offline; it is of no other use.
 
-- Data: {record["rows"]:,} generated rows ({record["tokens"]:,} tokens), `merit.demo.mixture.base_stream({record["seed"]})`.
+- Data: {record["rows"]:,} generated rows ({record["tokens"]:,} tokens),
+  `scripts/demo_data/words.py`, `base_stream({record["seed"]})`.
   The loss is on the answers only. One case in eight of each skill was held out for good.
 - Rebuild: `{record["command"]}`
 - Time: {record["seconds"]} s on one CPU thread of a shared machine. Figures and versions: `training.json`.

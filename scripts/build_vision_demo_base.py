@@ -3,7 +3,7 @@
 The base is a LLaVA: a small CLIP vision encoder, a two-layer projector and a small Qwen2 language model, 1.5M parameters
 in bfloat16. It is made in two stages, on pictures that no test ever uses. First the vision encoder alone learns, as an
 image classifier with heads that are thrown away, what is where in a picture. Then projector and language model learn
-thirteen skills (`merit.demo.vision.mixture.BASE_STYLE`), answered by a full friendly sentence unless the question begins
+thirteen skills (`demo_data.pictures.BASE_STYLE`), answered by a full friendly sentence unless the question begins
 with "Briefly:". Same arguments, thread count and versions give the same bytes. It does not fine-tune and knows nothing
 of the mixture.
 
@@ -43,8 +43,8 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from build_demo_base import IGNORED, byte_symbols, make_optimizers, schedule
-from merit.demo.vision.mixture import BASE_STYLE, Example, base_stream, draw_examples
-from merit.demo.vision.scenes import COLOURS, SCENES, SHAPES, SIZE, TRENDS, Case, draw_case, paint
+from demo_data.pictures import BASE_STYLE, Example, base_stream, draw_examples
+from demo_data.scenes import COLOURS, SCENES, SHAPES, SIZE, TRENDS, Case, draw_case, paint
 
 DEFAULT_OUTPUT = Path(__file__).parents[1] / "src/merit/demo/vision/base"
 PAD, USER, ASSISTANT, END, IMAGE = SPECIALS = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>", "<image>")
@@ -391,7 +391,7 @@ def pretrain(args: argparse.Namespace) -> None:
         f" --vision-batch-size {args.vision_batch_size} --steps {args.steps} --batch-size {args.batch_size}"
         f" --learning-rate {args.learning_rate} --hidden {args.hidden} --layers {args.layers} --threads {args.threads}",
         "seed": args.seed,
-        "data": "merit.demo.vision.mixture.base_stream(seed): generated on the fly, training side only",
+        "data": "scripts/demo_data/pictures.py, base_stream(seed): generated on the fly, training side only",
         "parameters": model.num_parameters(),
         "parameters_by_role": {
             role: sum(p.numel() for p in getattr(model.model, name).parameters()) for role, name in roles.items()
@@ -438,7 +438,7 @@ and knows nothing else. It exists so that `merit demo --vision` can run offline;
   {record["stage_1"]["pictures"]:,} generated pictures.
 - Stage 2, projector and language model: {record["stage_2"]["conversations"]:,} generated conversations with
   {record["stage_2"]["questions"]:,} questions ({record["stage_2"]["target_tokens"]:,} target tokens),
-  `merit.demo.vision.mixture.base_stream({record["seed"]})`. The loss is on the answers only.
+  `scripts/demo_data/pictures.py`, `base_stream({record["seed"]})`. The loss is on the answers only.
   One case in eight was held out for good, among them one in eight of scikit-learn's handwritten digits.
 - Rebuild: `{record["command"]}`
 - Time: {record["seconds"]} s on {record["command"].split("--threads ")[1]} CPU thread(s) of a shared machine. Figures

@@ -202,7 +202,12 @@ def demo(
     vision: Annotated[
         bool, typer.Option("--vision", help="A vision-language base and a mixture with pictures.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the generated rows and of the run.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Seed of the run: order of training, calibration sample, random split. The rows stay."
+        ),
+    ] = 0,
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Branches side by side. Default: one per core, at most 4.")
     ] = None,
@@ -211,7 +216,7 @@ def demo(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """The main job on the embedded default: a tiny base and a generated mixture, offline, on two cores, in minutes.
+    """The main job on the embedded default: a tiny base and a small mixture, offline, on two cores, in minutes.
 
     It trains joint, random-split and conflict-split branches at the same budget and prints how they compare.
 

@@ -14,8 +14,8 @@ import yaml
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from demo_data.words import BASE_STYLE, MIXTURE, draw_rows
 from merit.demo import base_folder, demo_recipe, write_demo
-from merit.demo.mixture import BASE_STYLE, MIXTURE, draw_rows
 from merit.recipe.load import load_recipe
 
 

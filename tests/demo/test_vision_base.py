@@ -1,6 +1,5 @@
 """The vision demo's base and the script that makes it: small, published in form, repeatable, as good as its record says."""
 
-import importlib.util
 import json
 import random
 import re
@@ -17,24 +16,12 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoTokenizer, LlavaForConditionalGeneration, LlavaProcessor
 
+import build_vision_demo_base as build
+from demo_data.pictures import BASE_STYLE, MIXTURE, base_stream, draw_examples
 from merit.demo import base_folder, demo_recipe, write_demo
-from merit.demo.vision.mixture import BASE_STYLE, MIXTURE, base_stream, draw_examples
 from merit.recipe.load import load_recipe
 
 BASE = base_folder(vision=True)
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-
-
-@pytest.fixture(scope="module")
-def build():
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        spec = importlib.util.spec_from_file_location("build_vision_demo_base", SCRIPTS / "build_vision_demo_base.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(SCRIPTS))
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +30,7 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def processor(build):
+def processor():
     """The published files, read by the library's own class."""
     return LlavaProcessor.from_pretrained(BASE, local_files_only=True, backend="pil")
 
@@ -81,7 +68,7 @@ def test_the_weights_are_finite_bfloat16(record, model):
     assert isinstance(model, LlavaForConditionalGeneration)
 
 
-def test_ids_survive_reloading_and_are_those_of_the_script(tokenizer, build):
+def test_ids_survive_reloading_and_are_those_of_the_script(tokenizer):
     """Other ids would be an untrained model: the class that AutoTokenizer picks must keep the pre-tokenizer."""
     made = build.make_tokenizer()
     texts = [text for example in islice(base_stream(9), 60) for turn in example.turns for text in turn]
@@ -92,7 +79,7 @@ def test_ids_survive_reloading_and_are_those_of_the_script(tokenizer, build):
     assert len(tokenizer("Sure! The shape is red.")["input_ids"]) <= 7
 
 
-def test_the_published_processor_gives_what_the_base_was_trained_on(processor, build, tokenizer):
+def test_the_published_processor_gives_what_the_base_was_trained_on(processor, tokenizer):
     for example in islice(base_stream(3), 12):
         [question, answer], pictures = example.turns[0], list(example.pictures)
         parts = [*({"type": "image"} for _ in pictures), {"type": "text", "text": question}]
@@ -134,7 +121,7 @@ def test_the_template_marks_answer_and_end_of_turn(tokenizer):
 
 
 @torch.no_grad()
-def test_the_base_answers_as_recorded(build, tokenizer, model, record):
+def test_the_base_answers_as_recorded(tokenizer, model, record):
     """Greedy answers on fresh held-out cases; the recorded figure must lie within sampling error."""
     scores = []
     for name, dataset in BASE_STYLE.items():
@@ -147,7 +134,7 @@ def test_the_base_answers_as_recorded(build, tokenizer, model, record):
 
 
 @torch.no_grad()
-def test_the_base_looks(build, tokenizer, model):
+def test_the_base_looks(tokenizer, model):
     """With another picture under the same question the answers become wrong."""
     examples = list(islice(draw_examples(BASE_STYLE["kept_colour"], random.Random(1), test=True), 24))
     swapped = [
@@ -191,38 +178,3 @@ def test_handing_out_the_demo_needs_no_ml_framework(tmp_path):
         f"write_demo(Path({str(tmp_path)!r}), vision=True); sys.exit(bool({{'torch', 'transformers'}} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-# ---- the script -----------------------------------------------------------------------------------------------------
-
-
-def test_the_same_arguments_give_the_same_bytes(build, tmp_path, capsys):
-    small = ["--vision-steps", "2", "--vision-batch-size", "8", "--steps", "2", "--batch-size", "4", "--hidden", "16",
-             "--layers", "1", "--score-rows", "1"]  # fmt: skip
-    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
-        build.main([*small, "--seed", seed, "--output", str(tmp_path / name)])
-    weights = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in "abc"}
-    assert weights["a"] == weights["b"] != weights["c"]
-    record = json.loads((tmp_path / "c/training.json").read_text())
-    assert record["stage_1"]["pictures"] == 16
-    assert record["stage_2"]["conversations"] == 8
-    assert "--seed 1 --vision-steps 2 --vision-batch-size 8 --steps 2" in record["command"]
-
-
-def test_targets_are_the_answers(build, tokenizer):
-    examples = list(islice(base_stream(3), 24))
-    batch = build.encode(tokenizer, examples, random.Random(0))
-    for row, labels, example in zip(batch["input_ids"], batch["labels"], examples, strict=True):
-        targets = labels != build.IGNORED
-        assert torch.equal(labels[targets], row[targets])
-        assert tokenizer.decode(row[targets]) == "".join(f"{answer}<|end|>" for _, answer in example.turns)
-    assert len(batch["pixel_values"]) == sum(len(example.pictures) for example in examples)
-
-
-def test_stage_one_asks_what_the_cases_say(build):
-    case = {"cells": [0, 5], "shapes": ["ring", "circle"], "colours": ["red", "blue"]}
-    assert build.label("cell shape", "many", case) == [6, 0, 0, 0, 0, 1, 0, 0, 0]
-    assert build.label("cell colour", "many", case) == [1, 0, 0, 0, 0, 6, 0, 0, 0]
-    assert build.label("count", "many", case) == [2]
-    assert build.label("digit", "many", case) is None
-    assert build.label("highest", "bars", {"colours": ["red", "green"], "levels": [2, 7]}) == [3]

@@ -172,8 +172,9 @@ def test_the_demo_command_with_little_of_everything(tmp_path: Path, merit) -> No
     for word in ("joint", "random", "merged", "kept", "drift"):
         assert word in result.out
     other = merit("demo", "--output", tmp_path / "demo", "--jobs", 1, "--seed", 1, *little)
-    assert other.code == 2, "another seed makes other rows: the finished run does not match them"
-    assert "seed" in other.err or "source of" in other.err
+    assert other.code == 2, "the finished run has another seed"
+    assert "seed" in other.err
+    assert "source of" not in other.err, "the rows are the same for every seed"
 
 
 def test_status_shows_the_step_of_a_branch_that_runs(finished: Case, merit, tmp_path: Path) -> None:

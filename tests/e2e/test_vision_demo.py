@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from demo_data.pictures import BASE_STYLE, MIXTURE, SKILLS
 from merit.demo import base_folder
-from merit.demo.vision.mixture import BASE_STYLE, MIXTURE, SKILLS
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

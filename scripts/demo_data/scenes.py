@@ -5,7 +5,7 @@ in it. Painting adds what no question is about: the background, small shifts, tu
 pixels, drawn without fonts. The handwritten digits are scikit-learn's real ones (Alpaydin & Kaynak, "Optical Recognition
 of Handwritten Digits", UCI, 1998); everything else is drawn. Two scenes are words only and have no picture.
 
-It asks no questions and writes no files (:mod:`merit.demo.vision.mixture`).
+It asks no questions and writes no files (:mod:`demo_data.pictures`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from merit.demo.mixture import HELD_OUT_SHARE
+from demo_data.words import HELD_OUT_SHARE
 
 if TYPE_CHECKING:
     from PIL.Image import Image

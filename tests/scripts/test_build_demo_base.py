@@ -1,26 +1,13 @@
 """The script that pretrains the base: the same arguments give the same bytes, and only answers are trained on."""
 
-import importlib.util
 import json
 from itertools import islice
-from pathlib import Path
 
-import pytest
-
-from merit.demo.mixture import base_stream
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "build_demo_base.py"
+import build_demo_base as build
+from demo_data.words import base_stream
 
 
-@pytest.fixture(scope="module")
-def build():
-    spec = importlib.util.spec_from_file_location("build_demo_base", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_same_arguments_give_the_same_bytes(build, tmp_path, capsys):
+def test_the_same_arguments_give_the_same_bytes(tmp_path, capsys):
     small = ["--steps", "3", "--batch-size", "4", "--hidden", "16", "--layers", "1", "--score-rows", "1"]
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         build.main([*small, "--seed", seed, "--output", str(tmp_path / name)])
@@ -31,7 +18,7 @@ def test_the_same_arguments_give_the_same_bytes(build, tmp_path, capsys):
     assert "--seed 1 --steps 3 --batch-size 4" in record["command"]
 
 
-def test_targets_are_what_the_chat_template_marks(build):
+def test_targets_are_what_the_chat_template_marks():
     tokenizer = build.make_tokenizer()
     rows = list(islice(base_stream(3), 32))
     ids, labels = build.encode(tokenizer, rows)
@@ -47,7 +34,7 @@ def test_targets_are_what_the_chat_template_marks(build):
     assert (labels[labels != build.IGNORED] == ids[labels != build.IGNORED]).all()
 
 
-def test_byte_symbols_are_those_of_byte_level_tokenizers(build):
+def test_byte_symbols_are_those_of_byte_level_tokenizers():
     from tokenizers import pre_tokenizers
 
     assert sorted(build.byte_symbols()) == sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -14,16 +14,16 @@ from pyarrow import parquet
 from scipy import ndimage
 from sklearn.datasets import load_digits
 
-from merit.demo.vision.mixture import (
+from demo_data.pictures import (
     BASE_STYLE,
     MIXTURE,
     SKILLS,
     base_stream,
     draw_examples,
     write_kept,
-    write_mixture,
 )
-from merit.demo.vision.scenes import COLOURS, SCENES, SHAPES, SIZE, draw_case, held_out, paint
+from demo_data.scenes import COLOURS, SCENES, SHAPES, SIZE, draw_case, held_out, paint
+from merit.demo import write_demo
 
 # ---- reading the files back -----------------------------------------------------------------------------------------
 
@@ -54,23 +54,18 @@ def rows_of(folder, split):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("vision")
-    write_mixture(root / "mixture", seed=0)
-    write_kept(root / "kept", seed=0)
-    return root
+    return write_demo(tmp_path_factory.mktemp("vision"), vision=True).parent
 
 
 def everything(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_the_seed_decides_every_byte(root, tmp_path):
-    write_mixture(tmp_path / "same", seed=0)
-    write_kept(tmp_path / "kept", seed=0)
-    write_kept(tmp_path / "other", seed=1)
-    assert everything(tmp_path / "same") == everything(root / "mixture")
-    assert everything(tmp_path / "kept") == everything(root / "kept")
-    first, other = everything(root / "kept"), everything(tmp_path / "other")
+def test_the_seed_decides_every_byte(tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        write_kept(tmp_path / name, seed=seed)
+    first, same, other = (everything(tmp_path / name) for name in "abc")
+    assert first == same
     assert first.keys() == other.keys()
     questions = {name for name in first if name.endswith(".jsonl")}
     assert all(first[name] != other[name] for name in first.keys() - questions)

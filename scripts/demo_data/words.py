@@ -9,7 +9,7 @@ directions, and a run can show both what it learned (the mixture's test rows) an
 Every case of a skill belongs for good to the training or to the held-out side, by a hash of its arguments: no held-out
 case was ever trained on, in any phrasing, by the base or by the mixture. Everything follows from the seed.
 
-It does not cover anything that a model does with the data; it needs the standard library only.
+It needs the standard library only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The demo's generated data: determinism, disjoint sides, sizes, and answers that are right."""
+"""The demo's data: determinism, disjoint sides, sizes, and answers that are right."""
 
 import json
 import random
@@ -7,7 +7,8 @@ from itertools import islice
 
 import pytest
 
-from merit.demo.mixture import BASE_STYLE, MIXTURE, SKILLS, base_stream, draw_rows, write_kept, write_mixture
+from demo_data.words import BASE_STYLE, MIXTURE, SKILLS, base_stream, draw_rows, write_mixture
+from merit.demo import write_demo
 
 
 def read(path):
@@ -20,19 +21,14 @@ def contents(folder):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("demo")
-    write_mixture(root / "mixture", seed=0)
-    write_kept(root / "kept", seed=0)
-    return root
+    return write_demo(tmp_path_factory.mktemp("demo")).parent
 
 
-def test_the_seed_decides_every_row(folders, tmp_path):
-    write_mixture(tmp_path / "same", seed=0)
-    write_mixture(tmp_path / "other", seed=1)
-    write_kept(tmp_path / "kept", seed=0)
-    assert contents(tmp_path / "same") == contents(folders / "mixture")
-    assert contents(tmp_path / "kept") == contents(folders / "kept")
-    first, other = contents(folders / "mixture"), contents(tmp_path / "other")
+def test_the_seed_decides_every_row(tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        write_mixture(tmp_path / name, seed=seed)
+    first, same, other = (contents(tmp_path / name) for name in "abc")
+    assert first == same
     assert first.keys() == other.keys()
     assert all(first[name] != other[name] for name in first)
 

@@ -9,7 +9,7 @@ the base's style, two have no pictures.
 The rows come in every form that image data is published in: ``messages`` with image parts and files beside, LLaVA's
 ``conversations``, The Cauldron's ``images`` and ``texts`` and ``messages`` with an ``images`` column, both as Parquet
 with the pictures' bytes inside; one dataset has two pictures per row. A case on the held-out side
-(:func:`merit.demo.vision.scenes.held_out`) is never trained on, by the base or by the mixture. The seed decides every
+(:func:`demo_data.scenes.held_out`) is never trained on, by the base or by the mixture. The seed decides every
 row. Nothing here runs a model.
 """
 
@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from merit.demo.mixture import BRIEFLY, KEPT_ROWS, TEST_ROWS, Dataset
-from merit.demo.vision.scenes import COLOURS, PLACES, SCENES, TRENDS, Case, draw_case, paint
+from demo_data.scenes import COLOURS, PLACES, SCENES, TRENDS, Case, draw_case, paint
+from demo_data.words import BRIEFLY, KEPT_ROWS, TEST_ROWS, Dataset
 
 if TYPE_CHECKING:
     from PIL.Image import Image

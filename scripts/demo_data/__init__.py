@@ -1,0 +1,1 @@
+"""What generated the demos' data: skills in words, questions about pictures, and the pictures themselves."""
