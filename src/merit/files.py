@@ -13,7 +13,9 @@ import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from merit.errors import ResourceError, RunFolderError
 from merit.progress import size
@@ -126,8 +128,28 @@ def read_json(path: Path) -> Any:
         raise RunFolderError(
             f"{path} is missing.", "Run the stage that writes it first (`merit status RUN`)."
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunFolderError(f"{path} is damaged: {error}.", "Remove the stage's folder and run it again.") from None
+
+
+_T = TypeVar("_T")
+
+
+def read_as(path: Path, kind: type[_T]) -> _T:
+    """Read JSON that a stage wrote as a dataclass, or as lists and dicts of them.
+
+    Raises:
+        RunFolderError: The file is missing or damaged, or holds something else.
+    """
+    value = read_json(path)
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the whole file"
+        raise RunFolderError(
+            f"{path} is damaged: {where}: {first['msg']}.", "Remove the stage's folder and run it again."
+        ) from None
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
