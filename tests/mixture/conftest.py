@@ -87,15 +87,14 @@ def whole_words(request):
 
 @pytest.fixture(scope="session")
 def seeing(tmp_path_factory):
-    """The tokenizer of a tiny LLaVA, which sees images."""
-    from merit.hf.models import load_tokenizer
-    from merit.recipe.schema import ModelSettings
+    """A tiny LLaVA, which sees images."""
+    from merit.hf.base import open_base
 
     file = Path(__file__).parents[1] / "vision" / "bases.py"
     spec = importlib.util.spec_from_file_location("vision_bases", file)
     bases = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bases)
-    return load_tokenizer(ModelSettings(base=str(bases.make_base("llava", tmp_path_factory.mktemp("llava")))))
+    return open_base(bases.make_base("llava", tmp_path_factory.mktemp("llava")))
 
 
 @pytest.fixture

@@ -11,13 +11,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from mixture_cases import as_base, prepare_mixture
 from PIL import Image
 from safetensors.numpy import save_file
 
 from merit.errors import MixtureError
+from merit.hf.base import Base
 from merit.hf.images import digest, read_image
-from merit.hf.models import BaseInfo
-from merit.mixture import load_split, prepare_mixture
+from merit.mixture import load_split
 from merit.mixture.fingerprint import source_fingerprints
 from merit.mixture.formats import to_chat
 from merit.mixture.image_check import check_images
@@ -117,10 +118,10 @@ def test_image_files_are_referred_to_where_they_lie(recipe, seeing, tmp_path):
     assert [(ref.width, ref.height, ref.digest) for row in refs for ref in row] == [
         (10 + i, 12, digest(content)) for i, content in enumerate(data)
     ]
-    each = seeing.merit_images.text(refs[0][0]).count(seeing.merit_images.token)
+    each = seeing.images.text(refs[0][0]).count(seeing.images.token)
     assert counts.image_tokens == 3 * each > 0
     ids = np.concatenate([row.input_ids for row in used(tmp_path / "out")])
-    assert int((ids == seeing.merit_images.token_id).sum()) == counts.image_tokens
+    assert int((ids == seeing.images.token_id).sum()) == counts.image_tokens
 
 
 def test_where_paths_start_from(recipe, seeing, tmp_path):
@@ -486,11 +487,11 @@ def test_a_text_only_base_refuses_rows_with_images(recipe, byte_level, tmp_path)
     assert summary.first_image == f"{path}, line 2"
     settings = recipe({**listed(path), **drop}, split={"method": "joint"})
     facts = {"model_type": "llama", "architecture": "LlamaForCausalLM", "parameters": 10, "dtypes": {"w": "F32"}}
-    base = BaseInfo(folder=tmp_path / "base", context=4096, **facts)
+    base = Base(folder=tmp_path / "base", context=4096, settings=settings.model, **facts)
     base.folder.mkdir()
     save_file({"w": np.zeros(10, np.float32)}, base.folder / "model.safetensors")
     with pytest.raises(MixtureError, match=r"Dataset d: .*line 2: the row has images, but the base .*text-only"):
-        make_plan(settings, tmp_path / "run", base=base, tokenizer=lambda: None)
+        make_plan(settings, tmp_path / "run", opened=base)
 
 
 def test_text_rows_are_fine_for_a_base_that_sees(recipe, seeing, tmp_path):
@@ -543,13 +544,13 @@ def test_the_command_prints_them_and_says_so_in_its_exit_code(tmp_path, damaged)
 
 
 def test_the_check_finds_what_the_base_would_refuse_and_other_names(recipe, seeing, tmp_path):
-    token = seeing.merit_images.token
+    token = seeing.images.token
     file(tmp_path / "photo.jpg", picture(1))  # a PNG under another name: used, and told
     file(tmp_path / "line.png", picture(2, (603, 3)))
     turns = [{"from": "human", "value": f"see {token}"}, {"from": "gpt", "value": "yes"}]
     rows = [llava("photo.jpg"), llava("line.png"), {"conversations": turns}]
     path = lines(tmp_path / "x.jsonl", rows)
-    report = check_images(recipe(listed(path)), sight=seeing.merit_images)
+    report = check_images(recipe(listed(path)), sight=seeing.images)
     assert [(entry.place, entry.reason) for entry in report.bad] == [
         (f"{path}, line 2", "image_refused"),
         (f"{path}, line 3", "image_token_in_text"),
@@ -583,13 +584,13 @@ def test_rows_with_other_images_are_other_rows(recipe, seeing, tmp_path):
 def test_places_of_images_are_not_lost_characters(recipe, tmp_path, seeing, dropping):
     """A tokenizer that knows few characters does not know the sign that stands for an image, and need not."""
     tokenizer = copy.deepcopy(dropping)
-    tokenizer.add_special_tokens({"additional_special_tokens": [seeing.merit_images.token]})
-    tokenizer.chat_template = seeing.chat_template
-    tokenizer.merit_images = copy.copy(seeing.merit_images)
-    tokenizer.merit_images.token_id = tokenizer.convert_tokens_to_ids(seeing.merit_images.token)
+    tokenizer.add_special_tokens({"additional_special_tokens": [seeing.images.token]})
+    tokenizer.chat_template = seeing.tokenizer.chat_template
+    images = copy.copy(seeing.images)
+    images.token_id = tokenizer.convert_tokens_to_ids(images.token)
     file(tmp_path / "a.png", picture(1))
     path = lines(tmp_path / "x.jsonl", [llava("a.png")])
-    [counts] = prepare_mixture(recipe(listed(path)), tokenizer, tmp_path / "out")
+    [counts] = prepare_mixture(recipe(listed(path)), as_base(tokenizer, images), tmp_path / "out")
     assert counts.images == 1
     assert counts.characters_lost == {"prompt": 0.0, "answer": 0.0, "all": 0.0}
 

@@ -3,9 +3,10 @@ import random
 
 import numpy as np
 import pytest
+from mixture_cases import prepare_mixture
 
 from merit.errors import MixtureError
-from merit.mixture import EncodedDataset, load_split, prepare_mixture, read_counts
+from merit.mixture import EncodedDataset, load_split, read_counts
 
 
 def messages(question, answer):
