@@ -1,26 +1,35 @@
-# Two commands do everything, set-up included: `make demo` and `make test`.
+# `make demo` and `make test` do everything, set-up included. `make check` is the fast loop while working.
 VENV := .venv
 PYTHON ?= python3
-PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: demo test lint install clean
+.PHONY: demo test check lint types install install-dev clean
 demo: $(VENV)/.installed
-	$(VENV)/bin/merit demo
+	$(BIN)/merit demo
 
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2
+
+check: lint types
+	$(BIN)/python -m pytest -n 2 -q -m "not slow"
 
 lint: $(VENV)/.installed-dev
-	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
 
 install: $(VENV)/.installed
 
-$(VENV)/bin/python:
+install-dev: $(VENV)/.installed-dev
+
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "MERIT needs Python 3.11 or newer; found $$($(PYTHON) --version). Use: make PYTHON=python3.12 ..."; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+$(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
 	@echo "Installing MERIT into $(VENV) (2 GB, a few minutes the first time) ..."
 	$(PIP) -c constraints.txt -e .
 	@touch $@
