@@ -16,7 +16,7 @@ from merit.recipe.load import dump_recipe, load_recipe, parse_recipe
 from merit.run import check as plans
 from merit.run.needs import published_weights
 
-PAPER = Path(__file__).parents[1] / "recipes" / "paper"
+PAPER = Path(__file__).parents[2] / "recipes" / "paper"
 SCALED = [
     "--set=name=mixture-176-7b-scaled",
     "--set=prepare.stages.knowledge.mixture.exclude=[]",

@@ -149,7 +149,7 @@ def test_every_field_is_documented() -> None:
     json.dumps(schema)
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_recipes_load(path: Path) -> None:
     assert isinstance(load_recipe(path), Recipe)
 
