@@ -1,7 +1,10 @@
 """One thread per test process, set before torch is imported: two under contention are far slower, and bits depend on it."""
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -10,3 +13,33 @@ os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", HF_HUB_DIS
 
 settings.register_profile("merit", deadline=None)  # no test may fail by the clock
 settings.load_profile("merit")
+
+from tests import builders  # noqa: E402  (after the environment is set)
+from tests.builders import Case, Result  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama's folder."""
+    return builders.make_base(tmp_path_factory.mktemp("base") / "base")
+
+
+@pytest.fixture
+def case(tmp_path: Path, base: Path) -> Case:
+    """A recipe with six small datasets, in a folder of its own."""
+    return builders.make_case(tmp_path, base)
+
+
+@pytest.fixture(scope="session")
+def merit() -> Callable[..., Result]:
+    """The command line, called in this process."""
+    return builders.call
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Case:
+    """One whole run with both usual baselines; read-only for the tests that share it."""
+    made = builders.make_case(tmp_path_factory.mktemp("finished"), base, baselines=["joint", "random"])
+    result = builders.call("run", made.recipe, "--output", made.run, "--quiet")
+    assert result.code == 0, result.err
+    return made

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tests.e2e.conftest import Case, make_base, make_case, task_rows, write_rows
+from tests.builders import Case, make_base, make_case, task_rows, write_rows
 
 
 def refused(merit, case: Case, *words: str, command: str = "run", extra: tuple[str, ...] = ()) -> str:

@@ -10,22 +10,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from tests.e2e.conftest import TASKS, Case, make_case, task_rows, write_rows
+from tests.builders import TASKS, Case, make_case, read, snapshot, task_rows, weights, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-
-def read(path: Path):
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def weights(folder: Path) -> dict[str, np.ndarray]:
-    return load_file(folder / "model.safetensors")
-
-
-def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and modification time of every file, the locks aside."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
-    return {str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
 
 def test_the_run_folder_is_what_the_interface_promises(finished: Case) -> None:

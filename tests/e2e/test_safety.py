@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.e2e.conftest import Case, make_case
-from tests.e2e.test_run import read, snapshot
+from tests.builders import Case, make_case, read, snapshot
 
 
 @pytest.mark.parametrize(

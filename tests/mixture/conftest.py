@@ -1,6 +1,5 @@
 """Three small tokenizers: byte-level (loses nothing), one that drops what it does not know, one that writes <unk>."""
 
-import importlib.util
 import string
 from pathlib import Path
 
@@ -88,13 +87,11 @@ def whole_words(request):
 @pytest.fixture(scope="session")
 def seeing(tmp_path_factory):
     """A tiny LLaVA, which sees images."""
+    from tests.builders import make_vision_base
+
     from merit.hf.base import open_base
 
-    file = Path(__file__).parents[1] / "vision" / "bases.py"
-    spec = importlib.util.spec_from_file_location("vision_bases", file)
-    bases = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bases)
-    return open_base(bases.make_base("llava", tmp_path_factory.mktemp("llava")))
+    return open_base(make_vision_base("llava", tmp_path_factory.mktemp("llava")))
 
 
 @pytest.fixture

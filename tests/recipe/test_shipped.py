@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.e2e.conftest import Result, merit  # noqa: F401  (a fixture)
+from tests.builders import Result, write_rows
 
 from merit.errors import RecipeError
 from merit.recipe.load import dump_recipe, load_recipe, parse_recipe
@@ -32,7 +32,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was used"))
 
 
-def check(merit: Callable[..., Result], name: str, *words: str) -> dict[str, Any]:  # noqa: F811
+def check(merit: Callable[..., Result], name: str, *words: str) -> dict[str, Any]:
     result = merit("check", "--offline", PAPER / f"{name}.yaml", "--output", "run", "--json", *words)
     assert result.code == 0, result.err
     assert not Path("run").exists()
@@ -44,7 +44,7 @@ def test_every_recipe_of_the_paper_is_tested() -> None:
     assert {path.stem for path in PAPER.glob("*.yaml")} == {"vision-flan-3b", "mixture-176-7b", "flan-text-3b"}
 
 
-def test_vision_flan(merit: Callable[..., Result]) -> None:  # noqa: F811
+def test_vision_flan(merit: Callable[..., Result]) -> None:
     plan = check(merit, "vision-flan-3b")
     assert plan["split"] == {"method": "pca", "groups": 8}
     assert plan["branches"] == 8 + 1 + 8, "MERIT-3D, joint, random"
@@ -60,7 +60,7 @@ def test_vision_flan(merit: Callable[..., Result]) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("words", [[], SCALED], ids=["plain", "scaled"])
-def test_the_mixture_of_176(merit: Callable[..., Result], words: list[str]) -> None:  # noqa: F811
+def test_the_mixture_of_176(merit: Callable[..., Result], words: list[str]) -> None:
     plan = check(merit, "mixture-176-7b", *words)
     assert plan["split"] == {"method": "pca", "groups": 4}
     assert plan["base"]["parameters"] == 8_292_166_656, "assembled: as large as Qwen2.5-VL-7B"
@@ -79,16 +79,14 @@ def test_the_mixture_of_176(merit: Callable[..., Result], words: list[str]) -> N
     assert small["memory_bytes"] < 64 * GIB < plan["memory_bytes"]
 
 
-def test_flan(merit: Callable[..., Result]) -> None:  # noqa: F811
+def test_flan(merit: Callable[..., Result]) -> None:
     plan = check(merit, "flan-text-3b")
     assert plan["split"]["groups"] == 4
     assert plan["base"]["trainable"] == plan["base"]["parameters"] == 3_085_938_688
     assert plan["preparation"] == []
 
 
-def test_what_is_here_is_looked_at_offline_too(merit: Callable[..., Result]) -> None:  # noqa: F811
-    from tests.e2e.conftest import write_rows
-
+def test_what_is_here_is_looked_at_offline_too(merit: Callable[..., Result]) -> None:
     data = Path("flan")
     write_rows(data / "a.jsonl", [{"inputs": "q", "targets": "a", "task": t} for t in ("w", "x", "y", "z")])
     words = (f"--set=mixture.path={data}", "--set=mixture.test=null")
@@ -99,7 +97,7 @@ def test_what_is_here_is_looked_at_offline_too(merit: Callable[..., Result]) -> 
     assert "targets must be text" in result.err
 
 
-def test_steps_where_every_budget_is_stated(merit: Callable[..., Result]) -> None:  # noqa: F811
+def test_steps_where_every_budget_is_stated(merit: Callable[..., Result]) -> None:
     listed = (
         "[{name: a, path: no/a, samples: 100}, {name: b, path: no/b, samples: 29}, {name: c, path: no/c, samples: 9}]"
     )
@@ -109,13 +107,13 @@ def test_steps_where_every_budget_is_stated(merit: Callable[..., Result]) -> Non
     assert check(merit, "flan-text-3b", *words, "--set=mixture.datasets.b.samples=null")["steps"] is None
 
 
-def test_a_model_that_nobody_knows_has_no_figures(merit: Callable[..., Result]) -> None:  # noqa: F811
+def test_a_model_that_nobody_knows_has_no_figures(merit: Callable[..., Result]) -> None:
     plan = check(merit, "vision-flan-3b", "--set=model.base=somebody/something")
     assert (plan["memory_bytes"], plan["disk_bytes"], plan["base"]["parameters"]) == (None, None, None)
     assert any("memory and disk are not known" in note for note in plan["notes"])
 
 
-def test_too_few_listed_datasets_are_refused_offline(merit: Callable[..., Result]) -> None:  # noqa: F811
+def test_too_few_listed_datasets_are_refused_offline(merit: Callable[..., Result]) -> None:
     listed = "--set=mixture={datasets: [{name: a, path: no/a}]}"
     result = merit("check", "--offline", PAPER / "vision-flan-3b.yaml", listed)
     assert result.code == 2
@@ -159,7 +157,7 @@ def test_a_stage_takes_what_it_does_not_say_from_the_recipes_own_train() -> None
 
 def test_the_vision_starter_recipe_loads_with_and_without_its_comments(
     tmp_path: Path,
-    merit: Callable[..., Result],  # noqa: F811
+    merit: Callable[..., Result],
 ) -> None:
     assert merit("init", "--vision", "recipe.yaml").code == 0
     text = Path("recipe.yaml").read_text()
@@ -171,9 +169,7 @@ def test_the_vision_starter_recipe_loads_with_and_without_its_comments(
     assert [stage.name for stage in prepared.stages] == ["align", "instruct"]
 
 
-def test_what_is_not_here_is_listed_whatever_it_is_for(merit: Callable[..., Result]) -> None:  # noqa: F811
-    from tests.e2e.conftest import write_rows
-
+def test_what_is_not_here_is_listed_whatever_it_is_for(merit: Callable[..., Result]) -> None:
     write_rows(Path("a.jsonl"), [{"inputs": "q", "targets": "a"}])
     listed = "[{name: a, path: a.jsonl}, {name: b, path: a.jsonl, test: no/b.jsonl}, {name: c, path: no/c.jsonl}]"
     words = ("--set=mixture={datasets: " + listed + "}", "--set=split.axes=1")
