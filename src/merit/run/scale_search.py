@@ -80,15 +80,14 @@ def spare_rows(
 
 def _mean_loss(pipeline: Pipeline, model: PreTrainedModel, datasets: Mapping[str, list[EncodedRow]]) -> float:
     """Unweighted mean over datasets of the loss per target token (nats)."""
+    from merit.evaluation.forward import Forward
     from merit.evaluation.heldout import row_losses
     from merit.hf.models import autocast
 
     rows = [row for held in datasets.values() for row in held]
-    settings, batcher = pipeline.recipe.evaluate, pipeline.base.batcher
+    forward = Forward(pipeline.base.batcher, pipeline.device, pipeline.recipe.evaluate.batch_tokens)
     with autocast(pipeline.recipe.model, pipeline.device):
-        losses, counts = row_losses(
-            model, rows, batcher=batcher, device=pipeline.device, batch_tokens=settings.batch_tokens
-        )
+        losses, counts = row_losses(model, rows, forward)
     owner = np.repeat(np.arange(len(datasets)), [len(held) for held in datasets.values()])
     return float(np.mean(np.bincount(owner, weights=losses) / np.bincount(owner, weights=counts)))
 
@@ -98,25 +97,19 @@ def _drift_from(
 ) -> Callable[[PreTrainedModel], float]:
     """Divergence from the base on answers that it samples now, as a function of a model."""
     from merit.evaluation import drift
+    from merit.evaluation.forward import Forward
     from merit.evaluation.heldout import end_tokens
 
-    settings, batcher, device = pipeline.recipe.evaluate, pipeline.base.batcher, pipeline.device
+    settings = pipeline.recipe.evaluate
+    forward = Forward(pipeline.base.batcher, pipeline.device, settings.batch_tokens)
     chosen = drift.choose_prompts(
         {name: len(rows) for name, rows in datasets.items()}, settings.drift.prompts or 64, pipeline.recipe.seed
     )
     prompts = [datasets[name][i].prompt() for name, i in chosen]
-    answers = drift.sample_answers(
-        base,
-        prompts,
-        settings.drift.tokens,
-        ends=end_tokens(datasets, pipeline.base.tokenizer),
-        batcher=batcher,
-        device=device,
-        batch_tokens=settings.batch_tokens,
-        seed=pipeline.recipe.seed,
-    )
+    ends = end_tokens(datasets, pipeline.base.tokenizer)
+    answers = drift.sample_answers(base, prompts, settings.drift.tokens, ends, forward, pipeline.recipe.seed)
     pairs = [(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True) if len(answer)]
     reference = drift.Reference.of_base(
-        base, [prompt for prompt, _ in pairs], [answer for _, answer in pairs], folder, batcher=batcher, device=device
+        base, [prompt for prompt, _ in pairs], [answer for _, answer in pairs], folder, forward
     )
-    return lambda model: float(drift.measure_drift(model, reference, batcher=batcher, device=device)["kl"])
+    return lambda model: drift.measure_drift(model, reference, forward).kl
