@@ -116,7 +116,7 @@ def test_concatenated_adapter_loads_in_peft_and_is_exact(tmp_path, kind):
     rank = KINDS[kind]["r"]
     assert max(result.adapters.ranks.values()) == 3 * rank
     assert result.adapters.relative_error == 0
-    assert result.fingerprint == checkpoint.fingerprint(tmp_path / "out")
+    assert result.model_fingerprint == checkpoint.fingerprint(tmp_path / "out")
 
 
 def test_ranks_may_differ_between_adapters_and_modules(tmp_path):
@@ -278,7 +278,7 @@ def test_the_record_of_a_merged_adapter_lies_next_to_it(tmp_path):
     branches, _ = adapters(tmp_path, "plain", count=2)
     result = merge_into_adapter(tmp_path / "base", branches, tmp_path / "out")
     assert MergeResult.load(tmp_path / "out") == result
-    assert result.fingerprint == checkpoint.fingerprint(tmp_path / "out")
+    assert result.model_fingerprint == checkpoint.fingerprint(tmp_path / "out")
 
 
 @pytest.mark.parametrize("operator", ["star", "tsv", "iso_cts"])

@@ -211,7 +211,7 @@ def test_threads_do_not_matter(tmp_path, base, branches, monkeypatch):
             monkeypatch.setattr(f"merit.merge.{module}.threads", lambda count=count: count)
         for operator in ("average", "ties", "tsv"):
             result = merge(base, branches, tmp_path / f"{operator}{count}", operator)
-            digests.add((operator, result.fingerprint, json.dumps(result.statistics)))
+            digests.add((operator, result.model_fingerprint, json.dumps(result.statistics)))
     assert len(digests) == 3
 
 
@@ -553,8 +553,8 @@ def test_the_record_is_there_before_the_folder_has_its_name_and_reads_back(tmp_p
     result = run_merge(make_plan(base, branches, "star", output=tmp_path / "out"))
     assert len(seen) == 1
     assert MergeResult.load(tmp_path / "out") == result
-    assert result.fingerprint == checkpoint.fingerprint(tmp_path / "out")
-    assert result.seconds > 0
+    assert result.model_fingerprint == checkpoint.fingerprint(tmp_path / "out")
+    assert result.merge_seconds > 0
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "null", '{"operator": 3}', "{}", '{"operator": "average", "odd": 1}'])

@@ -178,10 +178,10 @@ def merge_into_adapter(
             counts=tuple(int(c) if c.denominator == 1 else float(c) for c in counts),
             base=Source(head.folder.name, str(head.folder), None),
             branches=tuple(Source(b.name, str(b.path), fingerprint(b.path)) for b in adapters),
-            fingerprint=fingerprint(temporary),
+            model_fingerprint=fingerprint(temporary),
             files={name: WrittenFile(file.size, weights_digest(written)) for name, file in written.files.items()},
             warnings=tuple(warnings),
-            seconds=round(time.perf_counter() - started, 3),
+            merge_seconds=round(time.perf_counter() - started, 3),
             adapters=Adapters(
                 "concat" if rank is None else "recompress", joint.ranks, joint.relative_error, joint.relative_errors
             ),

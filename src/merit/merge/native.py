@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from merit.files import publish, sync
 from merit.hf.dtypes import DTYPES, DType
 
 __all__ = ["Kernel", "available"]
@@ -159,9 +160,8 @@ def _compile(path: Path) -> bool:
         always = ("-fno-strict-aliasing", "-shared", "-fPIC", "-o", str(made), str(_SOURCE), "-lm")
         for flags in _FLAGS:
             if runs(compiler, *flags, *always):
-                with made.open("rb") as handle:
-                    os.fsync(handle.fileno())  # a file cut short by a power loss would crash whoever loads it
-                made.replace(path)  # whole or not at all, whoever else compiles it now
+                sync(made)  # a file cut short by a power loss would crash whoever loads it
+                publish(made, path)  # whole or not at all, whoever else compiles it now
                 return True
     return False
 

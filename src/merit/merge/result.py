@@ -6,10 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
-
-from merit.errors import RunFolderError
-from merit.files import read_json, write_json
+from merit.files import read_as, write_json
 from merit.merge.weights import ScaleSearch
 
 __all__ = ["RECORD", "Adapters", "MergeResult", "Source", "WrittenFile"]
@@ -59,22 +56,21 @@ class MergeResult:
     """A merged checkpoint (or adapter) and how it came about.
 
     Attributes:
-        folder: Where it lies.
         operator, options, scale: What merged the branches; scale is λ of θ0 + λ τ.
         weights: w_k over the branches, Σ w_k = 1.
         counts: What the weights are shares of.
         base, branches: What went in.
-        fingerprint: Content fingerprint of what came out.
+        model_fingerprint: Content fingerprint of what came out.
         files: The weight files by name.
         statistics: What the operator reports.
         excluded: Branches that were left out.
         warnings: What a person should know.
-        seconds: Wall time of the merge.
+        merge_seconds: Wall time of the merge.
         adapters: For LoRA branches.
-        search: For ``scale: auto``: the curve that λ was chosen on.
+        scale_search: For ``scale: auto``: the curve that λ was chosen on.
+        folder: Where it lies.
     """
 
-    folder: Path
     operator: str
     options: Mapping[str, str | Number | bool]
     scale: float
@@ -82,18 +78,19 @@ class MergeResult:
     counts: tuple[Number, ...]
     base: Source
     branches: tuple[Source, ...]
-    fingerprint: str
+    model_fingerprint: str
     files: Mapping[str, WrittenFile]
     statistics: Mapping[str, Number | list[float] | dict[str, Number]] = field(default_factory=dict)
     excluded: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    seconds: float = 0.0
+    merge_seconds: float = 0.0
     adapters: Adapters | None = None
-    search: ScaleSearch | None = None
+    scale_search: ScaleSearch | None = None
+    folder: Path = Path()
 
     def record(self) -> dict[str, object]:
         """Plain JSON values: all but the folder."""
-        return {_KEYS.get(key, key): value for key, value in asdict(self).items() if key != "folder"}
+        return {key: value for key, value in asdict(self).items() if key != "folder"}
 
     def save(self, folder: Path) -> None:
         """Write the record into ``folder``, which may still be unfinished."""
@@ -106,18 +103,4 @@ class MergeResult:
         Raises:
             RunFolderError: It is missing, or not a merge's record.
         """
-        path = folder / RECORD
-        value = read_json(path)
-        try:
-            fields = {_FIELDS.get(key, key): entry for key, entry in value.items()}
-            return replace(_ADAPTER.validate_python({**fields, "folder": folder}), folder=folder)
-        except (AttributeError, ValidationError) as error:
-            why = str(error).splitlines()[0]
-            raise RunFolderError(
-                f"{path} is not the record of a merge ({why}).", "Merge again into a new folder."
-            ) from None
-
-
-_KEYS = {"fingerprint": "model_fingerprint", "seconds": "merge_seconds", "search": "scale_search"}
-_FIELDS = {value: key for key, value in _KEYS.items()}
-_ADAPTER = TypeAdapter(MergeResult)
+        return replace(read_as(folder / RECORD, cls), folder=folder)

@@ -249,14 +249,14 @@ class _Run:
             counts=tuple(int(c) if c.denominator == 1 else float(c) for c in plan.counts),
             base=Source(base.name, str(base), self.inputs[0]),
             branches=tuple(Source(b.name, str(b.path), f) for b, f in zip(plan.branches, self.inputs[1:], strict=True)),
-            fingerprint=combine_fingerprint(self.temporary, self.written.hexdigest()),
+            model_fingerprint=combine_fingerprint(self.temporary, self.written.hexdigest()),
             files=self.files,
             statistics=self.statistics.summary(),
             excluded=plan.excluded,
             warnings=plan.warnings,
-            seconds=seconds,
+            merge_seconds=seconds,
             adapters=plan.adapters,
-            search=search,
+            scale_search=search,
         )
 
 

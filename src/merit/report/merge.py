@@ -18,8 +18,8 @@ def render(result: MergeResult) -> list[RenderableType]:
     for branch, weight in zip(result.branches, result.weights, strict=True):
         table.add_row(plain(branch.name), f"{weight:.4f}")
     lines: list[RenderableType] = [table]
-    if result.search is not None:
-        lines += _curve(result.search)
+    if result.scale_search is not None:
+        lines += _curve(result.scale_search)
     lines += [f"[yellow]note:[/] {plain(text)}" for text in condense(result.warnings, len(result.branches))]
     lines.append(f"Merged model: {plain(str(result.folder))}")
     return lines

@@ -116,6 +116,6 @@ def make_merge(pipeline: Pipeline, taking: Mapping[int, Stage], left_out: Sequen
             judge=partial(judge_scales, pipeline),
             progress=tick,
         )
-    if result.search is not None:
-        write_text(output / "scale.svg", trade_off_svg(result.search))
+    if result.scale_search is not None:
+        write_text(output / "scale.svg", trade_off_svg(result.scale_search))
     return result
