@@ -80,9 +80,10 @@ NOT_YET: dict[str, set[str]] = {
         "merit.evaluation.drift",
         "merit.hf.models",
         "merit.launch.local",
-        "merit.mixture.encode",
-        "merit.mixture.image_store",
-        "merit.mixture.stage",
+        "merit.merge.lora",
+        "merit.merge.native",
+        "merit.merge.plan",
+        "merit.merge.stream",
         "merit.prepare.assemble",
         "merit.run.branches",
         "merit.run.check",
@@ -93,9 +94,7 @@ NOT_YET: dict[str, set[str]] = {
         "merit.cli",
         "merit.conflict.stage",
         "merit.hf.checkpoint",
-        "merit.mixture.encode",
-        "merit.mixture.sources",
-        "merit.mixture.stage",
+        "merit.merge.lora",
         "merit.prepare.assemble",
         "merit.recipe.schema",
         "merit.run.chain",
@@ -401,7 +400,7 @@ def test_invented_keys_are_noticed() -> None:
 def test_public_names_are_pinned_and_load() -> None:
     assert merit.__all__ == [
         "Branch", "MeritError", "Pipeline", "Recipe", "UserError",
-        "load_recipe", "parse_recipe", "plan_merge", "run_merge", "split_mixture",
+        "encode_mixture", "find_datasets", "load_recipe", "parse_recipe", "plan_merge", "run_merge", "split_mixture",
     ]  # fmt: skip
     for name in merit.__all__:
         assert getattr(merit, name).__module__.startswith("merit.")

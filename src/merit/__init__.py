@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from merit.errors import MeritError, UserError
     from merit.merge import Branch, plan_merge, run_merge
+    from merit.mixture.found import find_datasets
+    from merit.mixture.stage import encode_mixture
     from merit.recipe.load import load_recipe, parse_recipe
     from merit.recipe.schema import Recipe
     from merit.run.chain import Pipeline
@@ -25,6 +27,8 @@ _HOME = {
     "Pipeline": "merit.run.chain",
     "Recipe": "merit.recipe.schema",
     "UserError": "merit.errors",
+    "encode_mixture": "merit.mixture.stage",
+    "find_datasets": "merit.mixture.found",
     "load_recipe": "merit.recipe.load",
     "parse_recipe": "merit.recipe.load",
     "plan_merge": "merit.merge",
@@ -38,6 +42,8 @@ __all__ = [
     "Pipeline",
     "Recipe",
     "UserError",
+    "encode_mixture",
+    "find_datasets",
     "load_recipe",
     "parse_recipe",
     "plan_merge",

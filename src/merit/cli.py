@@ -327,12 +327,13 @@ def check(
     report = None
     if images:
         from merit.mixture.image_check import check_images
+        from merit.report import images as image_tables
 
         with pipeline.reporter.progress("images") as tick:
             sight = None if offline or not pipeline.base_stands else pipeline.base.images
-            report = check_images(pipeline.recipe, tick, sight)
+            report = check_images(pipeline.found, tick, sight)
         if not as_json:
-            _out(*report.render())
+            _out(*image_tables.render(report))
         elif report.fatal:
             _print_json({"images": report.facts()})
         if report.fatal:
@@ -497,7 +498,7 @@ def merge(
         typer.Option("--checkpoint", metavar="DIR=WEIGHT", help="Outside a run: one branch and its weight."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Write the merged checkpoint here, instead of into RUN/merged.")
+        Path | None, typer.Option(help="Write the merged checkpoint here, in place of RUN/merged.")
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Allow branches of another dtype: base, float32, bfloat16 or float16 comes out.")
@@ -516,24 +517,41 @@ def merge(
     Examples: `merit merge runs/my-run --operator ties --output ties-model`,
     `merit merge --base BASE --checkpoint A=120000 --checkpoint B=80000 --output AB`
     """
-    from merit.report.merge import render
     from merit.report.terminal import Reporter
-    from merit.run.merge_command import Words, merge_checkpoints, merge_target
+    from merit.run.merge_command import merge_checkpoints, merge_overrides, merge_target
 
-    words = Words(operator, scale, tuple(option or ()), dtype, adapter, rank)
+    reporter = Reporter(quiet)
     if target is None:
         if exclude or allow_missing or overrides or redo:
             raise RecipeError("merge: --exclude, --allow-missing, --set and --redo go with a recipe or run folder.")
-        result = merge_checkpoints(Reporter(quiet), base, checkpoints or [], output, words)
+        result = merge_checkpoints(
+            reporter,
+            base=base,
+            checkpoints=checkpoints or [],
+            output=output,
+            operator=operator or "average",
+            options=option or [],
+            scale=scale or "1",
+            dtype=dtype,
+            adapter=adapter,
+            rank=rank,
+        )
     else:
         if base or checkpoints:
             raise RecipeError("merge: give either a recipe or run folder, or --base with --checkpoint; not both.")
-        pipeline = _pipeline(target, None, [*(overrides or []), *words.overrides()], quiet=quiet, redo=redo)
+        if adapter != "full" or rank is not None:
+            raise RecipeError(
+                "merge: --adapter and --rank go with --base and --checkpoint; a run's merge is a full model."
+            )
+        changes = [*(overrides or []), *merge_overrides(operator, scale, option or [], dtype)]
+        pipeline = _pipeline(target, None, changes, quiet=quiet, redo=redo)
         result = merge_target(pipeline, exclude=exclude or [], allow_missing=allow_missing, output=output)
     if as_json:
-        _print_json({**result.record(), "output_folder": str(result.folder)})
+        _print_json(result)
     else:
-        _out(*render(result))
+        from merit.run.merge_command import render_merge
+
+        _out(*render_merge(result))
 
 
 @app.command()

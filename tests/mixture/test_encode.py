@@ -5,8 +5,9 @@ from hypothesis import strategies as st
 
 from merit.errors import MixtureError
 from merit.hf.rows import EncodedRow
-from merit.mixture.encode import ChatEncoder, EncodedDataset, encode_chat
-from merit.mixture.formats import Chat
+from merit.mixture.chat import Chat
+from merit.mixture.dataset import EncodedDataset
+from merit.mixture.encode import ChatEncoder, encode_chat
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -1,6 +1,7 @@
 import pytest
 
-from merit.mixture.formats import BadRow, recognise, to_chat
+from merit.mixture.chat import BadRow
+from merit.mixture.formats import recognise, to_chat
 
 
 def pairs(chat):

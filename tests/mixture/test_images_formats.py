@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from merit.hf.images import decode
-from merit.mixture.formats import IMAGE, BadRow, recognise, to_chat
+from merit.mixture.chat import IMAGE, BadRow
+from merit.mixture.formats import recognise, to_chat
 
 A, B = "a.jpg", "b/c.png"
 EMBEDDED = {"bytes": b"encoded", "path": "somewhere.jpg"}

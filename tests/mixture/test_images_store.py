@@ -5,13 +5,13 @@ import gc
 import io
 import json
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from mixture_cases import as_base, prepare_mixture
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -19,13 +19,13 @@ from merit.errors import MixtureError
 from merit.hf.base import Base
 from merit.hf.images import digest, read_image
 from merit.mixture import load_split
-from merit.mixture.fingerprint import source_fingerprints
 from merit.mixture.formats import to_chat
-from merit.mixture.image_check import check_images
-from merit.mixture.image_store import ImageFile, ImageFolder, image_threads, look_at_images, read_chats
-from merit.mixture.reading import Part
-from merit.mixture.sources import _groups, check_sources, discover
+from merit.mixture.images import ImageFile, ImageFolder, image_threads, look_at_images
+from merit.mixture.part import Part, cut_by_column
+from merit.mixture.sources import Source
+from merit.report import images as image_tables
 from merit.run.check import make_plan
+from mixture.mixture_cases import as_base, check_images, check_sources, discover, prepare_mixture, source_fingerprints
 
 IMAGE_COLUMN = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -135,7 +135,7 @@ def test_where_paths_start_from(recipe, seeing, tmp_path):
         prepare_mixture(recipe(mixture), seeing, tmp_path / "out")
         return used(tmp_path / "out")[0].images[0].width
 
-    with pytest.raises(MixtureError, match="elsewhere is no folder"):
+    with pytest.raises(MixtureError, match="elsewhere is not a folder"):
         width({"images": str(tmp_path / "elsewhere")}, {})
     shared = {"folder": str(tmp_path / "shared")}
     assert width({"images": str(tmp_path / "own")}, shared) == 11
@@ -289,7 +289,6 @@ def test_one_file_with_embedded_images_is_cut_by_a_column(recipe, seeing, tmp_pa
         wanted = [i for i in range(70) if source[i] == found.name]
         assert places == [f"{path}, row {i + 1}" for i in wanted]
         assert [row["image"]["bytes"] for _, row in found.train.read()] == [datas[i] for i in wanted]
-        assert found.train.rows is None  # nothing of them is held
         assert found.train.count() == len(wanted)
     prepare_mixture(mixture, seeing, tmp_path / "out")
     assert [row.images[0].width for row in used(tmp_path / "out", name="two")] == [
@@ -324,17 +323,17 @@ def test_images_are_never_all_in_memory(recipe, seeing, tmp_path):
 
 
 def test_rows_in_flight_are_few_and_come_in_order(recipe, tmp_path, monkeypatch):
-    from merit.mixture import image_store
+    from merit.mixture import images
 
-    monkeypatch.setattr(image_store, "image_threads", lambda: 3)
+    monkeypatch.setattr(images, "image_threads", lambda: 3)
     path = parquet(tmp_path / "x.parquet", [picture(i) if i % 3 else None for i in range(50)])
     source = discover(recipe(listed(path)).mixture)[0]
     taken = 0
 
     class Counted(type(source.train)):
-        def read(self):
+        def read(self, limit=None):
             nonlocal taken
-            for item in super().read():
+            for item in super().read(limit):
                 taken += 1
                 yield item
 
@@ -342,7 +341,7 @@ def test_rows_in_flight_are_few_and_come_in_order(recipe, tmp_path, monkeypatch)
     ahead = []
     for number, (place, _, seen) in enumerate(
         look_at_images(
-            read_chats(part, "prompt_completion"), ImageFolder(part, None, recipe(listed(path)).mixture.images)
+            part.chats("prompt_completion"), ImageFolder([part.folder], recipe(listed(path)).mixture.images)
         ),
         start=1,
     ):
@@ -368,15 +367,14 @@ def test_hub_rows_come_undecoded(recipe, tmp_path, monkeypatch):
     assert [[item["bytes"] for item in row["images"]] for row in rows] == [[one, broken], [one]]
     assert to_chat(rows[0], "prompt_completion").raw == (one, broken)
     assert part.count() == 2
-    groups = _groups(part, "prompt")
+    groups = cut_by_column(part, "prompt", {})
     assert {value: [place for place, _ in group.read()] for value, group in groups.items()} == {
         "q 0": [f"{tmp_path / 'hub'} [train], row 1"],
         "q 1": [f"{tmp_path / 'hub'} [train], row 2"],
     }
     assert [row for _, row in groups["q 1"].read()] == rows[1:]
-    assert groups["q 1"].rows is None
     with pytest.raises(MixtureError, match=r"no column 'propmt'.*'prompt'"):
-        _groups(part, "propmt")
+        cut_by_column(part, "propmt", {})
 
 
 def test_image_files_of_hub_datasets_lie_in_its_cache(recipe, tmp_path, monkeypatch):
@@ -388,12 +386,13 @@ def test_image_files_of_hub_datasets_lie_in_its_cache(recipe, tmp_path, monkeypa
     inside, outside = file(tmp_path / "cache" / "a.png", picture(1)), file(tmp_path / "b.png", picture(1))
     limits = recipe(listed(outside)).mixture.images
     part = Part("x/y", hub=("x/y", None, "train"))
-    folder = ImageFolder(part, None, limits)
+    source = Source("d", part, None)
+    folder = source.image_folder(part, limits)
     assert folder.look(str(inside)).width == 24
     for path, words in ((str(outside), "leads out"), ("a.png", "no folder is named")):
         with pytest.raises(Exception, match=words):
             folder.look(path)
-    assert ImageFolder(part, tmp_path / "cache", limits).look("a.png").file == str(inside)
+    assert replace(source, images=str(tmp_path / "cache")).image_folder(part, limits).look("a.png").file == str(inside)
 
 
 # ---- what is wrong -------------------------------------------------------------------------------------------------
@@ -521,7 +520,7 @@ def test_the_check_names_every_bad_image_and_the_sizes(recipe, tmp_path, damaged
     assert not check_images(recipe(settings(path, "drop"))).fatal
     fine = check_images(recipe(listed(other)))
     assert (fine.fatal, fine.bad) == (False, [])
-    assert fine.render()[1:] == ["Every image can be used."]
+    assert image_tables.render(fine)[1:] == ["Every image can be used."]
 
 
 def test_the_command_prints_them_and_says_so_in_its_exit_code(tmp_path, damaged):
@@ -562,7 +561,7 @@ def test_the_check_finds_what_the_base_would_refuse_and_other_names(recipe, seei
     assert report.fatal
     blind = check_images(recipe(listed(path)))
     assert not blind.fatal
-    assert "photo.jpg" in str(blind.render()[1])
+    assert "photo.jpg" in str(image_tables.render(blind)[1])
 
 
 # ---- what is noticed -----------------------------------------------------------------------------------------------

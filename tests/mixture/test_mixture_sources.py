@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from merit.errors import MixtureError
-from merit.mixture import check_sources
-from merit.mixture.sources import discover, discover_kept
+from merit.mixture.sources import find_kept
+from mixture.mixture_cases import check_sources, discover
 
 ROW = {"prompt": "q", "completion": "a"}
 
@@ -127,11 +127,11 @@ def test_reading_local_files_leaves_no_cache_behind(tmp_path):
     home = tmp_path / "home"
     home.mkdir()
     code = (
-        "from merit.recipe.load import parse_recipe; from merit.mixture.sources import check_sources\n"
+        "from merit.recipe.load import parse_recipe; from merit.mixture import find_datasets\n"
         f"r = parse_recipe({{'name': 'r', 'model': {{'base': 'b'}}, 'mixture': "
         f"{{'datasets': [{{'name': 'd', 'path': {path!r}}}]}}}})\n"
         "import sys; assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)\n"
-        "print(check_sources(r, rows=None)[0].format)"
+        "print(find_datasets(r.mixture).check(None)[0].format)"
     )
     env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_"))} | {"HOME": str(home)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
@@ -205,7 +205,7 @@ def test_kept_sets_use_their_test_rows(recipe, tmp_path):
         {"datasets": [{"name": "d", "path": str(tmp_path / "d")}]},
         evaluate={"kept_folder": str(tmp_path / "k"), "kept": [{"name": "y", "path": path}]},
     )
-    assert [(s.name, s.train, len(read(s.test))) for s in discover_kept(settings.evaluate)] == [
+    assert [(s.name, s.train, len(read(s.test))) for s in find_kept(settings.evaluate, {})] == [
         ("y", None, 2),
         ("x", None, 1),
     ]

@@ -3,10 +3,10 @@ import random
 
 import numpy as np
 import pytest
-from mixture_cases import prepare_mixture
 
-from merit.errors import MixtureError
+from merit.errors import MixtureError, RunFolderError
 from merit.mixture import EncodedDataset, load_split, read_counts
+from mixture.mixture_cases import encode, prepare_mixture
 
 
 def messages(question, answer):
@@ -45,7 +45,7 @@ def test_what_is_counted_is_what_is_written(recipe, mixture, byte_level, tmp_pat
     counts = prepare_mixture(settings, byte_level, tmp_path / "out", lambda *tick: ticks.append(tick))
     train, test = load_split(tmp_path / "out", "train"), load_split(tmp_path / "out", "test")
     assert [entry.name for entry in counts] == list(train) == ["one", "three", "two"]
-    assert [entry["name"] for entry in read_counts(tmp_path / "out")] == list(train)
+    assert [entry.name for entry in read_counts(tmp_path / "out")] == list(train)
     assert list(test) == ["two"]
     assert load_split(tmp_path / "out", "kept") == {}
     for entry, written in zip(counts, train.values(), strict=True):
@@ -159,12 +159,14 @@ def korean(tmp_path):
 
 
 def test_lost_characters_are_counted_apart_for_prompts_and_answers(recipe, dropping, tmp_path):
-    mixed, plain = prepare_mixture(recipe(korean(tmp_path)), dropping, tmp_path / "out")
+    made = encode(recipe(korean(tmp_path)), dropping, tmp_path / "out")
+    mixed, plain = made.counts
     assert mixed.characters_lost == {"prompt": 1 / 22, "answer": 5 / 12, "all": 6 / 34}
     assert set(mixed.characters_lost_most) == set("왜한국어")
     assert (mixed.rows, mixed.rows_dropped, mixed.rows_answer_lost) == (2, {"answer_lost": 1}, 1)
-    assert any("cannot represent" in warning for warning in mixed.warnings)
-    assert any("whole answer" in warning for warning in mixed.warnings)
+    [warning] = [text for text in made.warnings if "cannot represent" in text]
+    assert "1 datasets: up to 17.6%" in warning
+    assert "1 rows lost their whole answer" in warning
     assert (plain.characters_lost["all"], plain.warnings) == (0.0, [])
     test = load_split(tmp_path / "out", "test")["mixed"]
     assert list(zip(test.answers, test.references, strict=True)) == [("that", "that"), ("한국 is", "is")]
@@ -233,7 +235,7 @@ def test_kept_sets_are_counted_apart(recipe, mixture, byte_level, tmp_path):
     counts = prepare_mixture(settings, byte_level, tmp_path / "out")
     assert "old" not in [entry.name for entry in counts]
     [entry] = read_counts(tmp_path / "out", "kept")
-    assert (entry["name"], entry["rows"], entry["test_rows"]) == ("old", 0, 4)
+    assert (entry.name, entry.rows, entry.test_rows) == ("old", 0, 4)
     assert len(load_split(tmp_path / "out", "kept")["old"]) == 4
 
 
@@ -256,7 +258,7 @@ def test_fingerprints_follow_what_the_model_sees(recipe, mixture, byte_level, tm
 
 
 def test_a_missing_result_is_named(tmp_path):
-    with pytest.raises(MixtureError, match=r"datasets\.json"):
+    with pytest.raises(RunFolderError, match=r"datasets\.json"):
         load_split(tmp_path, "train")
 
 

@@ -8,21 +8,20 @@ which images is :mod:`merit.mixture`'s.
 
 from __future__ import annotations
 
-import functools
 import io
 import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import xxhash
+from PIL import Image as pillow
+from PIL import UnidentifiedImageError
+from PIL.Image import Image, Transpose
 
 from merit.errors import MixtureError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Image formats that are decoded; everything else is refused."""
@@ -101,7 +100,7 @@ def renamed(file: Path) -> str:
     if said is None:
         return ""
     try:
-        with _pillow(0).open(file, formats=FORMATS) as image:
+        with pillow.open(file, formats=FORMATS) as image:
             return "" if image.format == said else str(image.format)
     except Exception:  # what is wrong with it is told elsewhere
         return ""
@@ -142,11 +141,9 @@ def decode(data: bytes, max_pixels: int) -> Image:
     Raises:
         BadImage: As :func:`examine`.
     """
-    pillow = _pillow(max_pixels)
+    _allow(max_pixels)
     if not data:
         raise BadImage("image_damaged", "it is empty (0 bytes)")
-    from PIL import UnidentifiedImageError
-
     try:
         with pillow.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
@@ -224,7 +221,7 @@ def read_image_file(path: Path, max_pixels: int) -> bytes:
         raise BadImage("image_missing", f"{path} cannot be read: {error.strerror}") from None
 
 
-def encode_image(image: Any) -> bytes:
+def encode_image(image: Image) -> bytes:
     """A PIL image as the bytes of a PNG file, which keeps every pixel."""
     image = _upright(image)
     if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
@@ -234,32 +231,22 @@ def encode_image(image: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _pillow(max_pixels: int) -> Any:
-    """``PIL.Image``, whose own limit on pixels is not below ours."""
-    from PIL import Image
-
-    _quiet()
-    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = max_pixels
-    return Image
+def _allow(max_pixels: int) -> None:
+    """Have Pillow's own limit on pixels not be below ours."""
+    if pillow.MAX_IMAGE_PIXELS is not None and max_pixels > pillow.MAX_IMAGE_PIXELS:
+        pillow.MAX_IMAGE_PIXELS = max_pixels
 
 
-@functools.cache
-def _quiet() -> None:
-    """Our own check says what is too large, and broken EXIF is harmless: no such lines amid a progress bar."""
-    from PIL import Image
-
-    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+# Our own check says what is too large, and broken EXIF is harmless: no such lines amid a progress bar.
+warnings.filterwarnings("ignore", category=pillow.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
-def _upright(image: Any) -> Any:
+def _upright(image: Image) -> Image:
     """Turned as the EXIF mark says; an EXIF block that cannot be read turns nothing.
 
     Pillow's ``exif_transpose`` also writes the block anew, which fails where any other entry of it is damaged.
     """
-    from PIL.Image import Transpose
-
     try:
         mark = image.getexif().get(_ORIENTATION)
     except Exception:  # what a damaged block raises depends on where it is damaged
@@ -277,19 +264,15 @@ def _upright(image: Any) -> Any:
     return image if turn is None else image.transpose(turn)
 
 
-def _rgb(image: Any, kind: str) -> Any:
-    from PIL import Image
-
+def _rgb(image: Image, kind: str) -> Image:
     if image.mode in _SIXTEEN_BITS or (image.mode == "I" and kind == "PPM"):
-        import numpy as np
-
         values = np.asarray(image).astype(np.uint32)
-        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+        return pillow.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise BadImage("image_format", "its pixels are 32-bit numbers, for which black and white are not defined")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return pillow.alpha_composite(pillow.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
 
 

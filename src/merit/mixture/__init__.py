@@ -3,35 +3,36 @@
 ::
 
     sources.py        which datasets a recipe means
-    reading.py        their rows, each with its place
-    formats.py        messages, prompt/completion, Alpaca, ShareGPT, Cauldron -> one chat form
-    row_images.py     the images of a row: paths, bytes, parts
-    image_store.py    found, decoded once, embedded ones kept in one file
+    found.py          all of them, found once per command: checked, fingerprinted
+    reading.py        rows of one file or hub dataset, each with its place
+    part.py           the rows of one side of a dataset; one file cut into many
+    formats.py        messages, prompt/completion, Alpaca, ShareGPT, Cauldron -> one chat form (chat.py)
+    images.py         the images of rows: found, decoded once, embedded ones kept in one file
     image_check.py    all of them, for `merit check --images`
     template.py       the chat template: text, and which of it is the assistant's
-    encode.py         chat -> token ids + targets; EncodedDataset, one Parquet file
+    encode.py         chat -> token ids + targets
     representable.py  which characters a tokenizer cannot represent
     calibration.py    seeded draws of rows
-    counts.py         what is counted of every dataset
-    prepare.py        the stage: all of the above, counted and written
-    fingerprint.py    what the sources hold, to notice a change
+    dataset.py        encoded rows of one dataset, one Parquet file
+    intake.py         rows on their way through the stage
+    counting.py       what is counted of them
+    stage.py          the stage: all of the above, counted and written
+    result.py         what it leaves
 """
 
 from merit.mixture.calibration import draw
-from merit.mixture.counts import DatasetCounts, read_counts
-from merit.mixture.encode import EncodedDataset, encode_chat
-from merit.mixture.sources import check_sources
-from merit.mixture.stage import load_split, prepare_mixture
-from merit.mixture.template import default_chat_template
+from merit.mixture.dataset import Datasets, EncodedDataset
+from merit.mixture.found import Found, find_datasets
+from merit.mixture.result import DatasetCounts, Mixture, load_split, read_counts
 
 __all__ = [
     "DatasetCounts",
+    "Datasets",
     "EncodedDataset",
-    "check_sources",
-    "default_chat_template",
+    "Found",
+    "Mixture",
     "draw",
-    "encode_chat",
+    "find_datasets",
     "load_split",
-    "prepare_mixture",
     "read_counts",
 ]

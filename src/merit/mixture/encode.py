@@ -1,30 +1,32 @@
-"""From chats to token ids with a mask of the tokens that the loss predicts, and the file that keeps them.
+"""From chats to token ids with a mask of the tokens that the loss predicts.
 
-It tokenises a rendered conversation once and maps the assistant's characters to tokens. It does not render
-(:mod:`merit.mixture.template`), read source files, count lost characters or draw samples; those are the modules beside it.
+It tokenises a rendered conversation once and maps the assistant's characters to tokens; :mod:`merit.mixture.template`
+renders.
 """
 
 from __future__ import annotations
 
 import bisect
-import hashlib
 import itertools
-import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
-from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal, Self
+from collections.abc import Sequence
+from typing import Literal
 
+import jinja2
 import numpy as np
+from tokenizers import Encoding
+from transformers import PreTrainedTokenizerFast
 
 from merit.errors import MixtureError
 from merit.hf.families import ImageInputs
 from merit.hf.images import ImageRef
 from merit.hf.rows import EncodedRow
-from merit.mixture.formats import Chat, Message
+from merit.mixture.chat import BadRow, Chat, Message
+from merit.mixture.dataset import EncodedDataset
+from merit.mixture.representable import CharacterInventory
 from merit.mixture.template import ChatTemplate, Span
+
+__all__ = ["ChatEncoder", "DropReason", "EncodedDataset", "encode_chat"]
 
 DropReason = Literal[
     "no_target_after_truncation", "answer_lost", "refused_by_template", "image_token_in_text", "image_refused"
@@ -34,7 +36,9 @@ _BATCH_ROWS = 512
 _TEMPLATE_WAY_OUT = "Use the base's tokenizer files and chat template as they were published."
 
 
-def encode_chat(messages: Sequence[Message], tokenizer: Any, max_length: int) -> EncodedRow | DropReason:
+def encode_chat(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast, max_length: int
+) -> EncodedRow | DropReason:
     """Encode one conversation; :class:`ChatEncoder` encodes many faster.
 
     Args:
@@ -56,9 +60,7 @@ class ChatEncoder:
         inventory: What the tokenizer can represent.
     """
 
-    def __init__(self, tokenizer: Any, max_length: int, images: ImageInputs | None = None) -> None:
-        from merit.mixture.representable import CharacterInventory
-
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, max_length: int, images: ImageInputs | None = None) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise MixtureError(
                 f"{type(tokenizer).__name__} is a slow tokenizer: it cannot say which token holds which character, so "
@@ -106,13 +108,11 @@ class ChatEncoder:
         answers = [turn["content"] for turn in chat.messages[chat.first_target :] if turn["role"] == "assistant"]
         return bool(answers) and all(self.inventory.nothing_kept(answer) for answer in answers)
 
-    def _tokenize(self, texts: list[str]) -> list[Any]:
+    def _tokenize(self, texts: list[str]) -> list[Encoding]:
         return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).encodings
 
     def _render(self, chat: Chat) -> tuple[str, list[Span]] | DropReason:
         """The rendered text and the character spans of its target turns, or why the row cannot be used."""
-        import jinja2
-
         if self.images is None and chat.images:
             raise MixtureError(
                 "A row has images, but the base is text-only.",
@@ -148,6 +148,18 @@ class ChatEncoder:
         shift = lambda at: at + added[bisect.bisect_left(places, at)]  # noqa: E731
         return "".join(pieces), [(shift(start), shift(end)) for start, end in spans]
 
+    def fault(self, reason: str, chat: Chat) -> BadRow | None:
+        """What to say about a row that cannot be encoded through a fault of its own."""
+        if reason == "refused_by_template":
+            said = self.template.refusal(chat.messages)
+            return BadRow(reason, f"the base's chat template refuses the row: {said}")
+        if reason == "image_token_in_text" and (sight := self.images) is not None:
+            return BadRow(reason, f"its text holds {sight.token}, which the base reads as a place for an image")
+        if reason == "imagefault":
+            shapes = ", ".join(f"{image.width} x {image.height}" for image in chat.images)
+            return BadRow(reason, f"the base's image processor refuses an image of its shape (pixels: {shapes})")
+        return None
+
     def template_characters_lost(self) -> str:
         """Characters of the template's own text (role markers) that the tokenizer cannot represent."""
         text, _ = self.template.apply([{"role": "user", "content": ""}, {"role": "assistant", "content": ""}])
@@ -178,7 +190,7 @@ class ChatEncoder:
         pieces.append(pattern.sub(lambda match: match.group(1) or "", text[position:]))
         return "".join(pieces), new_spans
 
-    def _row(self, chat: Chat, text: str, spans: list[Span], encoding: Any) -> EncodedRow | DropReason:
+    def _row(self, chat: Chat, text: str, spans: list[Span], encoding: Encoding) -> EncodedRow | DropReason:
         ids = encoding.ids
         ranges = [_token_range(encoding, start, end) for start, end in spans]
         crossing = any(
@@ -255,7 +267,7 @@ class ChatEncoder:
         return None
 
 
-def _automatic_prefix(tokenizer: Any) -> list[int]:
+def _automatic_prefix(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """What the tokenizer puts in front of every text by itself (its beginning-of-sequence token, or nothing)."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a", add_special_tokens=True)["input_ids"]
@@ -263,7 +275,7 @@ def _automatic_prefix(tokenizer: Any) -> list[int]:
     return list(whole[:at])
 
 
-def _token_range(encoding: Any, start: int, end: int) -> tuple[int, int] | None:
+def _token_range(encoding: Encoding, start: int, end: int) -> tuple[int, int] | None:
     """Half-open token range that holds the characters [start, end); None if no token does."""
     first = next((t for p in range(start, end) if (t := encoding.char_to_token(p)) is not None), None)
     last = next((t for p in range(end - 1, start - 1, -1) if (t := encoding.char_to_token(p)) is not None), None)
@@ -274,181 +286,6 @@ def _token_range(encoding: Any, start: int, end: int) -> tuple[int, int] | None:
     return first, last + 1
 
 
-def _starts_before(encoding: Any, token: int, start: int) -> bool:
+def _starts_before(encoding: Encoding, token: int, start: int) -> bool:
     offsets = encoding.token_to_chars(token)
     return offsets is not None and offsets[0] < start
-
-
-class EncodedDataset:
-    """Encoded rows of one dataset, in memory or in one Parquet file; the token ids are read on first use.
-
-    Columns: ``input_ids`` list<int32>, ``targets`` list<bool>, ``length``, ``target_count``, ``prompt_length`` int64,
-    ``truncated`` bool, ``answer`` and ``reference`` text (empty in training files), and ``images`` list<struct> with the
-    fields of :class:`ImageRef` where a row has any. An image file's name that is relative starts from the stage's folder:
-    the one above the file's own.
-
-    Args:
-        name: The dataset's name.
-        rows: Rows to hold in memory.
-        references: Per row the text that its last answer's tokens stand for (what exact match compares with).
-        seeing: What decides the pixels of the rows' images (:attr:`merit.hf.families.ImageInputs.settings`).
-
-    Attributes:
-        lengths: (rows,) int64 tokens per row.
-        target_counts: (rows,) int64 target tokens per row.
-        prompt_lengths: (rows,) int64 tokens before the last answer.
-        truncated: (rows,) bool, cut at max_length.
-        images: Images per row.
-        fingerprint: sha256 over lengths, ids and targets, and over images and how they are seen: a changed row, image,
-            template, tokenizer, image processor or max_length changes it.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        rows: Sequence[EncodedRow],
-        references: Sequence[str] | None = None,
-        seeing: Mapping[str, Any] | None = None,
-    ) -> None:
-        ids = np.concatenate([row.input_ids for row in rows]) if rows else np.zeros(0, np.int32)
-        targets = np.concatenate([row.targets for row in rows]) if rows else np.zeros(0, bool)
-        self.name = name
-        self.lengths = np.array([len(row.input_ids) for row in rows], dtype=np.int64)
-        self.target_counts = np.array([int(row.targets.sum()) for row in rows], dtype=np.int64)
-        self.prompt_lengths = np.array([row.prompt_length for row in rows], dtype=np.int64)
-        self.truncated = np.array([row.truncated for row in rows], dtype=bool)
-        self.answers = [row.answer for row in rows]
-        self.references = list(references) if references is not None else [""] * len(rows)
-        self.images = [row.images for row in rows]
-        self.seeing = json.dumps(seeing, sort_keys=True, default=str) if any(self.images) else ""
-        self._starts = _starts(self.lengths)
-        self._flat = (ids.astype(np.int32), targets.astype(bool))
-        self.fingerprint = _fingerprint(self.lengths, *self._flat, self.images, self.seeing)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, index: int) -> EncodedRow:
-        index = range(len(self))[index]  # negative indices, and IndexError beyond the end
-        ids, targets = self._flat
-        part = slice(self._starts[index], self._starts[index + 1])
-        return EncodedRow(
-            ids[part],
-            targets[part],
-            int(self.prompt_lengths[index]),
-            bool(self.truncated[index]),
-            self.answers[index],
-            self.images[index],
-        )
-
-    def __repr__(self) -> str:
-        return f"EncodedDataset({self.name!r}, {len(self)} rows, {int(self.lengths.sum())} tokens)"
-
-    def save(self, path: Path) -> None:
-        """Write one Parquet file; it appears under its name only when complete."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        ids, targets = self._flat
-        offsets = pa.array(self._starts.astype(np.int64))
-        columns: dict[str, Any] = {
-            "input_ids": pa.LargeListArray.from_arrays(offsets, pa.array(ids)),
-            "targets": pa.LargeListArray.from_arrays(offsets, pa.array(targets)),
-            "length": self.lengths,
-            "target_count": self.target_counts,
-            "prompt_length": self.prompt_lengths,
-            "truncated": self.truncated,
-            "answer": pa.array(self.answers, pa.large_string()),
-            "reference": pa.array(self.references, pa.large_string()),
-        }
-        if any(self.images):
-            columns["images"] = pa.array([[asdict(image) for image in images] for images in self.images])
-        metadata = {"name": self.name, "fingerprint": self.fingerprint, "seeing": self.seeing}
-        table = pa.table(columns).replace_schema_metadata(metadata)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".part")
-        pq.write_table(table, unfinished, compression="zstd", row_group_size=65536)
-        unfinished.replace(path)
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """Open a file that :meth:`save` wrote; token ids are read when the first row is asked for.
-
-        Raises:
-            MixtureError: The file is missing or damaged.
-        """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        columns = ["length", "target_count", "prompt_length", "truncated", "answer", "reference"]
-        try:
-            pictured = "images" in pq.read_schema(path).names
-            table = pq.read_table(path, columns=[*columns, *["images"] * pictured], partitioning=None)
-            metadata = table.schema.metadata
-            name, fingerprint = metadata[b"name"].decode(), metadata[b"fingerprint"].decode()
-            seeing = metadata[b"seeing"].decode()
-        except (OSError, pa.ArrowException, KeyError, TypeError) as error:
-            raise MixtureError(
-                f"{path} cannot be read as an encoded dataset: {error}.", "Run the mixture stage again."
-            ) from None
-        dataset = _FileDataset.__new__(_FileDataset)
-        dataset.name, dataset.fingerprint, dataset.path = name, fingerprint, path
-        dataset.lengths, dataset.target_counts, dataset.prompt_lengths = (
-            table[column].to_numpy().astype(np.int64) for column in columns[:3]
-        )
-        dataset.truncated = table["truncated"].to_numpy().astype(bool)
-        dataset.answers, dataset.references = table["answer"].to_pylist(), table["reference"].to_pylist()
-        dataset.seeing = seeing
-        stored = table["images"].to_pylist() if pictured else [()] * len(dataset.lengths)
-        dataset._stored = [tuple(ImageRef(**image) for image in images) for images in stored]
-        # pathlib keeps an absolute name as it is
-        here = path.absolute().parent.parent
-        dataset.images = [
-            tuple(replace(image, file=str(here / image.file)) for image in images) for images in dataset._stored
-        ]
-        dataset._starts = _starts(dataset.lengths)
-        return dataset  # type: ignore[return-value]
-
-
-class _FileDataset(EncodedDataset):
-    """The rows of a file; ids and targets are read once, on first use."""
-
-    path: Path
-    _stored: list[tuple[ImageRef, ...]]
-
-    @cached_property
-    def _flat(self) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[override]
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            table = pq.read_table(self.path, columns=["input_ids", "targets"], partitioning=None)
-        except (OSError, pa.ArrowException) as error:
-            raise MixtureError(
-                f"{self.path} cannot be read as an encoded dataset: {error}.", "Run the mixture stage again."
-            ) from None
-        ids, targets = (
-            table[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-            for column in ("input_ids", "targets")
-        )
-        if _fingerprint(self.lengths, ids, targets, self._stored, self.seeing) != self.fingerprint:
-            raise MixtureError(
-                f"{self.path} is damaged: its rows do not match its fingerprint.", "Run the mixture stage again."
-            )
-        return ids, targets
-
-
-def _starts(lengths: np.ndarray) -> np.ndarray:
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-
-
-def _fingerprint(
-    lengths: np.ndarray, ids: np.ndarray, targets: np.ndarray, images: Sequence[tuple[ImageRef, ...]], seeing: str
-) -> str:
-    digest = hashlib.sha256()
-    for array, dtype in ((lengths, "<i8"), (ids, "<i4"), (targets, "u1")):
-        digest.update(np.ascontiguousarray(array.astype(dtype, copy=False)).data)
-    if any(images):
-        content = [[(image.digest, image.width, image.height) for image in row] for row in images]
-        digest.update(json.dumps([content, seeing]).encode())
-    return digest.hexdigest()

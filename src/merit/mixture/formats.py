@@ -15,15 +15,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from merit.errors import nearest
-from merit.hf.images import ImageRef
-from merit.mixture.row_images import BadRow, RawImage, raw_image, row_images
+from merit.mixture.chat import IMAGE, BadRow, Chat, Message, RawImage
+from merit.mixture.images import raw_image, row_images
 
 RowFormat = Literal["messages", "prompt_completion", "alpaca", "flan", "sharegpt", "cauldron"]
-Message = dict[str, str]
-
-IMAGE = "\ufffc"
-"""Stands in a turn's content where an image stands (Unicode's object replacement character)."""
-
 PLACEHOLDER = "<image>"
 """Stands in the text of a row where an image stands."""
 
@@ -56,25 +51,6 @@ _LEADING = re.compile(rf"(?:{PLACEHOLDER}\n?)+")
 _TRAILING = re.compile(rf"(?:\n?{PLACEHOLDER})+\Z")
 
 
-@dataclass(frozen=True, slots=True)
-class Chat:
-    """One row in the one form that everything after this uses.
-
-    Attributes:
-        messages: ``{"role": "system" | "user" | "assistant", "content": text}`` in order; the last is the assistant's.
-        first_target: Assistant turns before this message index are context, not targets (a list-valued ``prompt``).
-        images: The row's images; the i-th ``IMAGE`` of all contents, in order, stands for the i-th. A row without images
-            keeps an ``IMAGE`` that is part of its text.
-        raw: The same images before anybody looked at them: a path or bytes, as the row has them, or where the bytes lie
-            meanwhile (:mod:`merit.mixture.image_store`).
-    """
-
-    messages: list[Message]
-    first_target: int = 0
-    images: tuple[ImageRef, ...] = ()
-    raw: tuple[RawImage | ImageRef, ...] = ()
-
-
 def recognise(columns: Iterable[str]) -> RowFormat | None:
     """The format that a file with these columns has, or None."""
     present = set(columns)
@@ -90,7 +66,7 @@ def describe_formats(columns: Iterable[str]) -> str:
     return f"found columns {found}; expected those of one format ({expected}).{hints}"
 
 
-def to_chat(row: Any, row_format: RowFormat) -> Chat:
+def to_chat(row: object, row_format: RowFormat) -> Chat:
     """Turn one row into a chat.
 
     Alpaca rows are joined as ``instruction``, or ``instruction + "\\n\\n" + input`` where there is an input. A prompt
@@ -204,11 +180,11 @@ def _many(count: int, noun: str) -> str:
     return f"{count or 'no'} {noun}{'' if count == 1 else 's'}"
 
 
-def _is_list(value: Any) -> bool:
+def _is_list(value: object) -> bool:
     return isinstance(value, list)
 
 
-def _text(value: Any, where: str) -> str:
+def _text(value: object, where: str) -> str:
     if not isinstance(value, str):
         found = "null or missing" if value is None else f"{type(value).__name__} {_shown(value)}"
         raise BadRow("not_text", f"{where} must be text; found {found}")
@@ -230,7 +206,7 @@ def refuse_surrogates(text: str, where: str) -> None:
         )
 
 
-def _content(value: Any, where: str) -> list[str | _Slot]:
+def _content(value: object, where: str) -> list[str | _Slot]:
     """A turn's text, or its text and image parts in order."""
     if not isinstance(value, list):
         return [_text(value, where)]
@@ -252,7 +228,7 @@ def _content(value: Any, where: str) -> list[str | _Slot]:
     return pieces
 
 
-def _pairs(value: Any) -> list[_Turn]:
+def _pairs(value: object) -> list[_Turn]:
     """The Cauldron's ``texts``: questions and answers in turn."""
     if not isinstance(value, list):
         raise BadRow("not_text", f"texts must be a list of user and assistant texts; found {_shown(value)}")
@@ -264,7 +240,7 @@ def _pairs(value: Any) -> list[_Turn]:
     return turns
 
 
-def _turns(value: Any, row_format: RowFormat, where: str) -> list[_Turn]:
+def _turns(value: object, row_format: RowFormat, where: str) -> list[_Turn]:
     if isinstance(value, str) and value.lstrip().startswith("["):  # a CSV cell holds a list as JSON
         with contextlib.suppress(ValueError):
             value = json.loads(value)
@@ -302,6 +278,6 @@ def _checked(turns: list[Message], first_target: int, raw: tuple[RawImage, ...])
     return Chat(kept, first_target, raw=raw[:placed])
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

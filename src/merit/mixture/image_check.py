@@ -7,24 +7,20 @@ bad image and names them all.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from merit.hf.families import ImageInputs
 from merit.hf.images import BadImage, ImageRef, renamed
-from merit.mixture.image_store import ImageFolder, look_at_images, read_chats
-from merit.mixture.reading import Part
-from merit.mixture.row_images import BadRow
-from merit.mixture.sources import Source, discover, discover_kept, refuse_shared_names
-from merit.recipe.schema import Recipe
+from merit.mixture.chat import BadRow, Chat
+from merit.mixture.found import Found
+from merit.mixture.images import look_at_images
+from merit.progress import Progress, silent
 
-if TYPE_CHECKING:
-    from merit.hf.families import ImageInputs
-
-_SHOWN = 40
 _EVERY = 64  # rows between two ticks
 
 
@@ -89,82 +85,31 @@ class ImageReport:
             "fatal": self.fatal,
         }
 
-    def render(self) -> list[Any]:
-        """The report as something that rich can print."""
-        from rich.markup import escape
-        from rich.table import Table
 
-        sizes = Table(
-            "dataset",
-            "rows",
-            "with images",
-            "images",
-            "different",
-            "pixels",
-            "bad",
-            title="Images",
-            title_justify="left",
-        )
-        for item in self.datasets:
-            spread = " / ".join(f"{item.pixels[key]:,}" for key in ("min", "p50", "max")) if item.pixels else "-"
-            counts = (item.rows, item.rows_with_images, item.images, item.distinct)
-            sizes.add_row(item.name, *(f"{count:,}" for count in counts), spread, f"{sum(item.bad.values()):,}")
-        sizes.caption = "pixels: smallest / median / largest, over different images"
-        notes = [
-            f"[yellow]note:[/] {item.name}: {item.renamed:,} image files hold another format than their names say (such as "
-            f"{escape(item.renamed_first)}); they are used as what they hold."
-            for item in self.datasets
-            if item.renamed
-        ]
-        if not self.bad:
-            return [sizes, *notes, "Every image can be used."]
-        wrong = Table("dataset", title="Images that cannot be used", title_justify="left")
-        for column in ("row", "what is wrong"):
-            wrong.add_column(column, overflow="fold")
-        for entry in self.bad[:_SHOWN]:
-            wrong.add_row(entry.dataset, escape(entry.place), escape(f"{entry.detail} ({entry.reason})"))
-        rest = len(self.bad) - _SHOWN
-        reasons = Counter(entry.reason for entry in self.bad)
-        counted = ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items()))
-        lines = [f"{len(self.bad):,} images cannot be used: {counted}."]
-        if rest > 0:
-            lines[0] += f" {rest:,} more than are shown; --json lists all."
-        lines.append(
-            "mixture.images.bad is error: a run stops at the first of them. Correct the rows, or set it to drop."
-            if self.fatal
-            else "mixture.images.bad is drop: their rows are left out and counted."
-        )
-        return [sizes, wrong, *notes, *lines]
-
-
-def check_images(
-    recipe: Recipe, progress: Callable[..., None] | None = None, sight: ImageInputs | None = None
-) -> ImageReport:
+def check_images(found: Found, progress: Progress = silent, sight: ImageInputs | None = None) -> ImageReport:
     """Decode every image of every dataset and kept set.
 
     Args:
-        recipe: The recipe.
+        found: The datasets.
         sight: How the base sees images, where it is known: shapes that it refuses, and its image token in a text, are
             found as well.
-        progress: Called as ``progress(done, total, name)`` with rows, now and then.
+        progress: Told of rows, now and then.
 
     Raises:
-        MixtureError: A dataset's files are missing or cannot be read.
+        MixtureError: A dataset's files cannot be read.
     """
-    sources, kept = discover(recipe.mixture), discover_kept(recipe.evaluate)
-    refuse_shared_names(sources, kept)
-    everything = [*sources, *kept]
-    total = sum(part.count() for source in everything for part in _parts(source)) if progress else 0
+    everything = [*found.sources, *found.kept]
+    total = sum(part.count() for source in everything for part in source.parts) if progress is not silent else 0
     datasets: list[DatasetImages] = []
     bad: list[BadEntry] = []
     done = 0
     for source in everything:
         entry = DatasetImages(source.name)
         sizes: dict[str, tuple[int, int]] = {}
-        for part in _parts(source):
-            folder = ImageFolder(part, source.images, recipe.mixture.images)
-            for place, chat, seen in look_at_images(read_chats(part, source.recognise(part)), folder):
-                if progress and done % _EVERY == 0:
+        for part in source.parts:
+            folder = source.image_folder(part, found.settings.images)
+            for place, chat, seen in look_at_images(part.chats(source.format_of(part)), folder):
+                if done % _EVERY == 0:
                     progress(done, total, source.name)
                 done += 1
                 entry.rows += 1
@@ -192,12 +137,11 @@ def check_images(
             entry.pixels = {key: int(np.quantile(areas, level, method="higher")) for key, level in levels.items()}
             entry.widest = (int(pixels[:, 0].max()), int(pixels[:, 1].max()))
         datasets.append(entry)
-    if progress:
-        progress(total, total, "")
-    return ImageReport(datasets, bad, bool(bad) and recipe.mixture.images.bad == "error")
+    progress(total, total, "")
+    return ImageReport(datasets, bad, bool(bad) and found.settings.images.bad == "error")
 
 
-def _refused(chat: Any, images: list[ImageRef], sight: ImageInputs) -> Iterator[BadImage]:
+def _refused(chat: Chat | BadRow, images: list[ImageRef], sight: ImageInputs) -> Iterator[BadImage]:
     """What the encoder would refuse of a row whose images are sound."""
     for image in images:
         try:
@@ -206,7 +150,3 @@ def _refused(chat: Any, images: list[ImageRef], sight: ImageInputs) -> Iterator[
             yield BadImage("image_refused", f"the base cannot take {image.width} x {image.height} pixels: {error}")
     if not isinstance(chat, BadRow) and any(sight.token in turn["content"] for turn in chat.messages):
         yield BadImage("image_token_in_text", f"its text holds {sight.token}, which the base would take for an image")
-
-
-def _parts(source: Source) -> Iterator[Part]:
-    yield from (part for part in (source.train, source.test) if part is not None)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+
+from transformers import PreTrainedTokenizerFast
 
 # Control and format characters (other than tab and line ends) carry no text; normalisers take them out on purpose.
 _SILENT = {"Cc", "Cf"}
@@ -32,7 +33,7 @@ class CharacterInventory:
         by_word: Losses are told by word.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
         self._seen: set[str] = set()
         self._dropped: set[str] = set()

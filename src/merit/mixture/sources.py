@@ -1,25 +1,22 @@
-"""Where a mixture's rows come from: folders, files, one file cut by a column, hub datasets.
+"""Which datasets a recipe means, in an order that no file system decides: folders, files, one cut file, the hub.
 
-It finds the datasets that a recipe means, in an order that no file system decides, and checks them. It reads no row
-itself (:mod:`merit.mixture.reading`), does not know what a row means (:mod:`merit.mixture.formats`) and tokenises nothing.
+It reads no row but those of files that are cut (:mod:`merit.mixture.part`) and does not know what a row means.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from merit.errors import MixtureError, nearest
-from merit.mixture.formats import BadRow, RowFormat, describe_formats, recognise, refuse_surrogates
-from merit.mixture.image_store import ImageFolder, look_at_images, read_chats, usable
-from merit.mixture.reading import Part
-from merit.recipe.schema import DataFormat, DatasetSettings, EvaluateSettings, MixtureSettings, Recipe
+from merit.mixture.formats import RowFormat, describe_formats, recognise
+from merit.mixture.images import ImageFile, ImageFolder
+from merit.mixture.part import FileFacts, Part, cut_by_column
+from merit.mixture.reading import SUFFIXES, hub_caches, kind_of
+from merit.recipe.schema import DataFormat, DatasetSettings, EvaluateSettings, ImageSettings, MixtureSettings
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,119}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -46,20 +43,25 @@ class Source:
     tokens: int | None = None
     images: str | None = None
 
-    def recognise(self, part: Part) -> RowFormat:
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Training and test rows, as far as there are any."""
+        return tuple(part for part in (self.train, self.test) if part is not None)
+
+    def format_of(self, part: Part) -> RowFormat:
         """The format of a part's rows, from the recipe or from the first row's columns.
 
         Raises:
             MixtureError: The part is empty or its columns fit no format.
         """
-        place, row = next(part.read(), ("", None))
-        if not place:
+        if part.first is None:
             raise MixtureError(
                 f"Dataset {self.name} is empty: {part.where} has no rows.",
                 "Add rows, or leave the dataset out with mixture.exclude.",
             )
         if self.row_format != "auto":
             return self.row_format
+        place, row = part.first
         if not isinstance(row, dict):
             raise MixtureError(
                 f"Dataset {self.name}: {place}: a row must be an object with named columns; found {row!r:.60}."
@@ -69,29 +71,35 @@ class Source:
             raise MixtureError(f"Dataset {self.name}: {place}: {describe_formats(row)}")
         return found
 
+    def image_folder(self, part: Part, settings: ImageSettings, store: ImageFile | None = None) -> ImageFolder:
+        """Where the images of a part's rows are looked for.
 
-@dataclass(frozen=True)
-class SourceSummary:
-    """What :func:`check_sources` found out about one dataset."""
+        Raises:
+            MixtureError: The folder that the recipe names is not one.
+        """
+        if self.images is not None and not Path(self.images).is_dir():
+            raise MixtureError(
+                f"{self.images} is not a folder; image paths were to start from it (images of a dataset, or "
+                "mixture.images.folder)."
+            )
+        start = Path(self.images) if self.images is not None else part.folder
+        caches = hub_caches() if part.hub is not None and start is None else ()
+        return ImageFolder((start,) if start is not None else caches, settings, relative=start is not None, store=store)
 
-    name: str
-    path: str
-    test: str | None
-    format: str
-    kept: bool = False
-    first_image: str | None = None
-    """Place of the first row with an image, among those looked at."""
 
-
-def discover(mixture: MixtureSettings) -> list[Source]:
+def find_sources(mixture: MixtureSettings, known: dict[Path, FileFacts]) -> list[Source]:
     """The datasets that the recipe means: in its order when listed one by one, else by name.
+
+    Args:
+        mixture: Where they are.
+        known: What was seen of files that are read on the way is added here.
 
     Raises:
         MixtureError: A file or folder is missing or of no known kind, a name is impossible or stands twice, a pattern
             matches nothing.
     """
     if mixture.datasets is not None:
-        sources = [source for item in mixture.datasets for source in _listed(item)]
+        sources = [source for item in mixture.datasets for source in _listed(item, "mixture.datasets", known)]
     elif mixture.folder is not None:
         sources = _from_folder(Path(mixture.folder), mixture.format, "mixture.folder", mixture.include, mixture.exclude)
     else:
@@ -99,7 +107,7 @@ def discover(mixture: MixtureSettings) -> list[Source]:
         assert mixture.split_by is not None
         train = _part(mixture.path, "mixture.path", None, "train", stem="train")
         test = _part(mixture.test, "mixture.test", None, "test", stem="test") if mixture.test else None
-        sources = _from_column(train, test, mixture.split_by, mixture.format)
+        sources = _from_column(train, test, mixture.split_by, mixture.format, known)
     sources = _select(sources, mixture)
     _refuse_twins([source.name for source in sources])
     sources = [replace(source, images=source.images or mixture.images.folder) for source in sources]
@@ -109,12 +117,12 @@ def discover(mixture: MixtureSettings) -> list[Source]:
     ]
 
 
-def discover_kept(evaluate: EvaluateSettings) -> list[Source]:
+def find_kept(evaluate: EvaluateSettings, known: dict[Path, FileFacts]) -> list[Source]:
     """The datasets that only evaluation reads: what the base is already good at. Their rows are the ``test`` part."""
     sources = [
         replace(source, train=None, test=source.test or source.train)
         for item in evaluate.kept
-        for source in _listed(item, key="evaluate.kept")
+        for source in _listed(item, "evaluate.kept", known)
     ]
     if evaluate.kept_folder is not None:
         sources += _from_folder(Path(evaluate.kept_folder), "auto", "evaluate.kept_folder", kept=True)
@@ -122,96 +130,10 @@ def discover_kept(evaluate: EvaluateSettings) -> list[Source]:
     return sources
 
 
-def check_sources(recipe: Recipe, rows: int | None = 8) -> list[SourceSummary]:
-    """Check, without a model, that every dataset is there, has a known format, and that its first rows can be used.
-
-    Args:
-        recipe: The recipe.
-        rows: Rows to look at per file; None for all.
-
-    Raises:
-        MixtureError: What is wrong with the first dataset that cannot be used.
-    """
-    sources, kept = discover(recipe.mixture), discover_kept(recipe.evaluate)
-    refuse_shared_names(sources, kept)
-    summaries = []
-    for source in [*sources, *kept]:
-        formats, first_image = [], None
-        for part in (source.train, source.test):
-            if part is None:
-                continue
-            formats.append(source.recognise(part))
-            folder = ImageFolder(part, source.images, recipe.mixture.images)
-            for place, chat, seen in look_at_images(read_chats(part, formats[-1], rows), folder):
-                first_image = first_image or (place if seen else None)
-                try:
-                    usable(chat, seen)
-                except BadRow as bad:
-                    if is_fatal(bad, recipe.mixture):
-                        raise bad_row_error(source.name, place, bad) from None
-        where = [part.where if part else None for part in (source.train, source.test)]
-        summaries.append(
-            SourceSummary(
-                source.name,
-                where[0] or where[1] or "",
-                where[1],
-                formats[0],
-                kept=source.train is None,
-                first_image=first_image,
-            )
-        )
-    return summaries
-
-
-def refuse_shared_names(sources: list[Source], kept: list[Source]) -> None:
-    """Kept sets must not be named like datasets of the mixture: results are listed by name."""
-    shared = sorted({source.name for source in sources} & {source.name for source in kept})
-    if shared:
-        raise MixtureError(
-            f"evaluate.kept and the mixture both have a dataset named {', '.join(shared)}.",
-            "Rename one: results are listed by name.",
-        )
-
-
-def is_fatal(bad: BadRow, settings: MixtureSettings) -> bool:
-    """Whether the recipe wants to stop at such a row rather than drop and count it."""
-    return (settings.images.bad if bad.about_image else settings.bad_rows) == "error"
-
-
-def bad_row_error(name: str, place: str, bad: BadRow) -> MixtureError:
-    """The error for a row that cannot be used."""
-    key = "mixture.images.bad" if bad.about_image else "mixture.bad_rows"
-    return MixtureError(
-        f"Dataset {name}: {place}: {bad.detail}.",
-        f"Correct the row, or set {key}: drop to leave such rows out and count them. Nothing was written.",
-        *(["`merit check --images RECIPE` lists every image that cannot be used."] if bad.about_image else []),
-    )
-
-
-def refuse_images(summaries: Sequence[SourceSummary]) -> None:
-    """Refuse datasets with images, for a text-only base.
-
-    Raises:
-        MixtureError: One of the rows looked at has an image.
-    """
-    for summary in summaries:
-        if summary.first_image is not None:
-            raise images_without_sight(summary.name, summary.first_image)
-
-
-def images_without_sight(name: str, place: str) -> MixtureError:
-    """The error for a row with images where the base is text-only."""
-    return MixtureError(
-        f"Dataset {name}: {place}: the row has images, but the base (model.base) is text-only.",
-        "Choose a vision-language base, leave the dataset out with mixture.exclude, or take the images out of its rows.",
-        "Nothing was written.",
-    )
-
-
 # -- finding ----------------------------------------------------------------------------------------------------------
 
 
-def _listed(item: DatasetSettings, key: str = "mixture.datasets") -> list[Source]:
+def _listed(item: DatasetSettings, key: str, known: dict[Path, FileFacts]) -> list[Source]:
     where = f"{key}: {item.name}"
     train = _part(item.path, where, item.subset, item.split, stem="train")
     test = None
@@ -223,7 +145,7 @@ def _listed(item: DatasetSettings, key: str = "mixture.datasets") -> list[Source
     own = Source(item.name, train, test, item.format, item.samples, item.tokens, item.images)
     if item.split_by is None:
         return [own]
-    cut = _from_column(train, test, item.split_by, item.format)
+    cut = _from_column(train, test, item.split_by, item.format, known)
     return [replace(own, name=f"{item.name}.{source.name}", train=source.train, test=source.test) for source in cut]
 
 
@@ -236,12 +158,12 @@ def _part(text: str, where: str, subset: str | None, split: str, stem: str) -> P
             raise MixtureError(f"{where}: {path} holds no data files ({', '.join(SUFFIXES)}).{_inside(path)}")
         return Part(text, tuple(_confined(file, path) for file in files), folder=path)
     if path.is_file():
-        if path.suffix not in SUFFIXES:
+        if kind_of(path) is None:
             raise MixtureError(
-                f"{where}: {path} is no {', '.join(SUFFIXES)} file.", "Convert it, or name another file."
+                f"{where}: {path} is not a {', '.join(SUFFIXES)} file.", "Convert it, or name another file."
             )
         return Part(text, (path,), folder=path.parent)
-    if path.is_absolute() or path.suffix in SUFFIXES or not _HUB_ID.fullmatch(text):
+    if path.is_absolute() or kind_of(path) or not _HUB_ID.fullmatch(text):
         raise MixtureError(f"{where}: {path} does not exist.{_nearby(path)}")
     return Part(text, hub=(text, subset, split))
 
@@ -281,7 +203,7 @@ def _from_folder(
             parts["test"] = parts["train"]
         if parts[needed] is None:
             raise MixtureError(
-                f"{key}: {sub} has no {needed}.jsonl (nor .json, .parquet, .csv).{_inside(sub)}",
+                f"{key}: {sub} has no {needed}.jsonl (nor {', '.join(SUFFIXES[1:])}).{_inside(sub)}",
                 "Add the file, or leave the sub-folder out" + ("." if kept else " with mixture.exclude."),
             )
         sources.append(Source(name, None if kept else parts["train"], parts["test"], row_format))
@@ -292,9 +214,11 @@ def _from_folder(
     return sources
 
 
-def _from_column(whole: Part, held_out: Part | None, column: str, row_format: DataFormat) -> list[Source]:
-    train = _groups(whole, column)
-    test = _groups(held_out, column) if held_out else {}
+def _from_column(
+    whole: Part, held_out: Part | None, column: str, row_format: DataFormat, known: dict[Path, FileFacts]
+) -> list[Source]:
+    train = cut_by_column(whole, column, known)
+    test = cut_by_column(held_out, column, known) if held_out else {}
     strangers = sorted(set(test) - set(train))
     if strangers:
         raise MixtureError(
@@ -316,45 +240,6 @@ def _from_column(whole: Part, held_out: Part | None, column: str, row_format: Da
             )
         names[name] = value
     return [Source(name, train[value], test.get(value), row_format) for name, value in names.items()]
-
-
-def _groups(part: Part, column: str) -> dict[str, Part]:
-    groups: dict[str, list[tuple[str, Any]]] = {}
-    chosen: dict[str, dict[Path | None, list[int]]] = {}
-    for place, row, later in part.split(column):
-        if not isinstance(row, dict) or column not in row:
-            columns = list(row) if isinstance(row, dict) else []
-            raise MixtureError(
-                f"{place}: no column {column!r} (mixture.split_by); columns: {columns}.{nearest(column, columns)}"
-            )
-        value = row[column]
-        if value is None or value == "":
-            raise MixtureError(
-                f"{place}: {column} (mixture.split_by) is null, so the row belongs to no dataset.",
-                "Name it, or remove the row.",
-            )
-        try:
-            refuse_surrogates(str(value), f"{column} (mixture.split_by)")
-        except BadRow as bad:
-            raise MixtureError(f"{place}: {bad.detail}.", "Correct the row, or remove it.") from None
-        rows = groups.setdefault(str(value), [])
-        if later is None:
-            rows.append((place, row))
-        else:
-            chosen.setdefault(str(value), {}).setdefault(later[0], []).append(later[1])
-    if not groups:
-        raise MixtureError(f"{part.where} has no rows.")
-    return {
-        value: Part(
-            f"{part.where} [{column}={value}]",
-            hub=part.hub,
-            rows=tuple(rows) or None,
-            chosen=tuple((file, tuple(indices)) for file, indices in chosen.get(value, {}).items()),
-            folder=part.folder,
-            cut_from=part.files,
-        )
-        for value, rows in groups.items()
-    }
 
 
 def _wanted(name: str, include: list[str], exclude: list[str]) -> bool:
@@ -386,13 +271,13 @@ def _refuse_twins(names: list[str]) -> None:
 
 
 def _data_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and not p.name.startswith(".") and p.is_file())
+    return sorted(p for p in folder.iterdir() if kind_of(p) and not p.name.startswith(".") and p.is_file())
 
 
 def _stem_files(folder: Path, stem: str) -> list[Path]:
     """``stem.jsonl`` or its shards ``stem-*.jsonl`` (any one suffix)."""
-    files = [p for p in _data_files(folder) if p.stem == stem or p.stem.startswith(f"{stem}-")]
-    kinds = sorted({p.suffix for p in files})
+    files = [p for p in _data_files(folder) if p.name.split(".")[0] == stem or p.name.startswith(f"{stem}-")]
+    kinds = sorted({kind_of(p) or "" for p in files})
     if len(kinds) > 1:
         raise MixtureError(
             f"{folder} has {stem} as {' and as '.join(kinds)}: it is not clear which one is meant.", "Remove one."

@@ -18,8 +18,12 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
+import jinja2
+from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
+
 from merit.errors import MixtureError
-from merit.mixture.formats import IMAGE, Message
+from merit.mixture.chat import IMAGE, Message
 
 TemplateSource = Literal["generation markers", "training variant", "turn by turn"]
 Span = tuple[int, int]
@@ -48,7 +52,7 @@ class ChatTemplate:
             special tokens.
     """
 
-    def __init__(self, tokenizer: Any, image_token: str | None = None) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, image_token: str | None = None) -> None:
         self.tokenizer = tokenizer
         self._image_token = image_token
         self._image_parts = True
@@ -95,8 +99,6 @@ class ChatTemplate:
 
     def refusal(self, messages: list[Message], images: int = 0) -> str:
         """What the template says about a conversation that it refuses (for an error message)."""
-        import jinja2
-
         try:
             self.render(messages, images)
         except jinja2.TemplateError as error:
@@ -107,8 +109,6 @@ class ChatTemplate:
         self, messages: list[Message], *, prompt: bool = False, markers: bool = False, images: int = 0
     ) -> tuple[str, list[Span]]:
         """The template's plain output: text and, with ``markers``, the spans of its generation blocks."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         conversation: list[Any] = messages
         if images and not self._image_parts:
             conversation = [
@@ -116,8 +116,6 @@ class ChatTemplate:
             ]
         if self._parts or (images and self._image_parts):
             conversation = [{**turn, "content": _parts(turn["content"], bool(images))} for turn in conversation]
-        import jinja2
-
         try:
             # Declared to return a string; it returns the texts and the spans, one per conversation.
             rendered: Any = render_jinja_template(
@@ -125,7 +123,7 @@ class ChatTemplate:
                 chat_template=self.text,
                 add_generation_prompt=prompt,
                 return_assistant_tokens_mask=markers,
-                **self.tokenizer.special_tokens_map,
+                **dict[str, Any](self.tokenizer.special_tokens_map),
             )
         except TypeError as error:  # text and parts of a content do not add up
             raise jinja2.TemplateError(str(error)) from None
@@ -152,8 +150,6 @@ class ChatTemplate:
 
     def _probe(self) -> None:
         """Find out how the template wants its content, and check that answer and end of turn arrive as tokens."""
-        import jinja2
-
         problem = "it leaves out the assistant's text"
         for self._parts in (False, True):
             try:
@@ -182,8 +178,6 @@ class ChatTemplate:
 
     def _probe_images(self, token: str) -> None:
         """Find out how the template takes an image: as a part of the content, or as the image token in its text."""
-        import jinja2
-
         question = [{"role": "user", "content": f"{IMAGE}{_PROBE[0]['content']}"}, _PROBE[1]]
         for self._image_parts in (True, False):
             try:
@@ -208,7 +202,7 @@ def _parts(content: str, images: bool) -> list[dict[str, str]]:
     return found
 
 
-def _training_template(tokenizer: Any) -> tuple[str, TemplateSource]:
+def _training_template(tokenizer: PreTrainedTokenizerFast) -> tuple[str, TemplateSource]:
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")

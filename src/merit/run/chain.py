@@ -29,6 +29,7 @@ from merit.run.status import rank, run_status
 from merit.run.store import Stage, StaleStageError, claim, is_run_folder, lock
 
 if TYPE_CHECKING:
+    from merit.mixture.found import Found
     from merit.split import Split
 
 STAGES = ("prepare", "mixture", "gradients", "split", "train", "merge", "evaluate")
@@ -72,6 +73,17 @@ class Pipeline:
             base = open_base(self.recipe.model, memo)
             _ = base.fingerprint
         return base
+
+    @cached_property
+    def found(self) -> Found:
+        """The mixture's datasets, found once per command.
+
+        Raises:
+            MixtureError: A source is missing or cannot be used.
+        """
+        from merit.mixture.found import find_datasets
+
+        return find_datasets(self.recipe.mixture, self.recipe.evaluate)
 
     @property
     def base_stands(self) -> bool:
@@ -163,11 +175,9 @@ class Pipeline:
         Raises:
             MixtureError: A source is missing, and no finished mixture stage stands in for it.
         """
-        from merit.mixture.fingerprint import source_fingerprints
-
         try:
             with self.hashes() as memo:
-                return source_fingerprints(self.recipe, memo)
+                return self.found.fingerprints(memo)
         except MixtureError:
             record = self.run_folder / "mixture" / "record.json"
             if not record.is_file():
@@ -205,7 +215,7 @@ class Pipeline:
             update={"split": self.recipe.split.model_copy(update={"method": method}), "baselines": []}
         )
         other = Pipeline(recipe, self.run_folder, self.reporter, jobs=self.jobs, redo=self.redo)
-        for name in ("base", "device"):
+        for name in ("base", "device", "found"):
             if name in self.__dict__:
                 other.__dict__[name] = self.__dict__[name]
         other.__dict__["root"] = self.run_folder / "baselines" / method
@@ -232,7 +242,9 @@ class Pipeline:
             UserError: The first thing that is wrong.
         """
         base = self.base if self.base_stands and not offline else None
-        return make_plan(self.given, self.run_folder, opened=base, offline=offline)
+        return make_plan(
+            self.given, self.run_folder, opened=base, found=None if offline else self.found, offline=offline
+        )
 
     # ---- prepare -----------------------------------------------------------------------------------------------------
 
@@ -263,7 +275,7 @@ class Pipeline:
 
     def mixture(self) -> Stage:
         """Read, encode and count every dataset."""
-        from merit.mixture.stage import prepare_mixture
+        from merit.mixture.stage import encode_mixture
 
         tokenizer = self.base.input_fingerprint
         stage = stages.mixture_stage(self.recipe, self.run_folder, tokenizer=tokenizer, sources=self.sources())
@@ -272,33 +284,32 @@ class Pipeline:
             return stage
         self.reporter.stage("mixture", "reading and tokenising")
         with stage.writing(seed=self.recipe.seed) as record, self.reporter.progress("datasets") as tick:
-            prepare_mixture(self.recipe, self.base, stage.path, progress=tick)
+            encode_mixture(
+                self.found,
+                self.base,
+                stage.path,
+                max_length=self.recipe.train.max_length,
+                seed=self.recipe.seed,
+                progress=tick,
+            )
             record["chat_template"] = self.base.template.origin
         self._say_mixture(stage, again=True)
         return stage
 
     def _say_mixture(self, stage: Stage, *, again: bool) -> None:
-        counts = read_json(stage.path / "datasets.json")
-        rows, targets = sum(item["rows"] for item in counts), sum(item["target_tokens"] for item in counts)
-        dropped = sum(sum(item["rows_dropped"].values()) for item in counts)
-        detail = f"{len(counts)} datasets, {rows:,} rows, {targets:,} target tokens"
+        from merit.mixture.result import Mixture
+
+        mixture = Mixture.load(stage.path)
+        rows, targets = sum(mixture.rows.values()), sum(mixture.target_tokens.values())
+        dropped = sum(sum(item.rows_dropped.values()) for item in mixture.counts)
+        detail = f"{len(mixture.counts)} datasets, {rows:,} rows, {targets:,} target tokens"
         detail += f", {dropped:,} rows dropped" if dropped else ""
         self.reporter.stage("mixture", detail + self._ending(stage, again))
-        cut = [item for item in counts if item["rows_truncated"]]
-        if cut:
-            total = sum(item["rows_truncated"] for item in cut)
-            length = self.recipe.train.max_length
-            self.reporter.note(f"{total:,} rows of {len(cut)} datasets were cut at {length} tokens (train.max_length)")
-        said = [f"{item['name']}: {text}" for item in counts for text in item["warnings"] if "were cut at" not in text]
+        said = mixture.warnings
         for warning in said[:_SHOWN]:
             self.reporter.note(warning)
         if len(said) > _SHOWN:
             self.reporter.note(f"and {len(said) - _SHOWN} more in {stage.path / 'datasets.json'}")
-        left_out = read_json(stage.path / "encoding.json")["left_out"]
-        for why, small in (("the tokenizer cannot represent their text", False), ("they have too few rows", True)):
-            names = [item["name"] for item in left_out if ("characters_lost" not in item) == small]
-            if names:
-                self.reporter.note(f"left out, since {why}: {', '.join(names)}")
 
     def _ending(self, stage: Stage, again: bool) -> str:
         return f" ({duration(stage.record()['seconds'])})" if again else " (done before)"
@@ -541,11 +552,8 @@ class Pipeline:
 
     def _sources_here(self) -> bool:
         """Whether the sources are there; False only where a finished mixture stage stands in for them."""
-        from merit.mixture.sources import discover, discover_kept
-
         try:
-            discover(self.recipe.mixture)
-            discover_kept(self.recipe.evaluate)
+            _ = self.found
         except MixtureError:
             if not (self.run_folder / "mixture" / "record.json").is_file():
                 raise

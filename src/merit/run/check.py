@@ -25,7 +25,7 @@ from merit.run.needs import Weights, branch_count, file_sizes, items, needs, pub
 
 if TYPE_CHECKING:
     from merit.hf.base import Base, BaseFacts
-    from merit.mixture.sources import SourceSummary
+    from merit.mixture.found import Found, SourceSummary
 
 UNSEEN = "not looked at"
 """Format of a dataset that an offline check did not find on this machine."""
@@ -144,24 +144,27 @@ class Plan:
         return [table, *(f"[yellow]note:[/] {note}" for note in self.notes)]
 
 
-def make_plan(recipe: Recipe, run: Path, *, opened: Base | None, offline: bool = False) -> Plan:
+def make_plan(
+    recipe: Recipe, run: Path, *, opened: Base | None, found: Found | None = None, offline: bool = False
+) -> Plan:
     """Check a recipe against data, base and disk.
 
     Args:
         recipe: The recipe.
         run: The run folder, which need not be there.
         opened: The base, or None: offline, or where a preparation will make it.
+        found: The datasets, where they have been found.
         offline: Look at nothing that is not on this machine.
 
     Raises:
         UserError: The first thing that is wrong.
     """
-    from merit.mixture.sources import refuse_images
+    from merit.mixture.found import refuse_images
     from merit.mixture.template import ChatTemplate
     from merit.train.branch import check_trainer_options
 
     notes: list[str] = []
-    summaries = _sources(recipe, offline=offline)
+    summaries = _sources(recipe, offline=offline) if found is None else found.check()
     datasets = tuple(item for item in summaries if not item.kept)
     kept = tuple(item for item in summaries if item.kept)
     if datasets or not offline:
@@ -246,10 +249,10 @@ def _sources(recipe: Recipe, *, offline: bool) -> list[SourceSummary]:
     Raises:
         MixtureError: A dataset cannot be used.
     """
-    from merit.mixture.sources import SourceSummary, check_sources
+    from merit.mixture.found import SourceSummary, find_datasets
 
     if not offline:
-        return check_sources(recipe)
+        return find_datasets(recipe.mixture, recipe.evaluate).check()
     mixture, evaluate = recipe.mixture, recipe.evaluate
     listed = _meant(mixture)
     unseen = [SourceSummary(item.name, item.path, item.test, UNSEEN) for item in listed if not _here(item)]
@@ -269,7 +272,7 @@ def _sources(recipe: Recipe, *, offline: bool) -> list[SourceSummary]:
     if evaluate.kept_folder is not None and not Path(evaluate.kept_folder).is_dir():
         kept |= {"kept_folder": None}
     evaluate = evaluate.model_copy(update=kept)
-    found = check_sources(recipe.model_copy(update={"mixture": mixture, "evaluate": evaluate}))
+    found = find_datasets(mixture, evaluate).check()
     places = {item.name: place for place, item in enumerate(recipe.mixture.datasets or [])}
     return sorted([*found, *unseen, *away], key=lambda item: (item.kept, places.get(item.name, 0)))
 

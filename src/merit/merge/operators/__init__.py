@@ -13,18 +13,15 @@ from typing import Any, Literal
 from merit.errors import MergeError, nearest
 from merit.merge.operators import average, iso_cts, star, task_arithmetic, ties, tsv, uniform
 
-__all__ = ["OPERATORS", "Operator", "Option", "Options", "operator_and_options"]
-
-Value = float | int | str | bool
-Options = dict[str, Value]
+__all__ = ["OPERATORS", "Operator", "Option", "operator_and_options"]
 
 
 @dataclass(frozen=True)
 class Option:
     """One setting of an operator: its default, what it must be, and in words."""
 
-    default: Value
-    valid: Callable[[object], bool]
+    default: Any
+    valid: Callable[[Any], bool]
     expects: str
 
 
@@ -107,7 +104,7 @@ OPERATORS: dict[str, Operator] = {
 }
 
 
-def operator_and_options(name: str, given: Mapping[str, Value]) -> tuple[Operator, Options]:
+def operator_and_options(name: str, given: Mapping[str, Any]) -> tuple[Operator, dict[str, Any]]:
     """Look an operator up and complete its options with their defaults.
 
     Raises:

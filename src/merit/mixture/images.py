@@ -1,27 +1,110 @@
-"""The images of a dataset's rows: each found, read and decoded once, by several threads; embedded ones put into one file.
+"""The images of a dataset's rows: what a row names or holds, found, decoded once by several threads, embedded ones kept.
 
 An image file is referred to where it lies. Embedded bytes go to disk as their rows are read, each once, into one file per
 dataset and split; after the rows are chosen it keeps those of used rows. No more images than threads, times two, are looked
-at at any time. It does not know what a row means (:mod:`merit.mixture.formats`) nor what a model makes of an image.
+at at any time. What a row means is :mod:`merit.mixture.formats`' business.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
+import contextlib
+import json
 import os
+import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
-from merit.errors import MixtureError
-from merit.hf.images import BadImage, ImageRef, digest, examine, locate_image, read_image_file
-from merit.mixture.formats import Chat, RowFormat, to_chat
-from merit.mixture.reading import Part, hub_caches
-from merit.mixture.row_images import BadRow, RawImage
+from PIL.Image import Image
+
+from merit.files import create, publish
+from merit.hf.images import BadImage, ImageRef, digest, encode_image, examine, locate_image, read_image_file
+from merit.mixture.chat import BadRow, Chat, RawImage, Row
 from merit.recipe.schema import ImageSettings
+
+_COLUMNS = ("images", "image")
+_DATA = re.compile(r"data:[\w/+.;-]*;base64,", re.ASCII)
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+
+
+def row_images(row: Mapping[str, Any]) -> tuple[list[RawImage], bool]:
+    """The images of a row's ``images`` or ``image`` column, and whether it has such a column at all.
+
+    A column that is null, empty text or an empty list holds none.
+
+    Raises:
+        BadRow: Both columns hold images, or a value is no image.
+    """
+    found = {column: _listed(row[column]) for column in _COLUMNS if column in row}
+    filled = [column for column, values in found.items() if values]
+    if len(filled) > 1:
+        raise BadRow("image_count", "both columns, images and image, hold images; it is not clear which are meant")
+    if not filled:
+        return [], bool(found)
+    [column] = filled
+    values = found[column]
+    return [
+        raw_image(value, f"{column}[{index}]" if len(values) > 1 else column) for index, value in enumerate(values)
+    ], True
+
+
+def _listed(value: object) -> list[Any]:
+    if isinstance(value, str) and value.lstrip().startswith("["):  # a CSV cell holds a list as JSON
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
+    if isinstance(value, list | tuple):
+        return list(value)
+    return [] if value is None or value == "" else [value]
+
+
+def raw_image(value: object, where: str) -> RawImage:
+    """One image as its path or bytes.
+
+    Args:
+        value: Path, ``file://`` or base64 ``data:`` URL, bytes, ``{"bytes", "path"}`` or a PIL image.
+        where: Where it stands in the row, for messages.
+
+    Raises:
+        BadRow: image_missing, image_format, or image_url (nothing is fetched from elsewhere).
+    """
+    if isinstance(value, Mapping):
+        given = [value[key] for key in ("bytes", "path") if value.get(key) is not None]
+        if not given and ("bytes" in value or "path" in value):
+            raise BadRow("image_missing", f"{where} has neither bytes nor a path")
+        if given:
+            return raw_image(given[0], where)
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value)
+    if isinstance(value, str):
+        return _from_text(value, where)
+    if isinstance(value, Image):
+        return encode_image(value)
+    if value is None:
+        raise BadRow("image_missing", f"{where} is null")
+    raise BadRow("image_format", f"{where} must be a path or the bytes of an image file; found {value!r:.60}")
+
+
+def _from_text(text: str, where: str) -> RawImage:
+    if not text:
+        raise BadRow("image_missing", f"{where} is an empty path")
+    if found := _DATA.match(text):
+        try:
+            return base64.b64decode(text[found.end() :], validate=True)
+        except binascii.Error as error:
+            raise BadRow("image_damaged", f"{where} is no valid base64 text: {error}") from None
+    if text.startswith("file://"):
+        return text.removeprefix("file://")
+    if _SCHEME.match(text):
+        raise BadRow(
+            "image_url",
+            f"{where} is an address ({text[:80]}): images are read from files only; fetch it and name the file",
+        )
+    return text
 
 
 class ImageFile:
@@ -46,8 +129,7 @@ class ImageFile:
         key = digest(data)
         if key not in self._refs:
             if self._handle is None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._handle = self.path.open("w+b")
+                self._handle = create(self.path)
             self._handle.write(data)
             self._refs[key] = ImageRef(self.name, self._end, len(data), 0, 0, key)
             self._end += len(data)
@@ -77,12 +159,12 @@ class ImageFile:
             return {}
         moved: dict[str, int] = {}
         unfinished = self.path.with_name(self.path.name + ".part")
-        with self.path.open("rb") as old, unfinished.open("wb") as new:
+        with self.path.open("rb") as old, create(unfinished) as new:
             for key in used:
                 old.seek(self._refs[key].offset)
                 moved[key] = new.tell()
                 new.write(old.read(self._refs[key].nbytes))
-        unfinished.replace(self.path)
+        publish(unfinished, self.path)
         if not used:
             self.path.unlink()
         return moved
@@ -104,27 +186,17 @@ class ImageFolder:
     """Where the images of one part's rows are looked for, and what is known of those seen.
 
     Args:
-        part: The rows.
-        folder: Folder that their paths start from; None: that of the data file.
+        folders: Folders, one of which an image must lie in.
         settings: The recipe's limits.
+        relative: Relative paths start from the first folder.
         store: Where embedded images were put, if they were.
-
-    Raises:
-        MixtureError: ``folder`` is none.
     """
 
     def __init__(
-        self, part: Part, folder: str | Path | None, settings: ImageSettings, store: ImageFile | None = None
+        self, folders: Sequence[Path], settings: ImageSettings, *, relative: bool = True, store: ImageFile | None = None
     ) -> None:
-        if folder is not None and not Path(folder).is_dir():
-            raise MixtureError(
-                f"{folder} is no folder; image paths were to start from it (images of a dataset, or "
-                "mixture.images.folder)."
-            )
-        start = Path(folder) if folder is not None else part.folder
-        caches = hub_caches() if part.hub is not None and folder is None else ()
-        self.folders = tuple(path.resolve() for path in ((start,) if start is not None else caches))
-        self.relative = start is not None
+        self.folders = tuple(path.resolve() for path in folders)
+        self.relative = relative
         self.max_pixels = settings.max_file_pixels
         self.store = store
         self._files: dict[str, ImageRef | BadImage] = {}
@@ -183,7 +255,7 @@ UNREAD = ImageRef("", 0, 0, 0, 0, "")
 
 
 def put_images(chat: Chat, store: ImageFile, *, later: bool = False) -> Chat:
-    """The chat with its embedded bytes in ``store``; with ``later`` as :data:`UNREAD`, for :func:`fetch_images`."""
+    """The chat with its embedded bytes in ``store``; with ``later`` as :data:`UNREAD`, to be read again."""
 
     def put(image: RawImage | ImageRef) -> RawImage | ImageRef:
         if not isinstance(image, bytes):
@@ -193,31 +265,8 @@ def put_images(chat: Chat, store: ImageFile, *, later: bool = False) -> Chat:
     return replace(chat, raw=tuple(map(put, chat.raw)))
 
 
-def fetch_images(part: Part, row_format: RowFormat, numbers: Sequence[int], store: ImageFile) -> Iterator[Chat]:
-    """Rows by their rising numbers, with their embedded bytes in ``store``."""
-    for _, row in part.again(numbers):
-        yield put_images(to_chat(row, row_format), store)
-    store.written()
-
-
-Row = tuple[str, Chat | BadRow]
-"""A row's place, and its chat or why it cannot be used."""
-
 Seen = list[ImageRef | BadImage]
 """What was found behind each image of a row."""
-
-
-def read_chats(part: Part, row_format: RowFormat, rows: int | None = None) -> Iterator[Row]:
-    """Every row of a part (or its first ``rows``) in order; no image is looked at.
-
-    Raises:
-        MixtureError: A file cannot be read or parsed.
-    """
-    for place, row in islice(part.read(), rows):
-        try:
-            yield place, to_chat(row, row_format)
-        except BadRow as bad:
-            yield place, bad
 
 
 def look_at_images(rows: Iterable[Row], folder: ImageFolder) -> Iterator[tuple[str, Chat | BadRow, Seen]]:
