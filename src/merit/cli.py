@@ -498,7 +498,7 @@ def merge(
         typer.Option("--checkpoint", metavar="DIR=WEIGHT", help="Outside a run: one branch and its weight."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Write the merged checkpoint here, in place of RUN/merged.")
+        Path | None, typer.Option(help="Write the merged checkpoint here, instead of into RUN/merged.")
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Allow branches of another dtype: base, float32, bfloat16 or float16 comes out.")
@@ -517,41 +517,24 @@ def merge(
     Examples: `merit merge runs/my-run --operator ties --output ties-model`,
     `merit merge --base BASE --checkpoint A=120000 --checkpoint B=80000 --output AB`
     """
+    from merit.report.merge import render
     from merit.report.terminal import Reporter
-    from merit.run.merge_command import merge_checkpoints, merge_overrides, merge_target
+    from merit.run.merge_command import Words, merge_checkpoints, merge_target
 
-    reporter = Reporter(quiet)
+    words = Words(operator, scale, tuple(option or ()), dtype, adapter, rank)
     if target is None:
         if exclude or allow_missing or overrides or redo:
             raise RecipeError("merge: --exclude, --allow-missing, --set and --redo go with a recipe or run folder.")
-        result = merge_checkpoints(
-            reporter,
-            base=base,
-            checkpoints=checkpoints or [],
-            output=output,
-            operator=operator or "average",
-            options=option or [],
-            scale=scale or "1",
-            dtype=dtype,
-            adapter=adapter,
-            rank=rank,
-        )
+        result = merge_checkpoints(Reporter(quiet), base, checkpoints or [], output, words)
     else:
         if base or checkpoints:
             raise RecipeError("merge: give either a recipe or run folder, or --base with --checkpoint; not both.")
-        if adapter != "full" or rank is not None:
-            raise RecipeError(
-                "merge: --adapter and --rank go with --base and --checkpoint; a run's merge is a full model."
-            )
-        changes = [*(overrides or []), *merge_overrides(operator, scale, option or [], dtype)]
-        pipeline = _pipeline(target, None, changes, quiet=quiet, redo=redo)
+        pipeline = _pipeline(target, None, [*(overrides or []), *words.overrides()], quiet=quiet, redo=redo)
         result = merge_target(pipeline, exclude=exclude or [], allow_missing=allow_missing, output=output)
     if as_json:
-        _print_json(result)
+        _print_json({**result.record(), "output_folder": str(result.folder)})
     else:
-        from merit.run.merge_command import render_merge
-
-        _out(*render_merge(result))
+        _out(*render(result))
 
 
 @app.command()

@@ -6,6 +6,8 @@ Every file that this package writes goes through here.
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -45,15 +47,19 @@ def file_hash(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for bytes that gets its name only when the block ends well, flushed to disk; else nothing is left."""
+def writing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """Open a file for bytes that gets its name only when the block ends well; else nothing is left.
+
+    ``durable``: flushed to disk first. Files of a folder that is still being built need not be.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{PARTIAL}")
+    partial = path.with_name(_partial(path.name))
     try:
         with partial.open("wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -65,20 +71,108 @@ def create(path: Path) -> BinaryIO:
     return path.open("w+b")
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Write bytes under their final name only when complete."""
-    with writing(path) as file:
+    with writing(path, durable=durable) as file:
         file.write(data)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, durable: bool = True) -> None:
     """Write UTF-8 text under its final name only when complete."""
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode(), durable=durable)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     """Write JSON under its final name only when complete; a value that JSON cannot represent is refused."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", durable=durable)
+
+
+def _partial(name: str) -> str:
+    return f".{name}.{socket.gethostname()}.{os.getpid()}{PARTIAL}"
+
+
+@contextlib.contextmanager
+def scratch(near: Path) -> Iterator[Path]:
+    """A hidden folder next to ``near``, removed at the end.
+
+    What killed processes left there under the same name is removed first: this machine's when its process is gone and
+    holds no lock, another machine's (on a shared disk) when nothing in it has changed for a day.
+
+    Raises:
+        ResourceError: The disk filled up.
+    """
+    parent = near.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = parent / _partial(near.name)
+    if folder.exists():  # of an earlier process with this number
+        shutil.rmtree(folder)
+    folder.mkdir()
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        _sweep(folder, f".{near.name}.")
+        yield folder
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise ResourceError(
+            f"The disk of {parent} filled up.", "Free some space, or use another disk. Nothing was left behind."
+        ) from None
+    finally:
+        os.close(descriptor)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def building(folder: Path) -> Iterator[Path]:
+    """A hidden folder to fill, which gets its final name only when the block ends well; else nothing is left.
+
+    Raises:
+        ResourceError: The disk filled up.
+    """
+    with scratch(folder) as unfinished:
+        yield unfinished
+        publish(unfinished, folder.absolute())
+
+
+_ABANDONED = 24 * 3600  # seconds without a change after which another machine's unfinished folder is removed
+
+
+def _sweep(own: Path, prefix: str) -> None:
+    now = own.stat().st_mtime  # by the disk's clock
+    for path in own.parent.iterdir():
+        if path == own or not path.name.startswith(prefix) or not path.name.endswith(PARTIAL) or not path.is_dir():
+            continue
+        host, _, pid = path.name[len(prefix) : -len(PARTIAL)].rpartition(".")
+        if not pid.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            newest = max(item.stat().st_mtime for item in (path, *path.rglob("*")))
+            if _abandoned(path, int(pid)) if host == socket.gethostname() else now - newest > _ABANDONED:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _abandoned(folder: Path, pid: int) -> bool:
+    """Whether the process that made a folder on this machine is gone (it may live in another container)."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        pass
+    except PermissionError:
+        return False
+    else:
+        return False
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def sync(path: Path) -> None:

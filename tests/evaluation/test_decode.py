@@ -9,6 +9,7 @@ from evaluation_cases import END, SPECIAL, VOCABULARY, as_rows, tiny_model
 
 from merit.errors import CheckpointError
 from merit.evaluation.decode import decode
+from merit.evaluation.forward import Forward
 from merit.hf.batches import Batcher
 
 CPU = torch.device("cpu")
@@ -46,9 +47,7 @@ def test_greedy_equals_unbatched(family, batch_tokens, prompts):
     limits = [3 + i % 5 * 4 for i in range(len(prompts))]
     # With two ordinary tokens as ends too, rows end at different steps and leave the batch early.
     ends = (*ENDS, 10, 20, 30)
-    found = decode(
-        model, as_rows(prompts), limits, end_tokens=ends, batcher=Batcher(0), device=CPU, batch_tokens=batch_tokens
-    )
+    found = decode(model, as_rows(prompts), limits, ends, Forward(Batcher(0), CPU, batch_tokens))
     wanted = [slowly(model, p, n, ends) for p, n in zip(prompts, limits, strict=True)]
     assert [answer.tolist() for answer in found] == wanted
     lengths = {len(answer) for answer in wanted}
@@ -65,16 +64,7 @@ def test_sampling_equals_unbatched_and_ignores_batching(family, prompts):
     limits = [12] * len(prompts)
     wanted = [slowly(model, p, 12, ENDS, u) for p, u in zip(prompts, numbers, strict=True)]
     for batch_tokens in (1, 200, 10_000):
-        found = decode(
-            model,
-            as_rows(prompts),
-            limits,
-            end_tokens=ENDS,
-            batcher=Batcher(0),
-            device=CPU,
-            batch_tokens=batch_tokens,
-            uniforms=numbers,
-        )
+        found = decode(model, as_rows(prompts), limits, ENDS, Forward(Batcher(0), CPU, batch_tokens), numbers)
         assert [answer.tolist() for answer in found] == wanted
 
 
@@ -87,16 +77,7 @@ def test_samples_follow_the_models_distribution():
         ).numpy()
     n = 4000
     numbers = [np.random.default_rng([7, i]).random(1) for i in range(n)]
-    found = decode(
-        model,
-        as_rows([prompt] * n),
-        [1] * n,
-        end_tokens=(),
-        batcher=Batcher(0),
-        device=CPU,
-        batch_tokens=8000,
-        uniforms=numbers,
-    )
+    found = decode(model, as_rows([prompt] * n), [1] * n, (), Forward(Batcher(0), CPU, 8000), numbers)
     counts = np.bincount([answer[0] for answer in found], minlength=len(p))
     chi2 = ((counts - n * p) ** 2 / (n * p)).sum()
     assert chi2 < len(p) + 5 * np.sqrt(2 * len(p))
@@ -105,15 +86,7 @@ def test_samples_follow_the_models_distribution():
 def test_padding_token_does_not_matter(prompts):
     model = tiny_model("qwen2")
     runs = [
-        decode(
-            model,
-            as_rows(prompts),
-            [6] * len(prompts),
-            end_tokens=ENDS,
-            batcher=Batcher(pad),
-            device=CPU,
-            batch_tokens=10_000,
-        )
+        decode(model, as_rows(prompts), [6] * len(prompts), ENDS, Forward(Batcher(pad), CPU, 10_000))
         for pad in (0, len(SPECIAL))
     ]
     assert all(np.array_equal(a, b) for a, b in zip(*runs, strict=True))
@@ -131,15 +104,7 @@ def test_model_without_cache_is_refused():
             return output
 
     with pytest.raises(CheckpointError, match="no key-value cache"):
-        decode(
-            NoCache(),
-            as_rows([np.asarray([3, 4])]),
-            [4],
-            end_tokens=ENDS,
-            batcher=Batcher(0),
-            device=CPU,
-            batch_tokens=100,
-        )
+        decode(NoCache(), as_rows([np.asarray([3, 4])]), [4], ENDS, Forward(Batcher(0), CPU, 100))
 
 
 def test_the_batch_stops_when_its_last_row_has_ended(prompts):
@@ -147,8 +112,7 @@ def test_the_batch_stops_when_its_last_row_has_ended(prompts):
     passes = []
     handle = model.register_forward_hook(lambda *_: passes.append(1))
     try:
-        options = {"end_tokens": ends, "batcher": Batcher(0), "device": CPU, "batch_tokens": 10_000}
-        found = decode(model, as_rows(prompts[2:5]), [40] * 3, **options)
+        found = decode(model, as_rows(prompts[2:5]), [40] * 3, ends, Forward(Batcher(0), CPU, 10_000))
     finally:
         handle.remove()
     assert len(passes) == max(map(len, found)) < 40

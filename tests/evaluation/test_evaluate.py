@@ -15,12 +15,18 @@ import pytest
 import torch
 from evaluation_cases import END, make_dataset, tiny_model
 
-from merit.errors import CheckpointError
-from merit.evaluation import evaluate as module
-from merit.evaluation import evaluate_models
+from merit.errors import CheckpointError, RunFolderError
+from merit.evaluation import stage as module
+from merit.evaluation.decode import decode
+from merit.evaluation.forward import Forward
+from merit.evaluation.results import Evaluation
+from merit.evaluation.stage import About, Candidate, HeldOut, ModelSet
+from merit.evaluation.stage import evaluate as evaluate_models
+from merit.hf.base import open_base
+from merit.hf.batches import Batcher
 from merit.hf.rows import EncodedRow
 from merit.mixture import EncodedDataset
-from merit.recipe.load import parse_recipe
+from merit.recipe.schema import EvaluateSettings
 
 SEEDS = {"base": 0, "joint": 1, "merged": 2, "branch-0": 3}
 
@@ -36,27 +42,19 @@ def run(tmp_path_factory, tokenizer):
     test["long"] = make_dataset("long", 4, longest=60)
     kept = {"known": make_dataset("known", 5)}
 
-    def evaluate(folder, names=tuple(SEEDS), fingerprints=None, test=test, kept=kept, options=None, **settings):
-        seed = settings.pop("seed", 0)
-        recipe = parse_recipe(
-            {
-                "name": "x",
-                "seed": seed,
-                "model": {"base": str(root / "base")},
-                "mixture": {"folder": str(root)},
-                "evaluate": {"drift": {"prompts": 6, "tokens": 5}, "short_answer": 10, **settings},
-            }
-        )
+    base = open_base(root / "base")
+
+    def evaluate(folder, names=tuple(SEEDS), fingerprints=None, test=test, kept=kept, about=None, seed=0, **settings):
+        content = fingerprints or {name: f"content of {name}" for name in names}
+        models = {name: Candidate(None if name == "base" else root / name, content[name]) for name in names}
+        settings = {"drift": {"prompts": 6, "tokens": 5}, "short_answer": 10, **settings}
         return evaluate_models(
-            recipe,
-            {name: None if name == "base" else root / name for name in names},
-            test,
-            kept,
-            folder,
-            tokenizer=tokenizer,
+            ModelSet(base, models, about or About()),
+            HeldOut(test, kept),
+            EvaluateSettings(**settings),
+            seed=seed,
+            folder=folder,
             device=torch.device("cpu"),
-            fingerprints=fingerprints or {name: f"content of {name}" for name in names},
-            **(options or {}),
         )
 
     evaluate.root, evaluate.test, evaluate.kept = root, test, kept
@@ -69,10 +67,10 @@ def read(folder, name):
 
 def test_files_hold_what_a_reference_computes(run, tmp_path):
     found = run(tmp_path)
-    assert found["models"] == ["base", "joint", "merged", "branch-0"]
-    assert found["reused"] == []
+    assert found.summary.models == ("base", "joint", "merged", "branch-0")
+    assert found.reused == ()
     results, kept = read(tmp_path, "results.json"), read(tmp_path, "kept.json")
-    assert list(results) == found["models"]
+    assert list(results) == list(found.summary.models)
     assert list(results["merged"]) == list(run.test)
     for name, seed in SEEDS.items():
         model = tiny_model(seed=seed, sharpness=2.0)
@@ -90,8 +88,8 @@ def test_files_hold_what_a_reference_computes(run, tmp_path):
     assert summary["macro"]["joint"]["mixture"]["loss"] == pytest.approx(
         np.mean([figures["loss"] for figures in results["joint"].values()])
     )
-    assert summary["verdict"] == found["verdict"]
-    assert "| merged |" in (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert summary["verdict"] == list(found.verdict.sentences)
+    assert Evaluation.load(tmp_path).summary == found.summary
     answers = [json.loads(line) for line in (tmp_path / "models/merged.answers.jsonl").read_text().splitlines()]
     assert len(answers) == sum(len(rows) for name, rows in run.test.items() if name != "long") + 5
 
@@ -122,14 +120,11 @@ def reference(model, rows, generate):
 
 def test_a_model_is_right_about_its_own_answers(run, tmp_path, tokenizer):
     """Rows made of the base's own greedy answers: exact match 1 for the base, lower for the others."""
-    from merit.evaluation.decode import decode
-    from merit.hf.batches import Batcher
-
     prompts = [row.prompt() for row in make_dataset("own", 60)]
     model = tiny_model(seed=0, sharpness=2.0)
-    options = {"end_tokens": (1, END), "batcher": Batcher(0), "device": torch.device("cpu"), "batch_tokens": 999}
+    forward = Forward(Batcher(0), torch.device("cpu"), 999)
     own = []
-    for prompt, answer in zip(prompts, decode(model, prompts, [8] * 60, **options), strict=True):
+    for prompt, answer in zip(prompts, decode(model, prompts, [8] * 60, (1, END), forward), strict=True):
         text = tokenizer.decode(answer, skip_special_tokens=True)
         if answer[-1] == END and text.strip():
             length = prompt.prompt_length
@@ -170,14 +165,14 @@ def test_what_is_done_is_not_measured_again(run, tmp_path, monkeypatch):
     run(tmp_path, names, max_examples=2)
     before = (tmp_path / "results.json").read_bytes()
     loads.clear()
-    assert run(tmp_path, names, max_examples=2, batch_tokens=7)["reused"] == ["base", "joint", "merged"]
+    assert run(tmp_path, names, max_examples=2, batch_tokens=7).reused == ("base", "joint", "merged")
     assert loads == []
     changed = {"base": "content of base", "joint": "other content", "merged": "content of merged"}
-    assert run(tmp_path, names, changed, max_examples=2)["reused"] == ["base", "merged"]
+    assert run(tmp_path, names, changed, max_examples=2).reused == ("base", "merged")
     assert loads == [None, run.root / "joint"]  # the base once, for its answers' logits
     assert (tmp_path / "results.json").read_bytes() == before
     (tmp_path / "models/joint.json").write_text("{")
-    assert run(tmp_path, names, changed, max_examples=2)["reused"] == ["base", "merged"]
+    assert run(tmp_path, names, changed, max_examples=2).reused == ("base", "merged")
 
 
 @pytest.mark.parametrize(
@@ -188,7 +183,7 @@ def test_what_changed_is_measured_again(run, tmp_path, change):
     run(tmp_path, ("base",), max_examples=2)
     if change.get("test", ()) is None:
         change = {"test": run.test | {"t0": make_dataset("t0", 9, seed=1)}}
-    assert run(tmp_path, ("base",), **{"max_examples": 2, **change})["reused"] == []
+    assert run(tmp_path, ("base",), **{"max_examples": 2, **change}).reused == ()
 
 
 def test_two_names_of_one_model_are_measured_once(run, tmp_path, monkeypatch):
@@ -218,12 +213,11 @@ def test_settings_choose_what_is_measured(run, tmp_path):
 def test_nothing_to_measure_loads_no_model_and_says_so(run, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "load_model", None)
     found = run(tmp_path, test={}, kept={})
-    assert found["verdict"][0].startswith("Nothing was measured")
-    assert found["reused"] == []
+    assert found.verdict.sentences[0].startswith("Nothing was measured")
+    assert found.reused == ()
     assert read(tmp_path, "results.json") == read(tmp_path, "kept.json") == {name: {} for name in SEEDS}
     assert read(tmp_path, "drift.json") == {}
     assert read(tmp_path, "summary.json")["macro"]["merged"]["mixture"] is None
-    assert "Nothing was measured" in (tmp_path / "table.md").read_text(encoding="utf-8")
 
 
 def test_drift_alone_can_be_measured(run, tmp_path):
@@ -234,16 +228,14 @@ def test_drift_alone_can_be_measured(run, tmp_path):
 
 
 def test_what_the_caller_says_of_the_models_is_shown(run, tmp_path):
-    options = {"about": {"merged": "operator ties"}, "trained_tokens": {"base": 0, "joint": 30, "merged": 20}}
-    run(tmp_path, ("base", "joint", "merged"), max_examples=1, options={**options, "method": "kmeans"})
+    about = About("kmeans", {"base": 0, "joint": 30, "merged": 20}, {"merged": "operator ties"})
+    found = run(tmp_path, ("base", "joint", "merged"), max_examples=1, about=about)
     summary = read(tmp_path, "summary.json")
     assert summary["method"] == "kmeans"
     assert summary["about"] == {"merged": "operator ties"}
     assert summary["verdict"][0].endswith("average of all branches: operator ties.")
-    page = (tmp_path / "table.md").read_text(encoding="utf-8")
-    assert "\nmerged: operator ties.\n" in page
-    assert "Against joint training, at another budget (merged 20 target tokens, joint 30)" in page
-    assert run(tmp_path, ("base", "joint", "merged"), max_examples=1)["reused"] == ["base", "joint", "merged"]
+    assert "Against joint training, at another budget (merged 20 target tokens, joint 30)" in str(found.verdict)
+    assert run(tmp_path, ("base", "joint", "merged"), max_examples=1).reused == ("base", "joint", "merged")
     assert read(tmp_path, "summary.json")["method"] == "pca"
 
 
@@ -291,26 +283,20 @@ CHILD = """
 
 def evaluate_in_child(root, folder):
     """Evaluate; say when the second model starts, then wait there to be killed."""
-    from merit.hf.models import load_tokenizer
-
     torch.set_num_threads(1)
-    recipe = parse_recipe({"name": "x", "model": {"base": str(root / "base")}, "mixture": {"folder": str(root)}})
+    models = {name: Candidate(None if name == "base" else root / name, name) for name in ("base", "joint", "merged")}
 
-    def progress(done, total, label):
+    def progress(done, total, label=""):
         if label == "joint":
             print("second model", flush=True)
             signal.pause()
 
     evaluate_models(
-        recipe,
-        {"base": None, "joint": root / "joint", "merged": root / "merged"},
+        ModelSet(open_base(root / "base"), models),
         {"t0": make_dataset("t0", 9)},
-        {},
-        folder,
-        tokenizer=load_tokenizer(recipe.model),
+        folder=folder,
         device=torch.device("cpu"),
-        fingerprints={name: name for name in ("base", "joint", "merged")},
-        progress=progress if not (folder / "models").exists() else None,
+        **({} if (folder / "models").exists() else {"progress": progress}),
     )
 
 
@@ -331,5 +317,26 @@ def test_killed_and_run_again_gives_the_same_figures(run, tmp_path):
     (tmp_path / "whole/models").mkdir(parents=True)
     evaluate_in_child(run.root, tmp_path / "whole")
     assert (tmp_path / "killed/models/base.json").stat().st_mtime_ns == stamp
-    for name in ("results.json", "kept.json", "drift.json", "summary.json", "table.md"):
+    for name in ("results.json", "kept.json", "drift.json", "summary.json"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_as_in_a_notebook(run, tmp_path):
+    """Base and folders in, an evaluation out; nothing is written where no folder is given."""
+    models = {"base": open_base(run.root / "base"), "merged": run.root / "merged"}
+    settings = EvaluateSettings(drift={"prompts": 6, "tokens": 5}, short_answer=10)
+    found = evaluate_models(models, run.test, settings)
+    assert found.results == run(tmp_path, ("base", "merged"), kept={}).results
+    assert str(found.verdict).startswith("Learned (mean over 4 held-out datasets")
+    with pytest.raises(ValueError, match="open_base"):
+        evaluate_models({"base": str(run.root / "base")}, run.test)
+
+
+@pytest.mark.parametrize("damage", ["[]", "{", '{"base": {"t0": {"loss": "low"}}}', "[" * 200_000, "NaN", "\x00"])
+@pytest.mark.parametrize("file", ["results.json", "kept.json", "drift.json", "summary.json"])
+def test_a_damaged_file_is_named(run, tmp_path, file, damage):
+    """Fails on commit f5727a1 (B3): JSON of another shape ended in a traceback where it was shown."""
+    run(tmp_path, ("base", "merged"), max_examples=1)
+    (tmp_path / file).write_text(damage, encoding="utf-8")
+    with pytest.raises(RunFolderError, match=file):
+        Evaluation.load(tmp_path)

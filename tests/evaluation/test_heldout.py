@@ -7,6 +7,7 @@ import pytest
 import torch
 from evaluation_cases import END, VOCABULARY, make_dataset, tiny_model
 
+from merit.evaluation.forward import Forward
 from merit.evaluation.heldout import (
     answer_lengths,
     answer_limit,
@@ -37,7 +38,7 @@ def test_loss_equals_unbatched_float64(family):
         wanted.append(-sum(float(logp[i - 1, int(row.input_ids[i])]) for i in places))
         counts.append(len(places))
     for batch_tokens in (1, 100, 10_000):
-        losses, found = row_losses(model, rows, batcher=Batcher(0), device=CPU, batch_tokens=batch_tokens)
+        losses, found = row_losses(model, rows, Forward(Batcher(0), CPU, batch_tokens))
         assert losses.dtype == np.float64
         np.testing.assert_allclose(losses, wanted, rtol=2e-5)
         assert found.tolist() == counts
@@ -45,7 +46,7 @@ def test_loss_equals_unbatched_float64(family):
 
 def test_greedy_answers_are_text_without_the_end(tokenizer):
     rows = list(make_dataset("a", 6))
-    answers = greedy_answers(tiny_model(), rows, [5] * 6, tokenizer, ends=(1, END), device=CPU, batch_tokens=1000)
+    answers = greedy_answers(tiny_model(), rows, [5] * 6, tokenizer, (1, END), Forward(Batcher(0), CPU))
     assert any(answers)
     assert not any("<" in answer for answer in answers)
 
@@ -89,4 +90,4 @@ def test_short_answers():
     assert answer_limit(np.asarray([3, 10]), 64) == 14
     assert answer_limit(np.asarray([3, 100]), 64) == 64
     rows = list(make_dataset("a", 5))
-    assert answer_lengths(rows, 99).tolist() == [len(row.answer) + 1 for row in rows]
+    assert answer_lengths(rows).tolist() == [len(row.answer) + 1 for row in rows]

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from merit.evaluation.summary import summarise
-from merit.files import write_json
+from merit.evaluation.figures import Drift, Figures
+from merit.evaluation.results import Evaluation
+from merit.evaluation.summary import About, summarise
 from merit.report.evaluation import dataset_table, markdown, overview, render, terminal
 
 N = 16  # datasets; with 13 or fewer and ties, Wilcoxon's exact p takes half a second
@@ -19,26 +20,26 @@ NOISE -= NOISE.mean(axis=1, keepdims=True)
 
 def table(loss, match=None, n=N, noise=0):
     return {
-        f"d{i}": {
-            "loss": float(loss + NOISE[noise][i]),
-            "exact_match": None if match is None else float(match + NOISE[noise][i] / 10),
-            "examples": 4,
-            "target_tokens": 9,
-        }
+        f"d{i}": Figures(
+            float(loss + NOISE[noise][i]), None if match is None else float(match + NOISE[noise][i] / 10), 4, 9
+        )
         for i in range(n)
     }
 
 
 def moved(kl):
     sums = (kl + NOISE[7] * 0.1) * 5 if kl else np.zeros(N)
-    return {
-        "kl": kl,
-        "top1_agreement": 0.9,
-        "tokens": 5 * N,
-        "prompts": N,
-        "kl_sums": sums.tolist(),
-        "token_counts": [5] * N,
-    }
+    return Drift(kl, 0.9, 5 * N, N, tuple(sums.tolist()), (5,) * N)
+
+
+def evaluation(results, kept=None, drift=None, method="pca", about=None, trained_tokens=None, **options):
+    sets = {"mixture": results, "kept": kept or {}}
+    known = About(method, trained_tokens or {}, about or {})
+    return Evaluation(sets, drift or {}, summarise(sets, drift or {}, known, **options))
+
+
+def spoken(*args, **options):
+    return list(evaluation(*args, **options).verdict.sentences)
 
 
 def sentences(other, mixture, kept=None, drift=None, method="pca", n=N, **options):
@@ -50,7 +51,7 @@ def sentences(other, mixture, kept=None, drift=None, method="pca", n=N, **option
     drifts = {name: moved(kl) for name, kl in zip((other, "merged"), drift or (), strict=False)}
     if drift:
         drifts["base"] = moved(0.0)
-    return summarise(results, kepts, drifts, method=method, **options)["verdict"]
+    return spoken(results, kepts, drifts, method=method, **options)
 
 
 def against(other, *args, **kwargs):
@@ -143,22 +144,20 @@ def test_learned_and_kept_stand_side_by_side():
 
 def test_a_model_that_learned_nothing():
     results = {"base": table(3.0, 0.1), "merged": table(3.0, 0.1, noise=1)}
-    assert "no clear sign that the merged model learned" in summarise(results, {}, {})["verdict"][0]
+    assert "no clear sign that the merged model learned" in spoken(results, {}, {})[0]
     results["merged"] = table(4.0, 0.05)
-    assert "no clear sign that the merged model learned" in summarise(results, {}, {})["verdict"][0]
+    assert "no clear sign that the merged model learned" in spoken(results, {}, {})[0]
     results["merged"] = table(4.0, 0.5)
-    assert "disagree on whether" in summarise(results, {}, {})["verdict"][0]
+    assert "disagree on whether" in spoken(results, {}, {})[0]
 
 
 def test_what_was_not_measured_is_said():
-    assert summarise({"base": table(3.0)}, {}, {})["verdict"] == [
-        "No merged model was measured, so nothing is compared."
-    ]
-    assert summarise({"base": {}, "joint": {}}, {}, {})["verdict"][0].startswith("Nothing was measured")
-    found = summarise({"base": {}, "merged": {}}, {}, {"base": moved(0.0), "merged": moved(0.5)})["verdict"]
+    assert spoken({"base": table(3.0)}, {}, {}) == ["No merged model was measured, so nothing is compared."]
+    assert spoken({"base": {}, "joint": {}}, {}, {})[0].startswith("Nothing was measured")
+    found = spoken({"base": {}, "merged": {}}, {}, {"base": moved(0.0), "merged": moved(0.5)})
     assert found[0].startswith("Learned: not measured")
     assert "merged 0.5000" in found[1]
-    found = summarise({"base": table(3.0), "merged": table(1.0)}, {}, {})["verdict"]
+    found = spoken({"base": table(3.0), "merged": table(1.0)}, {}, {})
     assert found[1].startswith("Kept: not measured")
     assert found[2].startswith("Only one of the two columns was measured")
     assert sentences("joint", (LOW, LOW), (LOW, LOW))[2].startswith("Read both together")
@@ -166,14 +165,14 @@ def test_what_was_not_measured_is_said():
 
 def test_nothing_measured_claims_nothing_and_says_what_to_add():
     models = ("base", "joint", "random", "merged")
-    summary = summarise({name: {} for name in models}, {}, {}, trained_tokens=dict.fromkeys(models, 9))
-    text = " ".join(summary["verdict"])
+    summary = evaluation({name: {} for name in models}, {}, {}, trained_tokens=dict.fromkeys(models, 9))
+    text = str(summary.verdict).replace("\n", " ")
     assert text.startswith("Nothing was measured")
     for advice in ("test.jsonl", "evaluate.kept_folder", "evaluate.drift.prompts"):
         assert advice in text
     for claim in ("interval", "seed", "Read both", "difference"):
         assert claim not in text
-    page = markdown(summary, {}, {})
+    page = markdown(summary)
     assert "Target tokens:" in page
     for claim in ("nats", "Drift:", "↓", "↑", "95 %"):
         assert claim not in page
@@ -200,17 +199,15 @@ def test_a_merge_that_is_not_plain_is_called_so():
     )
     assert found[-2].startswith("Against joint training (half an epoch): the merged model did better on both")
     assert "plain" not in " ".join(sentences("joint", (HIGH, LOW), about={"joint": "half an epoch"}))
-    nothing = summarise({"base": {}, "merged": {}}, {}, {}, about=about)["verdict"]
+    nothing = spoken({"base": {}, "merged": {}}, {}, {}, about=about)
     assert nothing[0].startswith("merged is not the plain")
 
 
 def test_remarks_stand_under_the_tables():
     results = {"base": table(3.0), "merged": table(1.0)}
-    summary = summarise(results, {}, {}, about={"merged": "operator ties"})
-    assert "\nmerged: operator ties.\n" in markdown(summary, results, {}).split("## Verdict")[0]
+    summary = evaluation(results, about={"merged": "operator ties"})
+    assert "\nmerged: operator ties.\n" in markdown(summary).split("## Verdict")[0]
     assert "merged: operator ties." in shown(summary)
-    del summary["about"]  # as an earlier version wrote it
-    assert "merged: operator ties." not in shown(summary)
 
 
 def test_budgets_that_differ_are_said():
@@ -230,19 +227,19 @@ def test_budgets_that_differ_are_said():
 
 def test_names_cannot_break_a_table():
     results = {"base": {"a|b": table(1.0)["d0"]}}
-    assert "| a\\|b | 4 | " in markdown(summarise(results, {}, {}), results, {})
+    assert "| a\\|b | 4 | " in markdown(evaluation(results))
 
 
 def test_tables_show_every_model_and_leave_out_what_nobody_has():
     results = {"base": table(3.0), "merged": table(1.0, 0.5)}
-    summary = summarise(results, {}, {}, trained_tokens={"merged": 12345}, short={"d0"})
-    header, rows = overview(summary)
+    summary = evaluation(results, trained_tokens={"merged": 12345}, short={"d0"})
+    header, rows = overview(summary.summary)
     assert header == ["model", "mixture loss ↓", "mixture exact match ↑", "target tokens"]
     assert [row[0] for row in rows] == ["base", "merged"]
     assert rows[0][2:] == ["–", "–"]
     assert rows[1][3] == "12,345"
     assert dataset_table(results, ["base", "merged"], "exact_match")[1][0][:3] == ["d0", "4", "–"]
-    page = markdown(summary, results, {})
+    page = markdown(summary)
     assert "## Kept" not in page
     assert "| d15 |" in page
     assert "short: loss ↓ (1 dataset) | long: loss ↓ (15 datasets)" in page
@@ -258,8 +255,8 @@ def shown(summary, width=120):
 
 
 def test_terminal_shows_table_and_verdict(tmp_path):
-    summary = summarise({"base": table(3.0), "merged": table(1.0, 0.5)}, {}, {})
-    write_json(tmp_path / "summary.json", summary)
+    summary = evaluation({"base": table(3.0), "merged": table(1.0, 0.5)})
+    summary.save(tmp_path)
     text = shown(summary)
     assert [line.split() for line in text.splitlines()[1:4]] == [
         ["mixture"],
@@ -277,7 +274,7 @@ def test_eighty_columns_hold_every_column():
     names = ("base", "joint", "conflict_induced", "merged", "branch-10")
     results = {name: table(12.0, 0.5) for name in names}
     drift = {name: moved(0.0 if name == "base" else 1.25) for name in names}
-    text = shown(summarise(results, results, drift, trained_tokens=dict.fromkeys(names, 9_876_543_210)), width=80)
+    text = shown(evaluation(results, results, drift, trained_tokens=dict.fromkeys(names, 9_876_543_210)), width=80)
     lines = text.splitlines()
     assert max(map(len, lines)) <= 80
     line = next(line for line in lines if line.startswith("conflict_induced "))

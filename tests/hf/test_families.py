@@ -17,6 +17,7 @@ from tests.vision.vision_cases import picture, picture_chats, save
 from merit.errors import CheckpointError, MixtureError, RecipeError
 from merit.evaluation.decode import decode
 from merit.evaluation.drift import Reference, measure_drift
+from merit.evaluation.forward import Forward
 from merit.hf.base import Base, open_base
 from merit.hf.batches import target_losses
 from merit.hf.families import FAMILIES as KNOWN
@@ -186,7 +187,7 @@ def test_greedy_answers_equal_growing_the_sequence_without_a_cache(folder: Path,
     free = [grow(prompt, ()) for prompt in prompts]
     ends = (free[0][1], free[1][3], free[3][2])  # rows end at different steps and leave the batch early
     wanted = [next((a[: i + 1] for i, t in enumerate(a) if t in ends), a) for a in free]
-    found = decode(model, prompts, [8] * len(prompts), end_tokens=ends, batcher=batcher, device=CPU, batch_tokens=10**6)
+    found = decode(model, prompts, [8] * len(prompts), ends, Forward(batcher, CPU, 10**6))
     assert [answer.tolist() for answer in found] == wanted
     assert len({len(answer) for answer in wanted}) > 1
 
@@ -197,14 +198,14 @@ def test_drift_of_the_base_from_itself_is_none_and_pictures_count(folder: Path, 
     model, batcher = load_model(base, CPU), base.batcher
     prompts = [row.prompt() for row in rows]
     answers = [np.asarray([7, 8, 9])] * len(prompts)
-    reference = Reference.of_base(model, prompts, answers, tmp_path, batcher=batcher, device=CPU)
-    found = measure_drift(model, reference, batcher=batcher, device=CPU)
-    assert found["kl"] == pytest.approx(0, abs=1e-9)
+    reference = Reference.of_base(model, prompts, answers, tmp_path, Forward(batcher, CPU))
+    found = measure_drift(model, reference, Forward(batcher, CPU))
+    assert found.kl == pytest.approx(0, abs=1e-9)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if KNOWN[family].role(name) == "projector":
                 parameter.mul_(-3)
-    assert measure_drift(model, reference, batcher=batcher, device=CPU)["kl"] > 1e-6
+    assert measure_drift(model, reference, Forward(batcher, CPU)).kl > 1e-6
 
 
 ROLE_OF_MODULE = {
@@ -317,7 +318,7 @@ def test_a_long_row_never_loses_part_of_an_image(folder: Path, family: str) -> N
         assert not row.targets[row.input_ids == token].any()
         assert row.images == chats[0].images[: len(row.images)]
         target_losses(model, batcher([row]))  # the model finds as many features as tokens
-        decode(model, [row.prompt()], [2], end_tokens=(0,), batcher=batcher, device=CPU, batch_tokens=999)
+        decode(model, [row.prompt()], [2], (0,), Forward(batcher, CPU, 999))
         seen.add(len(row.images))
     assert seen == {1, 2}
 
@@ -562,9 +563,7 @@ def test_image_tokens_are_never_generated(folder: Path, family: str) -> None:
     prompts = [row.prompt() for row in rows]
     numbers = [np.linspace(0, 0.999, 8)] * len(prompts)
     for uniforms in (None, numbers):
-        answers = decode(
-            model, prompts, [8] * 4, end_tokens=(), batcher=batcher, device=CPU, batch_tokens=10**6, uniforms=uniforms
-        )
+        answers = decode(model, prompts, [8] * 4, (), Forward(batcher, CPU, 10**6), uniforms)
         assert all(token not in answer for answer in answers)
     with torch.no_grad():
         batch = batcher(rows)

@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from merit.merge import Branch, MergePlan, lora, plan_merge
+from merit.recipe.schema import MergeSettings
+
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 FORMATS = {
     "BF16": (8, -133),
@@ -99,3 +102,17 @@ def values(raw: np.ndarray, tag: str) -> np.ndarray:
 def raw(tensor: torch.Tensor) -> np.ndarray:
     """A tensor's raw values as the merge sees them."""
     return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+def make_plan(
+    base, branches: list[Branch], operator="average", options=None, scale=1, output="merged", **more
+) -> MergePlan:
+    """``plan_merge`` with the settings spelled out."""
+    settings = MergeSettings(operator=operator, options=options or {}, scale=scale, dtype=more.pop("dtype", None))
+    return plan_merge(base, branches, output, settings, **more)
+
+
+def plan_adapters(base, branches: list[Branch], operator="average", options=None, scale=1, output="merged", **more):
+    """``plan_adapter_merge`` with the settings spelled out."""
+    settings = MergeSettings(operator=operator, options=options or {}, scale=scale, dtype=more.pop("dtype", None))
+    return lora.plan_adapter_merge(base, branches, output, settings, **more)

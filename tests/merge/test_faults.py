@@ -2,7 +2,9 @@
 
 import os
 import random
+import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -10,11 +12,11 @@ import time
 
 import pytest
 import torch
-from merge_cases import near, random_tensors, write_checkpoint
+from merge_cases import make_plan, near, random_tensors, write_checkpoint
 
 from merit.errors import CheckpointError, MergeError
 from merit.hf import checkpoint
-from merit.merge import Branch, plan_merge, run_merge, stream
+from merit.merge import Branch, run_merge
 
 
 @pytest.fixture
@@ -46,14 +48,14 @@ def test_a_bit_flipped_since_training_is_found(tmp_path, case, where, operator):
     flip(sorted(branches[1].path.glob("*.safetensors"))[0], where)
     # at 0.0 lies an integer tensor, which then differs between the branches as well
     with pytest.raises((CheckpointError, MergeError), match=r"branch 1 .* is not what was recorded|must be identical"):
-        run_merge(plan_merge(base, branches, operator, output=tmp_path / "out"))
+        run_merge(make_plan(base, branches, operator, output=tmp_path / "out"))
     assert left(tmp_path) == ["b0", "b1", "base"]
 
 
 def test_a_changed_config_or_base_is_found(tmp_path, case):
     base, branches = case
     recorded = checkpoint.fingerprint(base)
-    plan = plan_merge(base, branches, "task_arithmetic", scale=0.5, base_fingerprint=recorded, output=tmp_path / "out")
+    plan = make_plan(base, branches, "task_arithmetic", scale=0.5, base_fingerprint=recorded, output=tmp_path / "out")
     flip(base / "model.safetensors", 0.3)
     with pytest.raises(CheckpointError, match=r"the base .* is not what was recorded"):
         run_merge(plan)
@@ -64,17 +66,17 @@ def test_a_changed_config_or_base_is_found(tmp_path, case):
 def test_a_truncated_or_swapped_shard_is_found(tmp_path, case, cut):
     base, branches = case
     one, two = sorted(branches[0].path.glob("*.safetensors"))
-    plan = plan_merge(base, branches, output=tmp_path / "out")
+    plan = make_plan(base, branches, output=tmp_path / "out")
     os.truncate(two, two.stat().st_size - cut)
     with pytest.raises(CheckpointError, match="truncated"):
-        plan_merge(base, branches, output=tmp_path / "out")
+        make_plan(base, branches, output=tmp_path / "out")
     with pytest.raises(CheckpointError, match="became shorter"):
         run_merge(plan)  # truncated after it was planned
     two.rename(tmp_path / "x")
     one.rename(two)
     (tmp_path / "x").rename(one)
     with pytest.raises(CheckpointError):
-        plan_merge(base, branches, output=tmp_path / "out")
+        make_plan(base, branches, output=tmp_path / "out")
     assert left(tmp_path) == ["b0", "b1", "base"]
 
 
@@ -82,7 +84,7 @@ def test_a_truncated_or_swapped_shard_is_found(tmp_path, case, cut):
 def test_output_that_does_not_read_back_is_refused(tmp_path, case, where, monkeypatch):
     """A write whose bytes change on their way to the disk."""
     base, branches = case
-    plan = plan_merge(base, branches, output=tmp_path / "out")
+    plan = make_plan(base, branches, output=tmp_path / "out")
     total, real, seen = plan.output_bytes, os.pwrite, []
 
     def faulty(descriptor, data, offset):
@@ -105,9 +107,9 @@ def test_output_that_does_not_read_back_is_refused(tmp_path, case, where, monkey
 
 def test_an_output_that_appears_meanwhile_is_not_overwritten(tmp_path, case):
     base, branches = case
-    plan = plan_merge(base, branches, output=tmp_path / "out")
+    plan = make_plan(base, branches, output=tmp_path / "out")
 
-    def progress(done, total):
+    def progress(done, total, label=""):
         (tmp_path / "out").mkdir(exist_ok=True)
 
     with pytest.raises(MergeError, match="exists already"):
@@ -119,18 +121,20 @@ def test_an_output_that_appears_meanwhile_is_not_overwritten(tmp_path, case):
 def test_interruption_cleans_up(tmp_path, case):
     base, branches = case
 
-    def progress(done, total):
+    def progress(done, total, label=""):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_merge(plan_merge(base, branches, output=tmp_path / "out"), progress)
+        run_merge(make_plan(base, branches, output=tmp_path / "out"), progress)
     assert left(tmp_path) == ["b0", "b1", "base"]
 
 
 def test_progress_reaches_the_end(tmp_path, case):
     base, branches = case
     seen = []
-    run_merge(plan_merge(base, branches, output=tmp_path / "out"), lambda done, total: seen.append((done, total)))
+    run_merge(
+        make_plan(base, branches, output=tmp_path / "out"), lambda done, total, label="": seen.append((done, total))
+    )
     dones, totals = zip(*seen, strict=True)
     assert sorted(dones) == list(dones)
     assert len(set(totals)) == 1
@@ -141,10 +145,12 @@ def test_leftovers_of_killed_merges_are_swept_and_of_running_ones_are_not(tmp_pa
     base, branches = case
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    (tmp_path / f".out.partial-{dead.pid}").mkdir()
-    (tmp_path / f".out.partial-{os.getppid()}").mkdir()
-    run_merge(plan_merge(base, branches, output=tmp_path / "out"))
-    assert left(tmp_path) == [f".out.partial-{os.getppid()}", "b0", "b1", "base", "out"]
+    host = socket.gethostname()
+    (tmp_path / f".out.{host}.{dead.pid}.partial").mkdir()
+    running = f".out.{host}.{os.getppid()}.partial"
+    (tmp_path / running).mkdir()
+    run_merge(make_plan(base, branches, output=tmp_path / "out"))
+    assert left(tmp_path) == [running, "b0", "b1", "base", "out"]
 
 
 KILLED = """
@@ -161,7 +167,7 @@ def count(event, args):
     if calls == limit:
         os.kill(os.getpid(), 9)
 
-plan = plan_merge(folder / "base", [Branch(folder / f"b{k}", k + 1, f"branch {k}") for k in range(2)], output=folder / "out")
+plan = plan_merge(folder / "base", [Branch(folder / f"b{k}", k + 1, f"branch {k}") for k in range(2)], folder / "out")
 stream.threads = lambda: 1
 real = os.pwrite
 def pwrite(*args):
@@ -185,7 +191,7 @@ def loads(folder):
 def test_a_kill_at_any_point_leaves_nothing_that_loads(tmp_path, case):
     """SIGKILL at random system calls of the merge; the folder under its final name is absent or complete."""
     base, branches = case
-    run_merge(plan_merge(base, branches, output=tmp_path / "want"))
+    run_merge(make_plan(base, branches, output=tmp_path / "want"))
     want = checkpoint.fingerprint(tmp_path / "want")
 
     def attempt(limit):
@@ -199,17 +205,17 @@ def test_a_kill_at_any_point_leaves_nothing_that_loads(tmp_path, case):
     assert checkpoint.fingerprint(tmp_path / "out") == want
     points = [*random.Random(0).sample(range(1, total + 1), min(total, 12)), total]
     for limit in points:
-        stream.shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
         assert attempt(limit).returncode == -signal.SIGKILL
         if (tmp_path / "out").exists():
             assert checkpoint.fingerprint(tmp_path / "out") == want
-        for path in tmp_path.glob(".out.partial-*"):
+        for path in tmp_path.glob(".out.*.partial"):
             # Before the last file is in place nothing loads; after it the folder is complete and verified.
             assert not loads(path) or checkpoint.fingerprint(path) == want
-    stream.shutil.rmtree(tmp_path / "out", ignore_errors=True)
-    run_merge(plan_merge(base, branches, output=tmp_path / "out"))
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    run_merge(make_plan(base, branches, output=tmp_path / "out"))
     assert checkpoint.fingerprint(tmp_path / "out") == want
-    assert not list(tmp_path.glob(".out.partial-*"))
+    assert not list(tmp_path.glob(".out.*.partial"))
 
 
 def test_a_kill_at_a_random_moment_leaves_nothing_that_loads(tmp_path):
@@ -230,5 +236,5 @@ def test_a_kill_at_a_random_moment_leaves_nothing_that_loads(tmp_path):
         process.wait()
         if (tmp_path / "out").exists():
             checkpoint.fingerprint(tmp_path / "out")
-            stream.shutil.rmtree(tmp_path / "out")
-        assert not any(loads(p) for p in tmp_path.glob(".out.partial-*") if not (p / "config.json").exists())
+            shutil.rmtree(tmp_path / "out")
+        assert not any(loads(p) for p in tmp_path.glob(".out.*.partial") if not (p / "config.json").exists())

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from merge_cases import make_plan, plan_adapters
 from safetensors.torch import load_file, save_file
 
 from merit.errors import CheckpointError, MergeError
 from merit.hf import checkpoint
-from merit.merge import Branch, plan_merge, run_merge
-from merit.merge.lora import merge_adapters_to_adapter, plan_adapter_merge
+from merit.merge import Branch, MergeResult, merge_into_adapter, run_merge
 
 COUNTS = [3, 5, 4]
 KINDS = {
@@ -85,7 +85,7 @@ def mean(states, counts=COUNTS):
 def test_full_merge_is_the_mean_of_pefts_own_merges(tmp_path, kind):
     tiny(tmp_path)
     branches, states = adapters(tmp_path, kind)
-    result = run_merge(plan_adapter_merge(tmp_path / "base", branches, output=tmp_path / "out"))
+    result = run_merge(plan_adapters(tmp_path / "base", branches, output=tmp_path / "out"))
     merged, base, want = (
         load_file(tmp_path / "out/model.safetensors"),
         load_file(tmp_path / "base/model.safetensors"),
@@ -97,8 +97,8 @@ def test_full_merge_is_the_mean_of_pefts_own_merges(tmp_path, kind):
     assert changed
     for name, tensor in merged.items():
         torch.testing.assert_close(tensor.double(), want[name], rtol=2e-7, atol=1e-9)
-    assert result.record["adapters"]["mode"] == "full"
-    assert [b["fingerprint"] for b in result.record["branches"]] == [checkpoint.fingerprint(b.path) for b in branches]
+    assert result.record()["adapters"]["mode"] == "full"
+    assert [b["fingerprint"] for b in result.record()["branches"]] == [checkpoint.fingerprint(b.path) for b in branches]
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
@@ -108,15 +108,15 @@ def test_concatenated_adapter_loads_in_peft_and_is_exact(tmp_path, kind):
 
     tiny(tmp_path)
     branches, states = adapters(tmp_path, kind)
-    record = merge_adapters_to_adapter(tmp_path / "base", branches, tmp_path / "out")
+    result = merge_into_adapter(tmp_path / "base", branches, tmp_path / "out")
     peft = PeftModel.from_pretrained(Qwen2ForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "out")
     got, want = peft.double().merge_and_unload().state_dict(), mean(states)
     for name, tensor in want.items():
         torch.testing.assert_close(got[name], tensor, rtol=1e-6, atol=1e-7)
     rank = KINDS[kind]["r"]
-    assert max(record["ranks"].values()) == 3 * rank
-    assert record["relative_error"] == 0
-    assert record["output"]["fingerprint"] == checkpoint.fingerprint(tmp_path / "out")
+    assert max(result.adapters.ranks.values()) == 3 * rank
+    assert result.adapters.relative_error == 0
+    assert result.model_fingerprint == checkpoint.fingerprint(tmp_path / "out")
 
 
 def test_ranks_may_differ_between_adapters_and_modules(tmp_path):
@@ -125,8 +125,8 @@ def test_ranks_may_differ_between_adapters_and_modules(tmp_path):
 
     tiny(tmp_path)
     branches, states = adapters(tmp_path, "patterns", ranks=[2, 5, 3])
-    record = merge_adapters_to_adapter(tmp_path / "base", branches, tmp_path / "out")
-    assert set(record["ranks"].values()) == {10, 6}
+    result = merge_into_adapter(tmp_path / "base", branches, tmp_path / "out")
+    assert set(result.adapters.ranks.values()) == {10, 6}
     peft = PeftModel.from_pretrained(Qwen2ForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "out")
     got = peft.double().merge_and_unload().state_dict()
     for name, tensor in mean(states).items():
@@ -141,7 +141,7 @@ def test_recompression_is_the_best_of_its_rank_and_reports_its_error(tmp_path, r
     model = tiny(tmp_path)
     start = {n: p.detach().double().clone() for n, p in model.state_dict().items()}
     branches, states = adapters(tmp_path, "plain")
-    record = merge_adapters_to_adapter(tmp_path / "base", branches, tmp_path / "out", mode="recompress", rank=rank)
+    result = merge_into_adapter(tmp_path / "base", branches, tmp_path / "out", rank=rank)
     peft = PeftModel.from_pretrained(Qwen2ForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "out")
     got = peft.double().merge_and_unload().state_dict()
     dropped, whole = 0.0, 0.0
@@ -153,10 +153,10 @@ def test_recompression_is_the_best_of_its_rank_and_reports_its_error(tmp_path, r
         best = (u[:, :rank] * s[:rank]) @ vt[:rank]
         np.testing.assert_allclose((got[name] - start[name]).numpy(), best, atol=1e-6)
         error = np.linalg.norm(s[rank:]) / np.linalg.norm(s)
-        assert record["relative_errors"][name] == pytest.approx(error, abs=1e-6)
+        assert result.adapters.relative_errors[name] == pytest.approx(error, abs=1e-6)
         dropped, whole = dropped + np.sum(s[rank:] ** 2), whole + np.sum(s**2)
-    assert record["relative_error"] == pytest.approx((dropped / whole) ** 0.5, abs=1e-6)
-    assert (record["relative_error"] < 1e-6) == (rank >= 12)
+    assert result.adapters.relative_error == pytest.approx((dropped / whole) ** 0.5, abs=1e-6)
+    assert (result.adapters.relative_error < 1e-6) == (rank >= 12)
 
 
 def test_a_common_frozen_a_keeps_the_rank(tmp_path):
@@ -170,8 +170,8 @@ def test_a_common_frozen_a_keeps_the_rank(tmp_path):
         save_file(tensors, b.path / "adapter_model.safetensors", {"format": "pt"})
         name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
         wants.append(2.0 * tensors[name.format("B")].double() @ tensors[name.format("A")].double())
-    record = merge_adapters_to_adapter(tmp_path / "base", branches, tmp_path / "out")
-    assert set(record["ranks"].values()) == {4}
+    result = merge_into_adapter(tmp_path / "base", branches, tmp_path / "out")
+    assert set(result.adapters.ranks.values()) == {4}
     out = load_file(tmp_path / "out/adapter_model.safetensors")
     got = out[name.format("B")].double() @ out[name.format("A")].double()
     torch.testing.assert_close(got, sum(c * w for c, w in zip(COUNTS, wants, strict=True)) / 12, rtol=1e-6, atol=1e-8)
@@ -184,7 +184,7 @@ def test_operators_act_on_the_full_update(tmp_path, operator):
     model = tiny(tmp_path)
     start = {n: p.detach().double().numpy() for n, p in model.state_dict().items()}
     branches, states = adapters(tmp_path, "plain")
-    run_merge(plan_adapter_merge(tmp_path / "base", branches, operator, scale="0.5", output=tmp_path / "out"))
+    run_merge(plan_adapters(tmp_path / "base", branches, operator, scale="0.5", output=tmp_path / "out"))
     merged = load_file(tmp_path / "out/model.safetensors")
     name = "model.layers.1.mlp.down_proj.weight"
     deltas = [s[name].numpy() - start[name] for s in states]
@@ -212,7 +212,7 @@ def test_fan_in_fan_out_of_gpt2(tmp_path):
         peft.save_pretrained(tmp_path / f"a{k}")
         states.append({n: p.clone() for n, p in peft.double().merge_and_unload().state_dict().items()})
         branches.append(Branch(tmp_path / f"a{k}", COUNTS[k], f"a{k}"))
-    run_merge(plan_adapter_merge(tmp_path / "base", branches, output=tmp_path / "out"))
+    run_merge(plan_adapters(tmp_path / "base", branches, output=tmp_path / "out"))
     merged, want = load_file(tmp_path / "out/model.safetensors"), mean(states, COUNTS[:2])
     for name, tensor in merged.items():
         torch.testing.assert_close(
@@ -223,12 +223,12 @@ def test_fan_in_fan_out_of_gpt2(tmp_path):
 def test_an_adapter_that_changed_since_training_is_found(tmp_path):
     tiny(tmp_path)
     branches, _ = adapters(tmp_path, "plain", count=1)
-    recorded = [Branch(b.path, b.tokens, b.name, checkpoint.fingerprint(b.path)) for b in branches]
+    recorded = [Branch(b.path, b.weight, b.name, checkpoint.fingerprint(b.path)) for b in branches]
     tensors = load_file(branches[0].path / "adapter_model.safetensors")
     tensors[next(iter(tensors))][0, 0] += 1
     save_file(tensors, branches[0].path / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match=r"adapter 0 .* is not what was recorded"):
-        run_merge(plan_adapter_merge(tmp_path / "base", recorded, output=tmp_path / "out"))
+        run_merge(plan_adapters(tmp_path / "base", recorded, output=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -241,14 +241,8 @@ def test_what_cannot_be_merged_is_refused_with_the_reason(tmp_path):
     tiny(tmp_path)
     branches, _ = adapters(tmp_path, "plain")
     base, out = tmp_path / "base", tmp_path / "out"
-    with pytest.raises(MergeError, match="is not the average"):
-        merge_adapters_to_adapter(base, branches, out, mode="factors")
-    with pytest.raises(MergeError, match="needs a rank"):
-        merge_adapters_to_adapter(base, branches, out, mode="recompress")
-    with pytest.raises(MergeError, match="takes none"):
-        merge_adapters_to_adapter(base, branches, out, mode="concat", rank=4)
     with pytest.raises(MergeError, match="full weights first"):
-        plan_adapter_merge(base, branches, "ties", output=out)
+        plan_adapters(base, branches, "ties", output=out)
     for settings, message in (
         ({"use_dora": True}, "DoRA"),
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base"),
@@ -260,33 +254,31 @@ def test_what_cannot_be_merged_is_refused_with_the_reason(tmp_path):
         original = (branches[1].path / "adapter_config.json").read_text()
         edit(branches[1].path, **settings)
         with pytest.raises(MergeError, match=message):
-            plan_adapter_merge(base, branches, output=out)
+            plan_adapters(base, branches, output=out)
         (branches[1].path / "adapter_config.json").write_text(original)
     tensors = load_file(branches[1].path / "adapter_model.safetensors")
     name = next(n for n in tensors if "lora_B" in n)
     tensors[name][0, 0] = float("nan")
     save_file(tensors, branches[1].path / "adapter_model.safetensors")
     with pytest.raises(MergeError, match="NaN or infinity in adapter 1"):
-        merge_adapters_to_adapter(base, branches, out)
+        merge_into_adapter(base, branches, out)
     with pytest.raises(MergeError, match="NaN or infinity in adapter 1"):
-        run_merge(plan_adapter_merge(base, branches, output=out))
+        run_merge(plan_adapters(base, branches, output=out))
     save_file(
         {n.replace("layers.1", "layers.7"): t for n, t in tensors.items()},
         branches[1].path / "adapter_model.safetensors",
     )
     with pytest.raises(MergeError, match=r"layers\.7.*no counterpart"):
-        plan_adapter_merge(base, branches, output=out)
+        plan_adapters(base, branches, output=out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a0", "a1", "a2", "base"]
 
 
-def test_extra_files_of_a_merged_adapter(tmp_path):
+def test_the_record_of_a_merged_adapter_lies_next_to_it(tmp_path):
     tiny(tmp_path)
     branches, _ = adapters(tmp_path, "plain", count=2)
-    record = merge_adapters_to_adapter(
-        tmp_path / "base", branches, tmp_path / "out", extra=lambda record: {"merge.json": json.dumps(record)}
-    )
-    assert json.loads((tmp_path / "out/merge.json").read_text()) == record
-    assert record["output"]["fingerprint"] == checkpoint.fingerprint(tmp_path / "out")
+    result = merge_into_adapter(tmp_path / "base", branches, tmp_path / "out")
+    assert MergeResult.load(tmp_path / "out") == result
+    assert result.model_fingerprint == checkpoint.fingerprint(tmp_path / "out")
 
 
 @pytest.mark.parametrize("operator", ["star", "tsv", "iso_cts"])
@@ -301,16 +293,16 @@ def test_matrix_operators_do_the_same_to_adapters_as_to_folded_checkpoints(tmp_p
         folder.mkdir()
         save_file({n: t.contiguous() for n, t in state.items()}, folder / "model.safetensors", {"format": "pt"})
         (folder / "config.json").write_text((tmp_path / "base/config.json").read_text())
-        folded.append(Branch(folder, branch.tokens, branch.name))
+        folded.append(Branch(folder, branch.weight, branch.name))
     plans = [
-        plan(tmp_path / "base", b, operator, options, "0.5", tmp_path / out, dtype="base")
-        for plan, b, out in ((plan_adapter_merge, branches, "out"), (plan_merge, folded, "want"))
+        planned(tmp_path / "base", b, operator, options, "0.5", tmp_path / out, dtype="base")
+        for planned, b, out in ((plan_adapters, branches, "out"), (make_plan, folded, "want"))
     ]
-    records = [run_merge(plan).record for plan in plans]
+    records = [run_merge(plan) for plan in plans]
     got, want = (load_file(tmp_path / out / "model.safetensors") for out in ("out", "want"))
     for name, tensor in want.items():
         torch.testing.assert_close(got[name], tensor, rtol=3e-7, atol=1e-8)
-    ours, theirs = (r["statistics"] for r in records)
+    ours, theirs = (r.statistics for r in records)
     assert ours["norm_ratio"] == pytest.approx(theirs["norm_ratio"], rel=1e-5)
     for key, by_tensor in theirs.items():
         if isinstance(by_tensor, dict):
@@ -324,7 +316,7 @@ def test_matrix_operators_do_the_same_to_adapters_as_to_folded_checkpoints(tmp_p
 def test_output_dtype_of_adapters(tmp_path, dtype):
     tiny(tmp_path)
     branches, states = adapters(tmp_path, "head and norms in full", count=2)
-    plan = plan_adapter_merge(tmp_path / "base", branches, output=tmp_path / "out", dtype=dtype)
+    plan = plan_adapters(tmp_path / "base", branches, output=tmp_path / "out", dtype=dtype)
     run_merge(plan)
     kind = {"base": torch.float32}.get(dtype) or getattr(torch, dtype)
     merged, want = load_file(tmp_path / "out/model.safetensors"), mean(states, COUNTS[:2])
@@ -332,37 +324,24 @@ def test_output_dtype_of_adapters(tmp_path, dtype):
         torch.testing.assert_close(tensor, want[name].to(kind), rtol=2e-7, atol=1e-9)
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config.get("dtype", config.get("torch_dtype")) == {"base": "float32"}.get(dtype, dtype)
-    with pytest.raises(MergeError, match="dtype must be"):
-        plan_adapter_merge(tmp_path / "base", branches, output=tmp_path / "x", dtype="int8")
-
-
-@pytest.mark.parametrize("scale", ["abc", float("nan"), float("inf"), "1/0", None])
-def test_an_impossible_scale_is_one_message(tmp_path, scale):
-    tiny(tmp_path)
-    branches, _ = adapters(tmp_path, "plain", count=1)
-    for plan in (plan_adapter_merge, plan_merge):
-        with pytest.raises(MergeError, match="scale must be a finite number"):
-            plan(tmp_path / "base", branches, scale=scale, output=tmp_path / "out")
-    with pytest.raises(MergeError, match="scale must be a finite number"):
-        merge_adapters_to_adapter(tmp_path / "base", branches, tmp_path / "out", scale=scale)
 
 
 def test_adapters_of_other_bases_are_refused_or_told(tmp_path):
     tiny(tmp_path)
     branches, _ = adapters(tmp_path, "plain", count=2)
     base, out = tmp_path / "base", tmp_path / "out"
-    assert plan_adapter_merge(base, branches, output=out).warnings == ()
+    assert plan_adapters(base, branches, output=out).warnings == ()
     edit(branches[1].path, base_model_name_or_path=f"{base}/../base")
-    assert plan_adapter_merge(base, branches, output=out).warnings == ()
+    assert plan_adapters(base, branches, output=out).warnings == ()
     for other in ("some/model", None):
         edit(branches[1].path, base_model_name_or_path=other)
         with pytest.raises(MergeError, match="differ in base_model_name_or_path"):
-            plan_adapter_merge(base, branches, output=out)
+            plan_adapters(base, branches, output=out)
         with pytest.raises(MergeError, match="differ in base_model_name_or_path"):
-            merge_adapters_to_adapter(base, branches, out)
+            merge_into_adapter(base, branches, out)
     for other, told in (("some/model", 0), (None, 0), ("/no/such/base", 1), (str(branches[0].path), 1)):
         for b in branches:
             edit(b.path, base_model_name_or_path=other)
-        assert len(plan_adapter_merge(base, branches, output=out).warnings) == told
-    record = merge_adapters_to_adapter(base, branches, out)
-    assert "as their base" in record["warnings"][0]
+        assert len(plan_adapters(base, branches, output=out).warnings) == told
+    result = merge_into_adapter(base, branches, out)
+    assert "as their base" in result.warnings[0]

@@ -11,12 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from merge_cases import TORCH, near, nearest, random_tensors, write_checkpoint
+from merge_cases import TORCH, make_plan, near, nearest, random_tensors, write_checkpoint
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from merit.errors import CheckpointError, MergeError, ResourceError
+from merit.errors import CheckpointError, MergeError, ResourceError, RunFolderError
 from merit.hf import checkpoint
-from merit.merge import OPERATORS, Branch, plan_merge, run_merge
+from merit.merge import OPERATORS, Branch, MergeResult, run_merge
 
 COUNTS = [1_234_567, 89_123, 456_789]
 
@@ -43,7 +44,7 @@ def read(folder):
 def merge(base, branches, output, operator="average", **options):
     keys = ("scale", "dtype", "excluded", "base_fingerprint")
     extra = {k: options.pop(k) for k in keys if k in options}
-    return run_merge(plan_merge(base, branches, operator, options, output=output, **extra))
+    return run_merge(make_plan(base, branches, operator, options, output=output, **extra))
 
 
 def floats(folder):
@@ -110,18 +111,16 @@ def test_any_shapes_shards_and_dtypes(tmp_path_factory, data):
 
 def test_record_and_card(tmp_path, base, branches):
     (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
-    result = merge(base, branches, tmp_path / "out", excluded=["branch 3"])
-    record = json.loads(json.dumps(result.record))
+    merge(base, branches, tmp_path / "out", excluded=["branch 3"])
+    record = json.loads((tmp_path / "out" / "merge.json").read_text())
     assert record["operator"] == "average"
     assert record["scale"] == 1.0
-    assert record["tokens"] == COUNTS
+    assert record["counts"] == COUNTS
     assert record["weights"] == [c / sum(COUNTS) for c in COUNTS]
     assert [b["fingerprint"] for b in record["branches"]] == [checkpoint.fingerprint(b.path) for b in branches]
     assert record["base"]["fingerprint"] == checkpoint.fingerprint(base)
-    assert record["output"]["fingerprint"] == checkpoint.fingerprint(tmp_path / "out")
-    assert (
-        record["output"]["files"]["model.safetensors"]["bytes"] == (tmp_path / "out/model.safetensors").stat().st_size
-    )
+    assert record["model_fingerprint"] == checkpoint.fingerprint(tmp_path / "out")
+    assert record["files"]["model.safetensors"]["bytes"] == (tmp_path / "out/model.safetensors").stat().st_size
     assert record["excluded"] == ["branch 3"]
     assert any("Partial merge: 3 of 4" in w for w in record["warnings"])
     card = (tmp_path / "out" / "README.md").read_text()
@@ -195,7 +194,7 @@ def test_one_branch_or_identical_branches_come_out_bit_for_bit(tmp_path, base, b
 def test_order_and_unit_of_weights_do_not_matter(tmp_path, base, branches, operator):
     merge(base, branches, tmp_path / "a", operator)
     merge(base, branches[::-1], tmp_path / "b", operator)
-    merge(base, [Branch(b.path, b.tokens * 1000, b.name) for b in branches], tmp_path / "c", operator)
+    merge(base, [Branch(b.path, b.weight * 1000, b.name) for b in branches], tmp_path / "c", operator)
     shares = [Fraction(c, sum(COUNTS)) for c in COUNTS]
     merge(base, [Branch(b.path, w, b.name) for b, w in zip(branches, shares, strict=True)], tmp_path / "d", operator)
     digests = {checkpoint.weights_digest(checkpoint.read_headers(tmp_path / x)) for x in "abcd"}
@@ -212,7 +211,7 @@ def test_threads_do_not_matter(tmp_path, base, branches, monkeypatch):
             monkeypatch.setattr(f"merit.merge.{module}.threads", lambda count=count: count)
         for operator in ("average", "ties", "tsv"):
             result = merge(base, branches, tmp_path / f"{operator}{count}", operator)
-            digests.add((operator, result.record["output"]["fingerprint"], json.dumps(result.record["statistics"])))
+            digests.add((operator, result.model_fingerprint, json.dumps(result.statistics)))
     assert len(digests) == 3
 
 
@@ -255,7 +254,7 @@ def test_displacement_identity(tmp_path):
 
 def test_excluding_a_branch_renormalises(tmp_path, base, branches):
     merge(base, branches[:2], tmp_path / "out", excluded=["branch 2"])
-    record = merge(base, branches[:2], tmp_path / "again").record
+    record = merge(base, branches[:2], tmp_path / "again").record()
     assert math.isclose(sum(record["weights"]), 1.0)
     assert checkpoint.weights_digest(checkpoint.read_headers(tmp_path / "out")) == checkpoint.weights_digest(
         checkpoint.read_headers(tmp_path / "again")
@@ -272,7 +271,7 @@ def test_ties_on_files_equals_ties_on_the_whole_vector(tmp_path, trim):
     start = random_tensors(0, torch.float32)
     base = write_checkpoint(tmp_path / "base", start)
     branches = [Branch(write_checkpoint(tmp_path / f"b{k}", near(start, k)), c, f"b{k}") for k, c in enumerate(COUNTS)]
-    record = merge(base, branches, tmp_path / "out", "ties", trim=trim, density=0.3, scale=0.5).record
+    record = merge(base, branches, tmp_path / "out", "ties", trim=trim, density=0.3, scale=0.5).record()
     theta, got = floats(base), floats(tmp_path / "out")
     names = [n for n in theta if theta[n].size]
     deltas = {n: np.stack([(floats(b.path)[n] - theta[n]).ravel() for b in branches]) for n in names}
@@ -292,7 +291,7 @@ def test_spectral_operators_touch_matrices_and_average_the_rest(tmp_path, operat
     start = random_tensors(0, torch.float32) | {"model.experts.weight": torch.randn(3, 6, 5)}
     base = write_checkpoint(tmp_path / "base", start)
     branches = [Branch(write_checkpoint(tmp_path / f"b{k}", near(start, k)), c, f"b{k}") for k, c in enumerate(COUNTS)]
-    record = merge(base, branches, tmp_path / "out", operator, matrix_scope=scope, scale=0.7).record
+    record = merge(base, branches, tmp_path / "out", operator, matrix_scope=scope, scale=0.7).record()
     theta, parts, got = floats(base), [floats(b.path) for b in branches], floats(tmp_path / "out")
     options = {k: v for k, v in record["options"].items() if k != "matrix_scope"}
     function = OPERATORS[operator].function
@@ -335,8 +334,8 @@ def test_a_tied_copy_is_accepted_when_equal_and_refused_when_not(tmp_path):
     good = write_checkpoint(tmp_path / "good", copy)
     result = merge(base, [Branch(good, 1, "good")], tmp_path / "out")
     assert read(tmp_path / "out").keys() == start.keys()
-    assert any("tied" in w for w in result.record["warnings"])
-    assert result.record["branches"][0]["fingerprint"] == checkpoint.fingerprint(good)
+    assert any("tied" in w for w in result.warnings)
+    assert result.record()["branches"][0]["fingerprint"] == checkpoint.fingerprint(good)
     copy["lm_head.weight"][0, 0] += 1
     bad = write_checkpoint(tmp_path / "bad", copy)
     with pytest.raises(MergeError, match="differ in bad"):
@@ -362,7 +361,7 @@ def test_wrapped_names_are_matched_one_to_one(tmp_path):
     renamed = {n.replace("model.", "model.language_model.", 1): t for n, t in tensors.items()}
     result = merge(base, [Branch(write_checkpoint(tmp_path / "b", renamed), 1, "b")], tmp_path / "out")
     assert all(torch.equal(t, tensors[n]) for n, t in read(tmp_path / "out").items())
-    assert any("other tensor names" in w for w in result.record["warnings"])
+    assert any("other tensor names" in w for w in result.warnings)
 
 
 @pytest.mark.parametrize("choice", ["base", "float32", "float16"])
@@ -400,7 +399,7 @@ def test_config_and_tokenizer_come_from_the_base_and_a_common_template_is_added(
     assert (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()
     assert (tmp_path / "out" / "tokenizer_config.json").read_bytes() == (base / "tokenizer_config.json").read_bytes()
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
-    assert any("chat template" in w for w in result.record["warnings"])
+    assert any("chat template" in w for w in result.warnings)
 
 
 # ---- refusals: one message that names the thing, nothing left behind
@@ -471,12 +470,12 @@ def test_other_vocabularies_are_refused_and_rewritten_tokenizer_files_are_not(tm
     (base / "tokenizer.json").write_text(tokenizer({"a": 0, "b": 1}, ["a b"]))
     other = branches[0].path / "tokenizer.json"
     other.write_text(tokenizer({"b": 1, "a": 0}, [["a", "b"]], padding={"strategy": "x"}, truncation=None))
-    plan_merge(base, branches, output=tmp_path / "out")
+    make_plan(base, branches, output=tmp_path / "out")
     other.write_text(tokenizer({"b": 1, "a": 0}, [["a", "b"]], normalizer={"type": "NFC"}))
-    assert any("normalizer" in w for w in plan_merge(base, branches, output=tmp_path / "out").warnings)
+    assert any("normalizer" in w for w in make_plan(base, branches, output=tmp_path / "out").warnings)
     other.write_text(tokenizer({"b": 0, "a": 1}, [["a", "b"]]))
     with pytest.raises(MergeError, match="vocabulary of branch 0 differ"):
-        plan_merge(base, branches, output=tmp_path / "out")
+        make_plan(base, branches, output=tmp_path / "out")
 
 
 def test_impossible_settings_are_refused(tmp_path, base, branches):
@@ -484,21 +483,22 @@ def test_impossible_settings_are_refused(tmp_path, base, branches):
     one = branches[0]
     for tokens in (0, -1, float("nan"), float("inf"), "x"):
         with pytest.raises(MergeError, match="expected a positive number"):
-            plan_merge(base, [Branch(one.path, tokens, "odd")], output=out)
+            make_plan(base, [Branch(one.path, tokens, "odd")], output=out)
     with pytest.raises(MergeError, match="nothing to merge"):
-        plan_merge(base, [], output=out)
+        make_plan(base, [], output=out)
     with pytest.raises(MergeError, match="same name"):
-        plan_merge(base, [one, one], output=out)
-    with pytest.raises(MergeError, match="finite number"):
-        plan_merge(base, branches, scale=float("nan"), output=out)
-    with pytest.raises(MergeError, match="dtype must be"):
-        plan_merge(base, branches, output=out, dtype="int8")
+        make_plan(base, [one, one], output=out)
+    for key, value in (("scale", float("nan")), ("scale", float("inf")), ("scale", "1/0"), ("dtype", "int8")):
+        with pytest.raises(ValidationError, match=key):
+            make_plan(base, branches, output=out, **{key: value})
+    with pytest.raises(MergeError, match="auto needs"):
+        make_plan(base, branches, output=out, scale="auto")
     with pytest.raises(MergeError, match="exists already"):
-        plan_merge(base, branches, output=one.path)
+        make_plan(base, branches, output=one.path)
     with pytest.raises(MergeError, match="overlaps the input"):
-        plan_merge(base, branches, output=one.path / "out")
+        make_plan(base, branches, output=one.path / "out")
     with pytest.raises(CheckpointError, match="not a folder"):
-        plan_merge(base, [Branch(tmp_path / "none", 1, "none")], output=out)
+        make_plan(base, [Branch(tmp_path / "none", 1, "none")], output=out)
 
 
 def test_overflow_of_a_long_step_is_refused(tmp_path):
@@ -512,7 +512,7 @@ def test_overflow_of_a_long_step_is_refused(tmp_path):
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path, base, branches, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     with pytest.raises(ResourceError, match="are free"):
-        plan_merge(base, branches, output=tmp_path / "out")
+        make_plan(base, branches, output=tmp_path / "out")
 
 
 def test_a_disk_that_fills_up_leaves_nothing(tmp_path, base, branches):
@@ -525,7 +525,7 @@ import resource, signal, sys
 from pathlib import Path
 from merit.errors import ResourceError
 from merit.merge import Branch, plan_merge, run_merge
-plan = plan_merge({str(base)!r}, [Branch(Path({str(branches[0].path)!r}), 1, "b")], output={str(tmp_path / "out")!r})
+plan = plan_merge({str(base)!r}, [Branch(Path({str(branches[0].path)!r}), 1, "b")], {str(tmp_path / "out")!r})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 try:
@@ -540,24 +540,28 @@ except ResourceError as error:
     assert nothing_left(tmp_path, "base", "b0", "b1", "b2")
 
 
-def test_extra_files_are_there_before_the_folder_has_its_name(tmp_path, base, branches):
-    seen = {}
+def test_the_record_is_there_before_the_folder_has_its_name_and_reads_back(tmp_path, base, branches, monkeypatch):
+    seen = []
+    real = MergeResult.save
 
-    def extra(record):
-        seen.update(record)
+    def save(self, folder):
         assert not (tmp_path / "out").exists()
-        return {"merge.json": json.dumps(record), "note.txt": "λ"}
+        seen.append(folder)
+        real(self, folder)
 
-    result = run_merge(plan_merge(base, branches, output=tmp_path / "out"), extra=extra)
-    assert json.loads((tmp_path / "out/merge.json").read_text()) == json.loads(json.dumps(result.record))
-    assert (tmp_path / "out/note.txt").read_text(encoding="utf-8") == "λ"
-    assert seen["output"]["fingerprint"] == checkpoint.fingerprint(tmp_path / "out")
-    assert seen["seconds"] > 0
-    for name, error in (("config.json", FileExistsError), ("../up.txt", ValueError)):
-        with pytest.raises(error):
-            run_merge(plan_merge(base, branches, output=tmp_path / "bad"), extra=lambda _, name=name: {name: "x"})
-        assert not (tmp_path / "bad").exists()
-        assert not list(tmp_path.glob(".bad*"))
+    monkeypatch.setattr(MergeResult, "save", save)
+    result = run_merge(make_plan(base, branches, "star", output=tmp_path / "out"))
+    assert len(seen) == 1
+    assert MergeResult.load(tmp_path / "out") == result
+    assert result.model_fingerprint == checkpoint.fingerprint(tmp_path / "out")
+    assert result.merge_seconds > 0
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", '{"operator": 3}', "{}", '{"operator": "average", "odd": 1}'])
+def test_a_damaged_record_is_one_message_that_names_the_file(tmp_path, text):
+    (tmp_path / "merge.json").write_text(text)
+    with pytest.raises(RunFolderError, match=r"merge\.json"):
+        MergeResult.load(tmp_path)
 
 
 @pytest.mark.parametrize("operator", ["star", "iso_cts"])
@@ -575,7 +579,7 @@ def test_a_stack_of_experts_is_read_once_per_pass_not_once_per_expert(tmp_path, 
         return read_block(self, k, source, block, buffer)
 
     monkeypatch.setattr(Reader, "read", counted)
-    record = merge(base, branches, tmp_path / "out", operator).record
+    record = merge(base, branches, tmp_path / "out", operator).record()
     theta, parts, got = floats(base), [floats(b.path) for b in branches], floats(tmp_path / "out")
     name = "model.experts.weight"
     for i in range(experts):
@@ -621,13 +625,13 @@ def test_a_setting_in_one_config_only_is_compared_with_its_default(
     config = json.loads((base / "config.json").read_text()) | plain
     for folder in (base, *(b.path for b in branches)):
         (folder / "config.json").write_text(json.dumps(config))
-    plan_merge(base, branches, output=tmp_path / "out")
+    make_plan(base, branches, output=tmp_path / "out")
     (branches[1].path / "config.json").write_text(json.dumps(config | more))
     with pytest.raises(MergeError, match=message):
-        plan_merge(base, branches, output=tmp_path / "out")
+        make_plan(base, branches, output=tmp_path / "out")
     (base / "config.json").write_text(json.dumps(config | more))
     with pytest.raises(MergeError, match="in branch 0"):
-        plan_merge(base, branches, output=tmp_path / "out")
+        make_plan(base, branches, output=tmp_path / "out")
 
 
 def test_defaults_that_a_library_spells_out_are_no_difference_and_other_settings_warn(tmp_path, base, branches):
@@ -642,7 +646,7 @@ def test_defaults_that_a_library_spells_out_are_no_difference_and_other_settings
     for folder in (base, *(b.path for b in branches)):
         (folder / "config.json").write_text(json.dumps(old))
     (branches[1].path / "config.json").write_text(json.dumps(full | {"trainer_remark": "x"}))
-    plan = plan_merge(base, branches, output=tmp_path / "out")
+    plan = make_plan(base, branches, output=tmp_path / "out")
     notes = [w for w in plan.warnings if "config.json" in w]
     assert notes == ["config.json: trainer_remark is 'x' in branch 1; the base has unset, which is kept."]
 
@@ -651,4 +655,4 @@ def test_one_checkpoint_under_two_spellings_is_refused(tmp_path, base, branches)
     (tmp_path / "link").symlink_to(branches[0].path)
     for other in (tmp_path / "link", branches[1].path / ".." / "b0"):
         with pytest.raises(MergeError, match="branch 0 and again are the same checkpoint"):
-            plan_merge(base, [*branches, Branch(other, 1, "again")], output=tmp_path / "out")
+            make_plan(base, [*branches, Branch(other, 1, "again")], output=tmp_path / "out")

@@ -7,10 +7,10 @@ import subprocess
 
 import pytest
 import torch
-from merge_cases import near, write_checkpoint
+from merge_cases import make_plan, near, write_checkpoint
 from safetensors.torch import load_file
 
-from merit.merge import Branch, plan_merge, run_merge
+from merit.merge import Branch, run_merge
 
 EXECUTABLE = os.environ.get("MERIT_MERGEKIT") or shutil.which("mergekit-yaml")
 
@@ -32,12 +32,12 @@ def test_average_agrees_with_mergekit_linear(tmp_path):
     for k, tokens in enumerate(counts):
         path = write_checkpoint(tmp_path / f"b{k}", near(start, k, step=0.05), **config)
         branches.append(Branch(path, tokens, f"b{k}"))
-    run_merge(plan_merge(tmp_path / "base", branches, output=tmp_path / "ours"))
+    run_merge(make_plan(tmp_path / "base", branches, output=tmp_path / "ours"))
     recipe = {
         "merge_method": "linear",
         "dtype": "float32",
         "parameters": {"normalize": True},
-        "models": [{"model": str(b.path), "parameters": {"weight": b.tokens / sum(counts)}} for b in branches],
+        "models": [{"model": str(b.path), "parameters": {"weight": b.weight / sum(counts)}} for b in branches],
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     done = subprocess.run(

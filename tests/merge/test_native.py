@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from merge_cases import near, write_checkpoint
+from merge_cases import make_plan, near, write_checkpoint
 
 from merit.errors import CheckpointError
 from merit.hf.dtypes import DTYPES
-from merit.merge import Branch, native, plan_merge, run_merge
+from merit.merge import Branch, native, run_merge
 from merit.merge.arithmetic import Combination
 
 COMPILER = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
@@ -156,8 +156,8 @@ def test_whole_merges_are_the_same_with_and_without_whatever_the_threads(tmp_pat
         monkeypatch.setenv("MERIT_KERNEL", kernel)
         for count in (1, 2, 3):
             monkeypatch.setattr("merit.merge.stream.threads", lambda count=count: count)
-            plan = plan_merge(base, branches, "average", output=tmp_path / f"{kernel}{count}")
-            found.add(run_merge(plan).record["output"]["fingerprint"])
+            plan = make_plan(base, branches, "average", output=tmp_path / f"{kernel}{count}")
+            found.add(run_merge(plan).model_fingerprint)
     assert len(found) == 1
 
 
@@ -172,7 +172,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error_and_no_crash(tmp_path)
             stream.truncate(1000)
 
     with pytest.raises(CheckpointError, match="became shorter"):
-        run_merge(plan_merge(base, branches, output=tmp_path / "out"), progress)
+        run_merge(make_plan(base, branches, output=tmp_path / "out"), progress)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["b0", "b1", "base"]
 
 

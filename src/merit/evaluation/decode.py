@@ -10,48 +10,39 @@ uniform numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Sequence
 
 import numpy as np
+import torch
+from transformers import PreTrainedModel
 
 from merit.errors import CheckpointError
+from merit.evaluation.forward import Forward
 from merit.hf.batches import Batcher, accepts, length_sorted_batches, to_device
 from merit.hf.families import positions as positions_in_space
-
-if TYPE_CHECKING:
-    import torch
-
-    from merit.hf.rows import EncodedRow
+from merit.hf.rows import EncodedRow
 
 __all__ = ["context_length", "decode"]
 
 
 def decode(
-    model: Any,
+    model: PreTrainedModel,
     prompts: Sequence[EncodedRow],
     limits: Sequence[int],
-    *,
     end_tokens: Collection[int],
-    batcher: Batcher,
-    device: torch.device,
-    batch_tokens: int,
+    forward: Forward,
     uniforms: Sequence[np.ndarray] | None = None,
-    on_batch: Callable[[int], None] | None = None,
 ) -> list[np.ndarray]:
     """Continue every prompt until an end token, its limit, or the end of the model's context.
 
     Args:
-        model: A causal LM in eval mode on ``device``.
+        model: A causal LM in eval mode.
         prompts: Rows to be continued; none is empty.
         limits: Most new tokens per row, the end token included.
         end_tokens: Ids that end an answer.
-        batcher: Makes the batches.
-        device: The model's device.
-        batch_tokens: Padded tokens per batch, prompt and new tokens together.
+        forward: How rows go through the model; a batch's padded tokens count prompt and new tokens together.
         uniforms: For sampling: per row at least ``limit`` numbers in [0, 1), float64; token t of the row is the inverse of
             the model's cumulative distribution at the row's t-th number. None: greedy.
-        on_batch: Called with the number of rows just finished.
 
     Returns:
         New token ids per row, (m,) int64, the end token included where one came. Empty where the prompt fills the
@@ -60,8 +51,7 @@ def decode(
     Raises:
         CheckpointError: The model returns no key-value cache.
     """
-    import torch
-
+    batcher, device = forward.batcher, forward.device
     context = context_length(model)
     room = np.asarray(limits, dtype=np.int64)
     lengths = np.asarray([len(prompt.input_ids) for prompt in prompts], dtype=np.int64)
@@ -71,7 +61,7 @@ def decode(
     todo = np.flatnonzero(room > 0)
     ends = torch.tensor(sorted(end_tokens), dtype=torch.int64, device=device)
     with torch.inference_mode():
-        for group in length_sorted_batches(lengths[todo] + room[todo], batch_tokens):
+        for group in length_sorted_batches(lengths[todo] + room[todo], forward.batch_tokens):
             rows = todo[group]
             numbers = None
             if uniforms is not None:
@@ -81,13 +71,12 @@ def decode(
             tokens = _decode_batch(model, [prompts[i] for i in rows], room[rows], ends, batcher, device, numbers)
             for i, new in zip(rows, tokens, strict=True):
                 answers[i] = _cut(new[: room[i]], end_tokens)
-            if on_batch:
-                on_batch(len(rows))
+            forward.on_batch(len(rows))
     return answers
 
 
 def _decode_batch(
-    model: Any,
+    model: PreTrainedModel,
     prompts: Sequence[EncodedRow],
     limits: np.ndarray,
     ends: torch.Tensor,
@@ -96,8 +85,6 @@ def _decode_batch(
     numbers: torch.Tensor | None,
 ) -> np.ndarray:
     """New tokens (B, max(limits)) int64; what follows a row's end token or limit is meaningless."""
-    import torch
-
     steps = int(limits.max())
     pictures = to_device(batcher(prompts, left=True), device)
     inputs, mask_BL = pictures.pop("input_ids"), pictures.pop("attention_mask")
@@ -111,7 +98,7 @@ def _decode_batch(
     rows = torch.arange(len(prompts), device=device)
     image_token = torch.tensor([batcher.images.token_id if batcher.images else 0], device=device)
     going = torch.ones(len(prompts), dtype=torch.bool, device=device)
-    options: dict[str, Any] = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
+    options: dict[str, object] = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
     takes_positions = accepts(model, "position_ids")
     cache = None
     for step in range(steps):
@@ -149,7 +136,7 @@ def _decode_batch(
             state = (inputs, mask, left, rows, going)
             inputs, mask, left, rows, going = (tensor[kept] for tensor in state)
             positions = positions[..., kept, :]
-    return tokens.cpu().numpy()
+    return np.asarray(tokens.cpu().numpy())
 
 
 def _inverse_cdf(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
@@ -169,7 +156,7 @@ def _cut(tokens: np.ndarray, end_tokens: Collection[int]) -> np.ndarray:
     return tokens[: found[0] + 1] if len(found) else tokens
 
 
-def context_length(model: Any) -> int | None:
+def context_length(model: PreTrainedModel) -> int | None:
     """Longest sequence that the model's config allows (tokens), None where it names none."""
     config = model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None)

@@ -11,24 +11,23 @@ Left out: whether a drift is good or bad. A model that learned nothing has none;
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import cast
 
 import numpy as np
+import torch
+from transformers import PreTrainedModel
 
-from merit.errors import CheckpointError, ResourceError
+from merit.errors import CheckpointError
 from merit.evaluation.decode import decode
-from merit.evaluation.heldout import logits_tokens
-from merit.hf.batches import Batcher, iterate_batches, length_sorted_batches
-
-if TYPE_CHECKING:
-    import torch
-
-    from merit.hf.rows import EncodedRow
+from merit.evaluation.figures import Drift
+from merit.evaluation.forward import Forward, logits_tokens
+from merit.files import require_space
+from merit.hf.batches import iterate_batches, length_sorted_batches
+from merit.hf.rows import EncodedRow
 
 __all__ = ["Reference", "choose_prompts", "measure_drift", "sample_answers"]
 
@@ -67,14 +66,11 @@ def choose_prompts(rows: Mapping[str, int], count: int, seed: int) -> list[tuple
 
 
 def sample_answers(
-    model: Any,
+    model: PreTrainedModel,
     prompts: Sequence[EncodedRow],
     longest: int,
-    *,
     ends: Collection[int],
-    batcher: Batcher,
-    device: torch.device,
-    batch_tokens: int,
+    forward: Forward,
     seed: int,
 ) -> list[np.ndarray]:
     """One answer per prompt, sampled from the model at temperature 1.
@@ -87,25 +83,14 @@ def sample_answers(
         prompts: Rows to be continued.
         longest: Most tokens per answer, the end token included.
         ends: Ids that end an answer.
-        batcher: Makes the batches.
-        device: The model's device.
-        batch_tokens: Padded tokens per batch.
+        forward: How rows go through the model.
         seed: Seed of the sampling.
 
     Returns:
         Token ids per answer; empty where the prompt fills the model's context.
     """
     uniforms = [np.random.default_rng([seed, 2, i]).random(longest) for i in range(len(prompts))]
-    return decode(
-        model,
-        prompts,
-        [longest] * len(prompts),
-        end_tokens=ends,
-        batcher=batcher,
-        device=device,
-        batch_tokens=batch_tokens,
-        uniforms=uniforms,
-    )
+    return decode(model, prompts, [longest] * len(prompts), ends, forward, uniforms)
 
 
 @dataclass(frozen=True)
@@ -125,49 +110,42 @@ class Reference:
     @classmethod
     def of_base(
         cls,
-        model: Any,
+        model: PreTrainedModel,
         prompts: Sequence[EncodedRow],
         answers: Sequence[np.ndarray],
         folder: Path,
-        *,
-        batcher: Batcher,
-        device: torch.device,
+        forward: Forward,
     ) -> Reference:
         """Run the base over its own answers and keep its logits.
 
         Raises:
             ResourceError: ``folder``'s disk has no room for them.
         """
-        from merit.hf.rows import EncodedRow
-
         rows = []
         for prompt, answer in zip(prompts, answers, strict=True):
             length = len(prompt.input_ids)
             ids = np.concatenate([prompt.input_ids, answer]).astype(np.int32)
             rows.append(EncodedRow(ids, np.arange(len(ids)) >= length, prompt_length=length, images=prompt.images))
         offsets = np.concatenate([[0], np.cumsum([len(answer) for answer in answers])]).astype(np.int64)
-        vocabulary = model.get_output_embeddings().weight.shape[0]
-        size, free = int(offsets[-1]) * vocabulary * 4, shutil.disk_usage(folder).free
-        if size > free:
-            raise ResourceError(
-                f"Drift keeps the base's logits in a temporary file: {size / 1e9:.1f} GB are needed in {folder}, "
-                f"{free / 1e9:.1f} GB are free.",
-                "Lower evaluate.drift.prompts or evaluate.drift.tokens (0 prompts turn the measure off), or free space.",
-            )
+        vocabulary = _vocabulary(model)
+        require_space(
+            folder,
+            int(offsets[-1]) * vocabulary * 4,
+            "the base's logits, in a temporary file,",
+            "Lower evaluate.drift.prompts or evaluate.drift.tokens (0 prompts turn the measure off), or free some space.",
+        )
         with tempfile.TemporaryFile(dir=folder) as file:
             logits = np.memmap(file, dtype=np.float32, mode="w+", shape=(int(offsets[-1]), vocabulary))
         reference = cls(rows, offsets, logits)
-        for i, found in reference.passes(model, batcher, device):
+        for i, found in reference.passes(model, forward):
             logits[offsets[i] : offsets[i + 1]] = found.cpu().numpy()
         return reference
 
-    def passes(self, model: Any, batcher: Batcher, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+    def passes(self, model: PreTrainedModel, forward: Forward) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield (answer i, the model's float32 logits at its positions); the same batches for every model."""
-        import torch
-
         lengths = [len(row.input_ids) for row in self.rows]
         batches = length_sorted_batches(lengths, logits_tokens(model, _BATCH_LOGITS))
-        for group, batch in iterate_batches(self.rows, batches, batcher, device):
+        for group, batch in iterate_batches(self.rows, batches, forward.batcher, forward.device):
             with torch.no_grad():  # never around a yield: a generator left early would leave the mode behind
                 inputs = {key: value for key, value in batch.items() if key != "labels"}
                 logits = model(**inputs, use_cache=False).logits
@@ -176,36 +154,21 @@ class Reference:
                 yield int(i), logits[b, row.prompt_length - 1 : len(row.input_ids) - 1].float()
 
 
-def measure_drift(
-    model: Any,
-    reference: Reference,
-    *,
-    batcher: Batcher,
-    device: torch.device,
-    on_batch: Callable[[int], None] | None = None,
-) -> dict[str, Any]:
+def measure_drift(model: PreTrainedModel, reference: Reference, forward: Forward) -> Drift:
     """Exact KL(base‖model) at every position of the base's answers, in float64 from float32 logits.
 
     Args:
         model: Any model with the base's vocabulary, in eval mode on ``device``.
         reference: The base's logits.
-        batcher: Makes the batches.
-        device: The model's device.
-        on_batch: Called with the number of answers just finished.
-
-    Returns:
-        ``kl`` (mean over tokens, nats), ``top1_agreement`` (share of tokens at which base and model find the same token
-        likeliest), ``tokens``, ``prompts``, and per prompt ``kl_sums`` (nats) and ``token_counts``.
+        forward: How rows go through the model.
 
     Raises:
         CheckpointError: The model's vocabulary has another size, or its logits are not finite.
     """
-    import torch
-
     sums, agreed = np.zeros(len(reference.rows)), 0
     vocabulary = reference.logits.shape[1]
     step = max(1, _CHUNK_LOGITS // vocabulary)
-    for i, found in reference.passes(model, batcher, device):
+    for i, found in reference.passes(model, forward):
         if found.shape[-1] != vocabulary:
             raise CheckpointError(
                 f"The model predicts {found.shape[-1]} tokens and the base {vocabulary}; drift needs the same vocabulary."
@@ -213,21 +176,25 @@ def measure_drift(
         for start in range(0, len(found), step):
             theirs = found[start : start + step]
             first = int(reference.offsets[i]) + start
-            base = torch.from_numpy(np.array(reference.logits[first : first + len(theirs)])).to(device)
+            base = torch.from_numpy(np.array(reference.logits[first : first + len(theirs)])).to(forward.device)
             log_p, log_q = base.double().log_softmax(dim=-1), theirs.double().log_softmax(dim=-1)
             terms = torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_q))  # 0 · ln 0 = 0
             sums[i] += float(terms.sum())
             agreed += int((base.argmax(dim=-1) == theirs.argmax(dim=-1)).sum())
-        if on_batch:
-            on_batch(1)
+        forward.on_batch(1)
     if not np.isfinite(sums).all():
         raise CheckpointError("The model's logits on the base's answers are not finite.")
     counts = np.diff(reference.offsets)
-    return {
-        "kl": float(sums.sum() / counts.sum()),
-        "top1_agreement": agreed / int(counts.sum()),
-        "tokens": int(counts.sum()),
-        "prompts": len(counts),
-        "kl_sums": sums.tolist(),
-        "token_counts": counts.tolist(),
-    }
+    return Drift(
+        kl=float(sums.sum() / counts.sum()),
+        top1_agreement=agreed / int(counts.sum()),
+        tokens=int(counts.sum()),
+        prompts=len(counts),
+        kl_sums=tuple(sums.tolist()),
+        token_counts=tuple(counts.tolist()),
+    )
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    head = cast(Callable[[], torch.nn.Linear], model.get_output_embeddings)
+    return int(head().weight.shape[0])

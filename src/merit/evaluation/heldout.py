@@ -10,18 +10,16 @@ It is handed a model and rows. It chooses no files, averages over nothing but a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from merit.evaluation.decode import decode
-from merit.hf.batches import Batcher, iterate_batches, length_sorted_batches, target_losses
-
-if TYPE_CHECKING:
-    import torch
-
-    from merit.hf.rows import EncodedRow
+from merit.evaluation.forward import Forward, logits_tokens
+from merit.hf.batches import iterate_batches, length_sorted_batches, target_losses
+from merit.hf.rows import EncodedRow
 
 __all__ = ["answer_lengths", "answer_limit", "end_tokens", "greedy_answers", "is_short_answer", "row_losses"]
 
@@ -31,93 +29,58 @@ SHORT_SHARE = 0.9
 """Share of a dataset's answers that must be short for it to count as a short-answer dataset."""
 LONGEST_TAIL = 16
 """Most tokens that a chat template is expected to put after an answer's text."""
-LOGITS_BUDGET = 2**29
-"""Most logits of one batch (float32 entries, 2 GiB): a large vocabulary makes batches smaller than ``batch_tokens``."""
+CUT = 2**31
+"""Length that stands for an answer whose end was cut off."""
 
 
-def row_losses(
-    model: Any,
-    rows: Sequence[EncodedRow],
-    *,
-    batcher: Batcher,
-    device: torch.device,
-    batch_tokens: int,
-    on_batch: Callable[[int], None] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+def row_losses(model: PreTrainedModel, rows: Sequence[EncodedRow], forward: Forward) -> tuple[np.ndarray, np.ndarray]:
     """Loss of every row, in length-sorted batches.
 
     Args:
-        model: A causal LM in eval mode on ``device``.
+        model: A causal LM in eval mode.
         rows: Rows of any datasets, mixed.
-        batcher: Makes the batches.
-        device: The model's device.
-        batch_tokens: Padded tokens per batch; the result depends on it by float rounding only.
-        on_batch: Called with the number of rows just finished.
+        forward: How they go through it.
 
     Returns:
         Summed target-token loss per row (N,) float64 in nats, and target tokens per row (N,) int64.
     """
-    import torch
-
     losses, counts = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
     lengths = [len(row.input_ids) for row in rows]
-    batches = length_sorted_batches(lengths, min(batch_tokens, logits_tokens(model)))
+    batches = length_sorted_batches(lengths, min(forward.batch_tokens, logits_tokens(model)))
     with torch.inference_mode():
-        for group, batch in iterate_batches(rows, batches, batcher, device):
+        for group, batch in iterate_batches(rows, batches, forward.batcher, forward.device):
             loss, count = target_losses(model, batch)
             losses[group], counts[group] = loss.double().cpu().numpy(), count.cpu().numpy()
-            if on_batch:
-                on_batch(len(group))
+            forward.on_batch(len(group))
     return losses, counts
 
 
-def logits_tokens(model: Any, budget: int = LOGITS_BUDGET) -> int:
-    """Tokens of a batch whose logits over the whole vocabulary stay within ``budget`` entries."""
-    return max(1, budget // int(model.config.get_text_config().vocab_size))
-
-
 def greedy_answers(
-    model: Any,
+    model: PreTrainedModel,
     rows: Sequence[EncodedRow],
     limits: Sequence[int],
-    tokenizer: Any,
-    *,
-    batcher: Batcher,
+    tokenizer: PreTrainedTokenizerBase,
     ends: Collection[int],
-    device: torch.device,
-    batch_tokens: int,
-    on_batch: Callable[[int], None] | None = None,
+    forward: Forward,
 ) -> list[str]:
     """The model's greedy answer to every row's last prompt, as text without special tokens.
 
     Args:
-        model: A causal LM in eval mode on ``device``.
+        model: A causal LM in eval mode.
         rows: Rows with ``prompt_length``.
         limits: Most new tokens per row.
         tokenizer: Decodes the answers.
-        batcher: Makes the batches.
         ends: Ids that end an answer, from :func:`end_tokens`.
-        device: The model's device.
-        batch_tokens: Padded tokens per batch.
-        on_batch: Called with the number of rows just finished.
+        forward: How rows go through the model.
     """
-    answers = decode(
-        model,
-        [row.prompt() for row in rows],
-        limits,
-        end_tokens=ends,
-        batcher=batcher,
-        device=device,
-        batch_tokens=batch_tokens,
-        on_batch=on_batch,
-    )
+    answers = decode(model, [row.prompt() for row in rows], limits, ends, forward)
     return [_text(tokenizer, answer) for answer in answers]
 
 
-def answer_lengths(rows: Sequence[EncodedRow], max_length: int) -> np.ndarray:
-    """Target tokens of every row's last answer (N,), its end token included; ``max_length`` where the row was cut."""
+def answer_lengths(rows: Sequence[EncodedRow]) -> np.ndarray:
+    """Target tokens of every row's last answer (N,) int64, its end token included; :data:`CUT` where the row was cut."""
     return np.asarray(
-        [max_length if row.truncated else int(row.targets[row.prompt_length :].sum()) for row in rows], dtype=np.int64
+        [CUT if row.truncated else int(row.targets[row.prompt_length :].sum()) for row in rows], dtype=np.int64
     )
 
 
@@ -131,7 +94,9 @@ def answer_limit(lengths: np.ndarray, max_new_tokens: int) -> int:
     return int(min(max_new_tokens, lengths.max() + LIMIT_MARGIN))
 
 
-def end_tokens(datasets: Mapping[str, Sequence[EncodedRow]], tokenizer: Any, per_dataset: int = 8) -> tuple[int, ...]:
+def end_tokens(
+    datasets: Mapping[str, Sequence[EncodedRow]], tokenizer: PreTrainedTokenizerBase, per_dataset: int = 8
+) -> tuple[int, ...]:
     """Ids that end an answer: the tokenizer's end of sequence, and what the chat template puts after an answer.
 
     The latter is read off the rows: of the target tokens that follow the answer's text, the first special one, else the
@@ -168,5 +133,6 @@ def end_tokens(datasets: Mapping[str, Sequence[EncodedRow]], tokenizer: Any, per
     return tuple(sorted(ends | (plain - inside)))
 
 
-def _text(tokenizer: Any, tokens: np.ndarray) -> str:
-    return tokenizer.decode(tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def _text(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> str:
+    text = tokenizer.decode(tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return str(text)

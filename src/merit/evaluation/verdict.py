@@ -1,4 +1,4 @@
-"""The verdict: a summary's figures as a few plain sentences, learned and kept side by side. Pure: a dict in, text out.
+"""The verdict: what was learned and what was kept, side by side, in a few plain sentences. Pure: a summary in, text out.
 
 It says no more than the intervals allow: "better" and "worse" only where the 95 % interval leaves out zero, "no clear
 difference" otherwise. It never ranks by one column: a merged model commonly has a higher loss on the training mixture than
@@ -8,9 +8,12 @@ joint training and still does better elsewhere (Choi & Kim 2026, §3 and Appendi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
-__all__ = ["counted", "verdict"]
+from merit.evaluation.calls import Comparison, Side, comparisons
+from merit.evaluation.figures import Average, Averages, Difference, Metric, Part, Summary
+
+__all__ = ["Verdict", "counted", "judge"]
 
 _NAMES = {
     "base": "the base",
@@ -21,12 +24,11 @@ _NAMES = {
     "raw_pca": "the raw-gradient PCA split",
     "pca": "the PCA split",
 }
-_METRICS = {"loss": "loss", "exact_match": "exact match", "drift": "drift"}
+_METRICS: dict[Metric, str] = {"loss": "loss", "exact_match": "exact match", "drift": "drift"}
 _BY_CONFLICT = ("pca", "raw_pca", "kmeans")
 
-_NOT_PLAIN = "merged is not the plain token-weighted average of all branches: {}."
 _NO_LEARNED = (
-    "Learned: not measured; give the mixture's datasets test files (test.jsonl beside train.jsonl, or a dataset's `test`) "
+    "Learned: not measured; give the mixture's datasets test files (test.jsonl next to train.jsonl, or a dataset's `test`) "
     "and leave evaluate.heldout on."
 )
 _NO_KEPT = (
@@ -34,36 +36,51 @@ _NO_KEPT = (
     "which it takes from test or kept rows: evaluate.drift.prompts of them, above 0."
 )
 
-Items = Sequence[Mapping[str, Any]]
-"""Entries of a summary's ``paired``."""
 
+@dataclass(frozen=True)
+class Verdict:
+    """What may be said of the merged model; ``print`` it for the sentences.
 
-def verdict(summary: Mapping[str, Any]) -> list[str]:
-    """Short plain-language sentences: what was learned, what was kept, how the two go together, and how sure that is.
-
-    Args:
-        summary: From :func:`merit.evaluation.summary.summarise`, with or without its own ``verdict``.
+    Attributes:
+        comparisons: The merged model against every other one, measure by measure.
+        sentences: The same in plain words.
     """
-    averages, about = summary["macro"], summary.get("about") or {}
-    sentences = [_NOT_PLAIN.format(about["merged"])] if "merged" in about else []
-    if not any(_measured(average) for average in averages.values()):
+
+    comparisons: tuple[Comparison, ...]
+    sentences: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(self.sentences)
+
+    def against(self, other: str) -> Comparison | None:
+        """The comparison with one other model; None where there is none."""
+        return next((item for item in self.comparisons if item.other == other), None)
+
+
+def judge(summary: Summary) -> Verdict:
+    """What was learned, what was kept, how the two go together, and how sure that is."""
+    found = comparisons(summary)
+    return Verdict(found, tuple(_sentences(summary, found)))
+
+
+def _sentences(summary: Summary, found: Sequence[Comparison]) -> list[str]:
+    averages, remark = summary.macro, summary.about.get("merged")
+    opening = [f"merged is not the plain token-weighted average of all branches: {remark}."] if remark else []
+    if not any(item.mixture or item.kept or item.drift for item in averages.values()):
         nothing = "Nothing was measured, so nothing can be said of what was learned or kept."
-        return [*sentences, nothing, _NO_LEARNED, _NO_KEPT]
+        return [*opening, nothing, _NO_LEARNED, _NO_KEPT]
     if "merged" not in averages:
         return ["No merged model was measured, so nothing is compared."]
-    others = list(dict.fromkeys(item["other"] for item in summary["paired"]))
-    by_other = {name: [item for item in summary["paired"] if item["other"] == name] for name in others}
-    baselines = [name for name in others if name != "base"]
-    sentences += [
-        _learned(averages, by_other.get("base", [])),
-        _kept(averages, by_other.get("base", []), ["base", *baselines, "merged"]),
+    base = next((item for item in found if item.other == "base"), Comparison("base", ()))
+    baselines = [item for item in found if item.other != "base"]
+    return [
+        *opening,
+        _learned(averages, base),
+        _kept(averages, base, ["base", *(item.other for item in baselines), "merged"]),
         _both_columns(averages),
+        *(_against(item, summary.method) for item in baselines),
+        _caution(summary),
     ]
-    for name in baselines:
-        budgets = averages["merged"]["trained_target_tokens"], averages[name]["trained_target_tokens"]
-        sentences.append(_against(name, by_other[name], summary["method"], about.get(name), budgets))
-    sentences.append(_caution(summary))
-    return sentences
 
 
 def counted(n: int, what: str) -> str:
@@ -71,166 +88,138 @@ def counted(n: int, what: str) -> str:
     return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
-def _measured(average: Mapping[str, Any]) -> bool:
-    return any(average[part] for part in ("mixture", "kept", "drift"))
-
-
-def _learned(averages: Mapping[str, Any], against_base: Items) -> str:
-    ours, base = averages["merged"]["mixture"], averages["base"]["mixture"]
-    if not ours or not base:
+def _learned(averages: Mapping[str, Averages], base: Comparison) -> str:
+    ours, theirs = averages["merged"].mixture, averages["base"].mixture
+    if not ours or not theirs:
         return _NO_LEARNED
-    figures = [f"loss {base['loss']:.3f} → {ours['loss']:.3f} nats/token"]
-    if ours["exact_match"] is not None and base["exact_match"] is not None:
-        figures.append(f"exact match {base['exact_match']:.3f} → {ours['exact_match']:.3f}")
-    items = [item for item in against_base if item["part"] == "mixture"]
-    text = f"Learned ({_count(ours)}, base → merged): {', '.join(figures)}. Differences: {_outcomes(items)}."
-    if _side(items) in "=-":
+    figures = [f"loss {theirs.loss:.3f} → {ours.loss:.3f} nats/token"]
+    if ours.exact_match is not None and theirs.exact_match is not None:
+        figures.append(f"exact match {theirs.exact_match:.3f} → {ours.exact_match:.3f}")
+    text = (
+        f"Learned ({_count(ours)}, base → merged): {', '.join(figures)}. Differences: {_outcomes(base.of('mixture'))}."
+    )
+    if base.learned in (Side.SAME, Side.LESS):
         text += " There is no clear sign that the merged model learned this mixture."
-    elif _side(items) == "±":
+    elif base.learned is Side.MIXED:
         text += " The two measures disagree on whether the merged model learned this mixture."
     return text
 
 
-def _kept(averages: Mapping[str, Any], against_base: Items, shown: Sequence[str]) -> str:
-    figures = []
-    for metric, label in (("loss", "loss"), ("exact_match", "exact match")):
-        values = {name: (averages[name]["kept"] or {}).get(metric) for name in shown}
-        if values["merged"] is not None:
-            figures.append(f"{label} {_list(values, 3)}")
-    moved = {name: (averages[name]["drift"] or {}).get("kl") for name in shown if name != "base"}
-    if moved["merged"] is not None:
+def _kept(averages: Mapping[str, Averages], base: Comparison, shown: Sequence[str]) -> str:
+    kept = {name: averages[name].kept for name in shown}
+    columns = {
+        "loss": {name: item.loss if item else None for name, item in kept.items()},
+        "exact match": {name: item.exact_match if item else None for name, item in kept.items()},
+    }
+    figures = [f"{title} {_list(v, 3)}" for title, v in columns.items() if v["merged"] is not None]
+    drifts = {name: averages[name].drift for name in shown if name != "base"}
+    if drifts["merged"] is not None:
+        moved = {name: item.kl if item else None for name, item in drifts.items()}
         figures.append(f"drift from the base {_list(moved, 4)} nats/token")
     if not figures:
         return _NO_KEPT
-    kept = averages["merged"]["kept"]
-    where = f" ({_count(kept)})" if kept else ""
-    text = f"Kept{where}: {'; '.join(figures)}."
-    items = [item for item in against_base if item["part"] == "kept"]
+    ours = averages["merged"].kept
+    text = f"Kept{f' ({_count(ours)})' if ours else ''}: {'; '.join(figures)}."
+    items = base.of("kept")
     return text + (f" Differences from the base: {_outcomes(items)}." if items else "")
 
 
-def _both_columns(averages: Mapping[str, Any]) -> str:
+def _both_columns(averages: Mapping[str, Averages]) -> str:
     merged = averages["merged"]
-    both = bool(merged["mixture"] and (merged["kept"] or merged["drift"]))
+    both = bool(merged.mixture and (merged.kept or merged.drift))
     text = "Read both together: " if both else "Only one of the two columns was measured, and one alone misleads: "
     text += (
         "a merged model commonly has a higher loss on the training mixture than joint training and still does better "
         "elsewhere (Choi and Kim 2026), while the base itself keeps everything and learns nothing"
     )
     text += "; neither column decides alone." if both else "."
-    joint, ours = (averages.get(name, {}).get("mixture") for name in ("joint", "merged"))
-    if joint and ours and joint["loss"] != ours["loss"]:
-        gap = ours["loss"] - joint["loss"]
+    joint, ours = averages["joint"].mixture if "joint" in averages else None, merged.mixture
+    if joint and ours and joint.loss != ours.loss:
+        gap = ours.loss - joint.loss
         side = "above" if gap > 0 else "below"
         text += f" Here the merged model's mixture loss is {abs(gap):.3f} nats/token {side} joint's."
     return text
 
 
-def _against(name: str, items: Items, method: str, remark: str | None, budgets: tuple[int | None, int | None]) -> str:
-    """One comparison: what it comes to, then the differences in both columns.
-
-    Args:
-        name: The other model.
-        items: The differences.
-        method: The run's own split method.
-        remark: How the other model was made, where that is not the plain way.
-        budgets: Target tokens that merged and the other model were trained on, where known.
-    """
-    columns = {part: [item for item in items if item["part"] == part] for part in ("mixture", "kept")}
-    figures = [
-        f"{word}: {_outcomes(columns[part])}"
-        for part, word in (("mixture", "learned"), ("kept", "kept"))
-        if columns[part]
-    ]
-    other, (ours, theirs) = _NAMES.get(name, name), budgets
-    title = f"{other} ({remark})" if remark else other
-    if ours is None or theirs is None or ours == theirs:
-        return f"Against {title}: {_call(name, other, columns, method)} ({'; '.join(figures)})"
+def _against(item: Comparison, method: str) -> str:
+    """One comparison: what it comes to, then the differences in both columns."""
+    parts: tuple[tuple[str, Part], ...] = (("learned", "mixture"), ("kept", "kept"))
+    figures = "; ".join(f"{word}: {_outcomes(item.of(part))}" for word, part in parts if item.of(part))
+    other = _NAMES.get(item.other, item.other)
+    title = f"{other} ({item.remark})" if item.remark else other
+    if item.budgets is None:
+        return f"Against {title}: {_call(item, other, method)} ({figures})"
+    ours, theirs = item.budgets
     return (
-        f"Against {title}, at another budget (merged {ours:,} target tokens, {name} {theirs:,}): "
-        f"{_call(name, other, columns, method, same_budget=False)} A difference may come from the budget alone. "
-        f"({'; '.join(figures)})"
+        f"Against {title}, at another budget (merged {ours:,} target tokens, {item.other} {theirs:,}): "
+        f"{_call(item, other, method)} A difference may come from the budget alone. ({figures})"
     )
 
 
-def _call(name: str, other: str, columns: Mapping[str, Items], method: str, same_budget: bool = True) -> str:
-    learned, kept = _side(columns["mixture"]), _side(columns["kept"])
-    if "?" in (learned, kept) and not {learned, kept} & {"+", "-", "±"}:
+def _call(item: Comparison, other: str, method: str) -> str:
+    learned, kept = item.learned, item.kept
+    if Side.UNKNOWN in (learned, kept) and not {learned, kept} & {Side.MORE, Side.LESS, Side.MIXED}:
         return "too little was measured in one of the two columns to call a difference."
-    what = "merging" if name == "joint" else _NAMES.get(method, f"the run's own split, {method}")
+    what = "merging" if item.other == "joint" else _NAMES.get(method, f"the run's own split, {method}")
     no_reason = f"nothing here speaks for {what}."
+    more, same, less = Side.MORE, Side.SAME, Side.LESS
     calls = {
-        "++": "the merged model did better on both: it learned more and kept more.",
-        "+=": "the merged model learned more, with no clear difference in what was kept.",
-        "=+": "the merged model kept more, with no clear difference in what was learned.",
-        "-+": "a trade: the merged model learned less of the mixture and kept more of the base.",
-        "+-": "a trade: the merged model learned more of the mixture and kept less of the base.",
-        "==": "no clear difference, neither in what was learned nor in what was kept.",
-        "-=": f"{other} learned more, with no clear difference in what was kept: {no_reason}",
-        "=-": f"{other} kept more, with no clear difference in what was learned: {no_reason}",
-        "--": f"{other} did better on both, it learned more and kept more: {no_reason}",
+        (more, more): "the merged model did better on both: it learned more and kept more.",
+        (more, same): "the merged model learned more, with no clear difference in what was kept.",
+        (same, more): "the merged model kept more, with no clear difference in what was learned.",
+        (less, more): "a trade: the merged model learned less of the mixture and kept more of the base.",
+        (more, less): "a trade: the merged model learned more of the mixture and kept less of the base.",
+        (same, same): "no clear difference, neither in what was learned nor in what was kept.",
+        (less, same): f"{other} learned more, with no clear difference in what was kept: {no_reason}",
+        (same, less): f"{other} kept more, with no clear difference in what was learned: {no_reason}",
+        (less, less): f"{other} did better on both, it learned more and kept more: {no_reason}",
     }
     undecided = f"{_words(learned, 'learned')}, and {_words(kept, 'kept')}; this is no verdict for either."
-    text = calls.get(learned + kept, undecided)
-    if kept in "+-" and {item["metric"] for item in columns["kept"] if item["outcome"] in ("better", "worse")} == {
-        "drift"
-    }:
-        sets = {item["outcome"] for item in columns["kept"] if item["metric"] != "drift"}
+    text = calls.get((learned, kept), undecided)
+    if item.kept_by_drift_alone:
+        sets = {entry.outcome for entry in item.of("kept") if entry.metric != "drift"}
         said = "show no clear difference" if "unclear" in sets else "are too few to compare"
         text += " What was kept is judged by drift alone" + (f"; the kept sets {said}." if sets else ".")
-    if same_budget and name == "random" and method in _BY_CONFLICT and {learned, kept} <= {"=", "-"}:
+    by_conflict = item.budgets is None and item.other == "random" and method in _BY_CONFLICT
+    if by_conflict and {learned, kept} <= {same, less}:
         text += (
             " Splitting by conflict did not help here: the random split did better."
-            if "-" in (learned, kept)
+            if less in (learned, kept)
             else " Splitting by conflict did not matter here: as far as these figures tell, the random split did as well."
         )
     return text
 
 
-def _words(side: str, what: str) -> str:
+def _words(side: Side, what: str) -> str:
     return {
-        "+": f"the merged model {what} more",
-        "-": f"the merged model {what} less",
-        "=": f"there is no clear difference in what was {what}",
-        "±": f"the measures of what was {what} disagree",
-        "?": f"what was {what} was not measured on enough data to say",
+        Side.MORE: f"the merged model {what} more",
+        Side.LESS: f"the merged model {what} less",
+        Side.SAME: f"there is no clear difference in what was {what}",
+        Side.MIXED: f"the measures of what was {what} disagree",
+        Side.UNKNOWN: f"what was {what} was not measured on enough data to say",
     }[side]
 
 
-def _side(items: Items) -> str:
-    """One column's measures together: + (merged better in one, worse in none), -, ± (they disagree), =, ? (no data)."""
-    outcomes = {item["outcome"] for item in items}
-    if {"better", "worse"} <= outcomes:
-        return "±"
-    if "better" in outcomes:
-        return "+"
-    if "worse" in outcomes:
-        return "-"
-    return "=" if "unclear" in outcomes else "?"
-
-
-def _outcomes(items: Items) -> str:
+def _outcomes(items: Sequence[Difference]) -> str:
     """Each measure's difference with its interval and what may be said of it."""
+    said = {"better": "better", "worse": "worse", "unclear": "no clear difference"}
     parts = []
     for item in items:
-        digits = 4 if item["metric"] == "drift" else 3
-        text = f"{_METRICS[item['metric']]} {item['difference']:+.{digits}f}"
-        unit = "answer" if item["metric"] == "drift" else "dataset"
-        if item["outcome"] == "few":
-            text += f" ({counted(item['units'], unit)}: too few to compare)"
+        digits, unit = (4, "answer") if item.metric == "drift" else (3, "dataset")
+        text = f"{_METRICS[item.metric]} {item.difference:+.{digits}f}"
+        if item.outcome == "few" or item.ci95 is None:
+            text += f" ({counted(item.units, unit)}: too few to compare)"
         else:
-            low, high = item["ci95"]
-            said = {"better": "better", "worse": "worse", "unclear": "no clear difference"}[item["outcome"]]
-            text += f" [{low:+.{digits}f}, {high:+.{digits}f}] {said}"
+            low, high = item.ci95
+            text += f" [{low:+.{digits}f}, {high:+.{digits}f}] {said[item.outcome]}"
         parts.append(text)
     return ", ".join(parts)
 
 
-def _count(average: Mapping[str, Any]) -> str:
-    n = average["datasets"]
-    text = f"mean over {counted(n, 'held-out dataset')}"
-    if average["exact_match"] is not None and average["exact_match_datasets"] != n:
-        text += f", exact match over {average['exact_match_datasets']}"
+def _count(average: Average) -> str:
+    text = f"mean over {counted(average.datasets, 'held-out dataset')}"
+    if average.exact_match is not None and average.exact_match_datasets != average.datasets:
+        text += f", exact match over {average.exact_match_datasets}"
     return text
 
 
@@ -238,9 +227,9 @@ def _list(values: Mapping[str, float | None], digits: int) -> str:
     return ", ".join(f"{name} {value:.{digits}f}" for name, value in values.items() if value is not None)
 
 
-def _caution(summary: Mapping[str, Any]) -> str:
-    units = {(item["part"], item["metric"]): item["units"] for item in summary["paired"] if item["outcome"] != "few"}
-    names = {
+def _caution(summary: Summary) -> str:
+    units = {(item.part, item.metric): item.units for item in summary.paired if item.outcome != "few"}
+    names: dict[tuple[Part, Metric], str] = {
         ("mixture", "loss"): "mixture dataset",
         ("kept", "loss"): "kept dataset",
         ("kept", "drift"): "answer",

@@ -6,7 +6,9 @@ Nothing here reads tensor data. What cannot be merged is refused by name; what i
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,50 +26,10 @@ __all__ = [
 ]
 
 # Parts of names of settings that change what the weights mean; another unknown setting that differs is a warning.
-_MEANING = (
-    *(
-        "rope",
-        "rotary",
-        "position",
-        "sliding_window",
-        "window",
-        "layer",
-        "scal",
-        "multiplier",
-        "softcap",
-        "cap",
-        "alibi",
-    ),
-    *(
-        "hidden",
-        "size",
-        "dim",
-        "head",
-        "intermediate",
-        "width",
-        "depth",
-        "expert",
-        "rank",
-        "groups",
-        "kernel",
-        "stride",
-    ),
-    *(
-        "act",
-        "norm",
-        "eps",
-        "bias",
-        "tie_",
-        "model_type",
-        "attention",
-        "qk_",
-        "top_k",
-        "factor",
-        "theta",
-        "moe",
-        "gate",
-    ),
-    *("parallel_residual", "conv", "patch", "quant", "state", "mrope", "router", "sparse", "chunk", "token", "scor"),
+_MEANING = re.compile(
+    "rope|rotary|position|window|layer|scal|multiplier|cap|alibi|hidden|size|dim|head|intermediate|width|depth|expert|rank|"
+    "groups|kernel|stride|act|norm|eps|bias|tie_|model_type|attention|qk_|top_k|factor|theta|moe|gate|parallel_residual|conv|"
+    "patch|quant|state|mrope|router|sparse|chunk|token|scor"
 )
 # Settings that do not change what the weights mean: trainers and library versions rewrite them.
 _VOLATILE = {
@@ -161,10 +123,9 @@ def _tied_pair(base: Checkpoint, missing: set[str], extra: set[str]) -> tuple[st
     text = config.get("text_config")
     if not (config.get("tie_word_embeddings") or (isinstance(text, dict) and text.get("tie_word_embeddings"))):
         return None
-    heads, tables = (lambda n: n.endswith(_OUTPUT_HEADS)), (lambda n: n.endswith(_INPUT_EMBEDDINGS))
-    for is_stored, is_other in ((heads, tables), (tables, heads)):
-        stored = [n for n in base.tensors if is_stored(n)]
-        others = [n for n in extra if is_other(n)]
+    for stored_ending, other_ending in ((_OUTPUT_HEADS, _INPUT_EMBEDDINGS), (_INPUT_EMBEDDINGS, _OUTPUT_HEADS)):
+        stored = [n for n in base.tensors if n.endswith(stored_ending)]
+        others = [n for n in extra if n.endswith(other_ending)]
         if len(stored) == len(others) == 1:
             return stored[0], others[0]
     return None
@@ -224,7 +185,7 @@ def check_config(base: Path, branch: Path, name: str) -> list[str]:
         mine, other = ours.get(key), theirs.get(key)
         if mine == other or (not mine and not other) or leaf in _VOLATILE or leaf.startswith("_"):
             continue
-        if leaf not in _TOKEN_IDS and any(part in key.lower() for part in _MEANING):
+        if leaf not in _TOKEN_IDS and _MEANING.search(key.lower()):
             raise MergeError(
                 f"config.json: {key} is {_shown(mine)} in the base but {_shown(other)} in {name}.",
                 "All branches must start from the same base. Nothing was written.",
@@ -237,16 +198,17 @@ def _completed(config: Mapping[str, Any]) -> dict[str, Any]:
     """Flat settings with the library's defaults filled in; empty for a model type that it does not know."""
     if config.get("auto_map") or not isinstance(config.get("model_type"), str):
         return {}
-    from transformers import CONFIG_MAPPING
-
+    known = importlib.import_module(
+        "transformers"
+    ).CONFIG_MAPPING  # only now: merging needs no other part of the library
     try:
-        full = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)).to_dict()
+        full = known[config["model_type"]].from_dict(dict(config)).to_dict()
         return _flat(json.loads(json.dumps(full, default=str)))
     except Exception:  # settings that the library refuses are compared as they stand
         return {}
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return "unset" if value is None else repr(value)
 
 

@@ -67,7 +67,8 @@ def round_to(values: np.ndarray, dtype: DType) -> np.ndarray:
         if tie.size:
             exact, rounded = np.abs(values.reshape(-1)[tie]), np.abs(single.reshape(-1)[tie]).astype(np.float64)
             up.reshape(-1)[tie] = np.where(exact == rounded, up.reshape(-1)[tie], exact > rounded)
-        return ((bits >> 16) + up).astype(np.uint16)
+        result: np.ndarray = ((bits >> 16) + up).astype(np.uint16)
+        return result
 
 
 def _two_sum(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -127,10 +128,8 @@ class Combination:
         self._paired = normal and all(d.tag == "BF16" for d in (*self.sources, out))
         self._compiled: Kernel | None = None
         if compiled is not None and Kernel.covers(self.sources, out):
-            denominator = self._denominator if self._exact_products else 0
-            self._compiled = Kernel(
-                *(compiled, self._floats, self._numerators, denominator, self.sources, out, self._copyable, size)
-            )
+            rational = (self._numerators, self._denominator) if self._exact_products else None
+            self._compiled = Kernel(compiled, self._floats, rational, self.sources, out, self._copyable, size)
         else:
             self._sum, self._term, self._test = (np.empty(size, np.float32) for _ in range(3))
         self._doubts: list[tuple[np.ndarray, np.ndarray, list[np.ndarray]]] = []

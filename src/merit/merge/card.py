@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import yaml
+
+from merit import __version__
 from merit.hf.checkpoint import read_config
-
-if TYPE_CHECKING:
-    from merit.merge.plan import MergePlan
+from merit.merge.plan import MergePlan
 
 __all__ = ["base_licence", "model_card"]
 
@@ -20,8 +21,6 @@ def base_licence(folder: Path) -> str:
     if readme.is_file():
         lines = readme.read_text(encoding="utf-8", errors="replace").splitlines()
         if lines and lines[0].strip() == "---":
-            import yaml
-
             end = next((i for i, line in enumerate(lines[1:], 1) if line.strip() == "---"), 0)
             try:
                 front: Any = yaml.safe_load("\n".join(lines[1:end]))
@@ -40,12 +39,10 @@ def model_card(plan: MergePlan, fingerprints: Sequence[str]) -> str:
         plan: The merge.
         fingerprints: Of the base and of each branch, in order.
     """
-    from merit import __version__
-
     licence = base_licence(plan.base.folder)
     known = licence if " " not in licence else "other"
     rows = [
-        f"| {b.name} | {b.tokens} | {w:.6f} | `{f[:16]}` |"
+        f"| {b.name} | {b.weight} | {w:.6f} | `{f[:16]}` |"
         for b, w, f in zip(plan.branches, plan.shares, fingerprints[1:], strict=True)
     ]
     options = ", ".join(f"{k} = {v}" for k, v in plan.options.items())

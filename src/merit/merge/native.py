@@ -12,12 +12,15 @@ import functools
 import hashlib
 import os
 import shutil
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from merit.files import publish, sync
 from merit.hf.dtypes import DTYPES, DType
 
 __all__ = ["Kernel", "available"]
@@ -51,8 +54,8 @@ class Kernel:
     Args:
         function: From ``load``.
         coefficients: The c_k in float64.
-        numerators, denominator: c_k = numerators[k] / denominator, all exact in float64; denominator 0 where products of
-            numerators and operands may not be exact.
+        rational: (numerators, denominator) with c_k = numerators[k] / denominator, all exact in float64; None where products
+            of numerators and operands may not be exact.
         sources, out: Dtypes (``Kernel.covers``).
         copyable: The c_k sum to one and all dtypes are the same: what is identical in all operands is copied.
         size: Most elements per call.
@@ -62,15 +65,15 @@ class Kernel:
         self,
         function: Function,
         coefficients: Sequence[float],
-        numerators: Sequence[int],
-        denominator: int,
+        rational: tuple[Sequence[int], int] | None,
         sources: Sequence[DType],
         out: DType,
         copyable: bool,
         size: int,
     ) -> None:
         self._function = function
-        numbers = np.array(numerators if denominator else [0] * len(coefficients), np.float64)
+        numerators, denominator = rational or ([0] * len(coefficients), 0)
+        numbers = np.array(numerators, np.float64)
         self._arrays = np.array(coefficients, np.float64), numbers, np.array([_KINDS[s.tag] for s in sources], np.int32)
         places = [array.ctypes.data for array in self._arrays]
         self._terms = _Terms(*places[:2], denominator, len(sources), copyable, _KINDS[out.tag], places[2])
@@ -142,13 +145,10 @@ def _key() -> str:
 
 
 def _compile(path: Path) -> bool:
-    import subprocess
-    import tempfile
-
     def runs(*command: str) -> bool:
         try:
-            quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            return subprocess.run(command, **quiet, timeout=_SECONDS, check=False).returncode == 0  # type: ignore[call-overload]
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_SECONDS, check=False)
+            return done.returncode == 0
         except subprocess.TimeoutExpired:
             return False
 
@@ -160,16 +160,15 @@ def _compile(path: Path) -> bool:
         always = ("-fno-strict-aliasing", "-shared", "-fPIC", "-o", str(made), str(_SOURCE), "-lm")
         for flags in _FLAGS:
             if runs(compiler, *flags, *always):
-                with made.open("rb") as handle:
-                    os.fsync(handle.fileno())  # a file cut short by a power loss would crash whoever loads it
-                made.replace(path)  # whole or not at all, whoever else compiles it now
+                sync(made)  # a file cut short by a power loss would crash whoever loads it
+                publish(made, path)  # whole or not at all, whoever else compiles it now
                 return True
     return False
 
 
 def _sound(function: Function) -> bool:
     """Ties, dust below them and cancellation, where a compiler that reorders arithmetic would go wrong."""
-    kernel = Kernel(function, [0.25, 0.25, 0.5], [1, 1, 2], 4, [DTYPES["F32"]] * 3, DTYPES["BF16"], False, 4)
+    kernel = Kernel(function, [0.25, 0.25, 0.5], ([1, 1, 2], 4), [DTYPES["F32"]] * 3, DTYPES["BF16"], False, 4)
     step = 2.0**-6  # of bfloat16 at 2
     rows = [[2, 2, 2 + step, 1], [2 + step, 2 + step, 2 + 2 * step, 3], [2 + step / 2] * 2 + [2 + 1.5 * step, -2]]
     rows[2][1] += 2.0**-20

@@ -9,25 +9,26 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from merit.errors import CheckpointError, MergeError, ResourceError
+from merit.files import require_space
 from merit.hf.checkpoint import Checkpoint, TensorInfo, WeightFile, read_headers, read_json
 from merit.hf.dtypes import DTYPES, DType
 from merit.merge import agreement
 from merit.merge.arithmetic import exact_weights
-from merit.merge.operators import Operator, operator_and_options
+from merit.merge.operators import Operator, Options, operator_and_options
+from merit.merge.result import Adapters
+from merit.merge.weights import Branch
+from merit.recipe.schema import MergeSettings
 
 __all__ = [
-    "Branch",
-    "Extra",
     "MergePlan",
     "OutputFile",
     "TensorPlan",
@@ -39,32 +40,11 @@ __all__ = [
     "lay_out",
     "output_dtype",
     "plan_merge",
-    "write_extra",
 ]
-
-Extra = Callable[[dict[str, Any]], Mapping[str, str]]
-"""extra(record) returns small text files, by name, to be written into the output folder before it appears."""
 
 _DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
 _MARGIN = 64 << 20  # free bytes to leave on the disk
-
-
-@dataclass(frozen=True)
-class Branch:
-    """One checkpoint that takes part.
-
-    Attributes:
-        path: Its folder.
-        tokens: Its weight before normalisation: trained target tokens (an integer), or any positive number. Floats count
-            as the decimals that they print as (0.3 is 3/10), so weights are exact rationals throughout.
-        name: How messages, card and record call it.
-        fingerprint: Its recorded ``checkpoint.fingerprint``, if known: it is checked while the data streams by.
-    """
-
-    path: Path
-    tokens: int | float | str | Fraction
-    name: str
-    fingerprint: str | None = None
+DEFAULT = MergeSettings()
 
 
 @dataclass(frozen=True)
@@ -96,7 +76,7 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """A checked plan. ``describe()`` gives what a person wants to see before it runs.
+    """A checked plan.
 
     Attributes:
         base: Headers of θ0.
@@ -114,14 +94,14 @@ class MergePlan:
         warnings: What a person should know.
         compute: For ``compute`` tensors: (base name, θ0 float64) → merged float64.
         update: For ``matrix`` tensors of adapters: (k from 0, base name, θ0 float64) → δ_k float64. None: θ_k is a source.
-        notes: Extra entries for the record.
+        adapters: What the result says of LoRA branches.
     """
 
     base: Checkpoint
     branches: tuple[Branch, ...]
     heads: tuple[Checkpoint, ...]
     operator: Operator
-    options: dict[str, Any]
+    options: Options
     scale: Fraction
     counts: tuple[Fraction, ...]
     output: Path
@@ -134,7 +114,7 @@ class MergePlan:
     warnings: tuple[str, ...] = ()
     compute: Callable[[str, np.ndarray], np.ndarray] | None = None
     update: Callable[[int, str, np.ndarray], np.ndarray] | None = None
-    notes: Mapping[str, Any] = field(default_factory=dict)
+    adapters: Adapters | None = None
 
     @property
     def shares(self) -> list[float]:
@@ -147,31 +127,13 @@ class MergePlan:
         """Size of the weight files to be written."""
         return sum(f.size for f in self.files)
 
-    def describe(self) -> dict[str, Any]:
-        """Operator, scale, shares, tensor counts by kind, bytes to read and write, warnings."""
-        kinds = [t.kind for f in self.files for t in f.tensors]
-        return {
-            "operator": self.operator.name,
-            "options": self.options,
-            "scale": float(self.scale),
-            "branches": {b.name: w for b, w in zip(self.branches, self.shares, strict=True)},
-            "tensors": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
-            "bytes_read": sum(h.nbytes for h in self.heads) + self.base.nbytes,
-            "bytes_written": self.output_bytes,
-            "output": str(self.output),
-            "warnings": list(self.warnings),
-        }
-
 
 def plan_merge(
     base: str | os.PathLike[str],
     branches: Sequence[Branch],
-    operator: str = "average",
-    options: Mapping[str, Any] | None = None,
-    scale: int | float | str | Fraction = 1,
-    output: str | os.PathLike[str] = "merged",
+    output: str | os.PathLike[str],
+    settings: MergeSettings = DEFAULT,
     *,
-    dtype: str | None = None,
     excluded: Sequence[str] = (),
     base_fingerprint: str | None = None,
 ) -> MergePlan:
@@ -180,12 +142,9 @@ def plan_merge(
     Args:
         base: Folder of θ0: gives names, sharding, dtype, config and tokenizer of the result.
         branches: At least one.
-        operator: A name in ``OPERATORS``.
-        options: The operator's settings; the rest take their defaults.
-        scale: λ in θ0 + λ τ.
         output: Folder to create; must not exist.
-        dtype: None: all checkpoints must have the base's dtypes. ``base``: floating dtypes may differ, the result has the
-            base's. ``float32``, ``bfloat16`` or ``float16``: may differ, the result is all in this one.
+        settings: Operator, options, scale (a number) and dtype. Without a dtype all checkpoints must have the base's
+            dtypes; with one, floating dtypes may differ.
         excluded: Names of branches that were left out on purpose: for card and record.
         base_fingerprint: Recorded fingerprint of the base; saves reading it where the operator does not.
 
@@ -194,9 +153,8 @@ def plan_merge(
         MergeError: The checkpoints do not belong together, or a setting is impossible.
         ResourceError: The disk is too full.
     """
-    chosen, settings = operator_and_options(operator, options or {})
-    counts = check_branches(branches)
-    factor, target = exact_scale(scale), output_dtype(dtype)
+    operator, options = operator_and_options(settings.operator, settings.options)
+    counts, factor, target = check_branches(branches), exact_scale(settings.scale), output_dtype(settings.dtype)
     output = Path(output)
     check_output(output, [Path(base), *(b.path for b in branches)])
     base_head = read_headers(base, "model")
@@ -205,7 +163,9 @@ def plan_merge(
     for k, (branch, head) in enumerate(zip(branches, heads, strict=True)):
         warnings += agreement.check_config(base_head.folder, head.folder, branch.name)
         warnings += agreement.check_tokenizer(base_head.folder, head.folder, branch.name)
-        tensors, copies, notes = agreement.match_tensors(base_head, head, branch.name, dtype is not None)
+        tensors, copies, notes = agreement.match_tensors(
+            base_head, head, branch.name, any_float=settings.dtype is not None
+        )
         found.append(tensors)
         twins += [(k, one, other) for one, other in copies]
         warnings += notes
@@ -216,14 +176,14 @@ def plan_merge(
         warnings.append(
             f"Partial merge: {len(branches)} of {total} branches, without {', '.join(excluded)}; weights renormalised."
         )
-    linear = _linear_coefficients(chosen, counts, factor, settings)
+    linear = _linear_coefficients(operator, counts, factor, options)
 
     def tensor_plan(out: TensorInfo, old: TensorInfo) -> TensorPlan:
         sources = (old, *(tensors[old.name] for tensors in found))
         if old.dtype.kind != "float":
             return TensorPlan(out, sources, "exact")
-        kind = chosen.kind
-        if kind == "matrix" and not is_matrix(old, settings["matrix_scope"]):
+        kind = operator.kind
+        if kind == "matrix" and not is_matrix(old, options["matrix_scope"]):
             kind = "linear"
         return TensorPlan(out, sources, kind, linear if kind == "linear" else ())
 
@@ -233,8 +193,8 @@ def plan_merge(
         base=base_head,
         branches=tuple(branches),
         heads=heads,
-        operator=chosen,
-        options=settings,
+        operator=operator,
+        options=options,
         scale=factor,
         counts=tuple(counts),
         output=output,
@@ -242,27 +202,22 @@ def plan_merge(
         twins=tuple(twins),
         template=template,
         base_fingerprint=base_fingerprint,
-        dtype=dtype if target else None,
+        dtype=settings.dtype if target else None,
         excluded=tuple(excluded),
         warnings=tuple(warnings),
     )
 
 
-def exact_scale(scale: int | float | str | Fraction) -> Fraction:
-    """λ as an exact number; MergeError when it is none, or not finite."""
-    try:
-        return exact_weights([scale])[0]
-    except (ValueError, TypeError, OverflowError, ZeroDivisionError):
-        raise MergeError(f"The scale must be a finite number, found {scale!r}.") from None
+def exact_scale(scale: float | str) -> Fraction:
+    """λ as an exact number; MergeError for ``auto``, which must have been searched by now."""
+    if isinstance(scale, str):
+        raise MergeError("scale: auto needs held-out data and somebody who measures it.", "Give a number.")
+    return exact_weights([scale])[0]
 
 
 def output_dtype(dtype: str | None) -> DType | None:
-    """The dtype of all floating tensors of the output, None for the base's own; MergeError for an unknown name."""
-    if dtype is None or dtype == "base":
-        return None
-    if dtype not in _DTYPE_NAMES:
-        raise MergeError(f"dtype must be base, {', '.join(_DTYPE_NAMES)}; found {dtype!r}.")
-    return DTYPES[_DTYPE_NAMES[dtype]]
+    """The dtype of all floating tensors of the output, None for the base's own."""
+    return DTYPES[_DTYPE_NAMES[dtype]] if dtype in _DTYPE_NAMES else None
 
 
 def check_branches(branches: Sequence[Branch]) -> list[Fraction]:
@@ -281,19 +236,19 @@ def check_branches(branches: Sequence[Branch]) -> list[Fraction]:
                 "Name each checkpoint once; a weight says how much it counts.",
             )
         try:
-            good = math.isfinite(float(b.tokens)) and exact_weights([b.tokens])[0] > 0
+            good = math.isfinite(float(b.weight)) and exact_weights([b.weight])[0] > 0
         except (ValueError, TypeError, OverflowError):
             good = False
         if not good:
             raise MergeError(
-                f"{b.name} has weight {b.tokens!r}; expected a positive number.",
+                f"{b.name} has weight {b.weight!r}; expected a positive number.",
                 "Leave it out, or give it a weight above 0.",
             )
-    return exact_weights([b.tokens for b in branches])
+    return exact_weights([b.weight for b in branches])
 
 
 def _linear_coefficients(
-    operator: Operator, counts: list[Fraction], scale: Fraction, options: dict[str, Any]
+    operator: Operator, counts: list[Fraction], scale: Fraction, options: Options
 ) -> tuple[Fraction, ...]:
     if operator.kind == "linear":
         first, rest = operator.function(counts, scale, **options)
@@ -305,7 +260,7 @@ _TABLES = ("embed", "lm_head", "wte", "wpe", "shared.weight", "output.weight", "
 _CONVOLUTIONS = ("conv", "patch_embed")
 
 
-def is_matrix(tensor: TensorInfo, scope: str) -> bool:
+def is_matrix(tensor: TensorInfo, scope: object) -> bool:
     """Linear weights (2-D), stacks of them (3-D experts); token tables only with ``all2d``; convolutions never."""
     if len(tensor.shape) not in (2, 3) or min(tensor.shape) < 2:
         return False
@@ -329,18 +284,11 @@ def check_output(output: Path, inputs: Sequence[Path]) -> None:
 
 
 def check_space(output: Path, needed: int) -> None:
-    """ResourceError unless the disk of ``output`` has room for ``needed`` bytes and a margin."""
-    parent = output.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
+    """ResourceError unless the disk of ``output`` has room for ``needed`` bytes and a margin, and may be written."""
+    parent = next(folder for folder in output.absolute().parents if folder.exists())
     if not os.access(parent, os.W_OK):
         raise ResourceError(f"{parent} is not writable, so {output} cannot be created.")
-    free = shutil.disk_usage(parent).free
-    if free < needed + _MARGIN:
-        raise ResourceError(
-            f"The merged model needs {needed / 1e9:.2f} GB on the disk of {parent}, of which {free / 1e9:.2f} GB are free.",
-            "Free some space, or choose an --output on another disk. Nothing was written.",
-        )
+    require_space(output, needed + _MARGIN, "the merged weights")
 
 
 def lay_out(
@@ -359,7 +307,7 @@ def lay_out(
 def _lay_out_file(
     file: WeightFile, plan: Callable[[TensorInfo, TensorInfo], TensorPlan], dtype: DType | None
 ) -> OutputFile:
-    entries: dict[str, Any] = {"__metadata__": file.metadata or {"format": "pt"}}
+    entries: dict[str, object] = {"__metadata__": file.metadata or {"format": "pt"}}
     places, end = [], 0
     for old in file.tensors:
         kind = dtype if dtype and old.dtype.kind == "float" else old.dtype
@@ -377,7 +325,7 @@ def _lay_out_file(
     return OutputFile(file.name, header, len(header) + end, tensors)
 
 
-def index_json(plan: MergePlan) -> dict[str, Any] | None:
+def index_json(plan: MergePlan) -> dict[str, object] | None:
     """The shard index of the output, or None for a single file."""
     path = plan.base.folder / "model.safetensors.index.json"
     if not path.is_file():
@@ -387,12 +335,3 @@ def index_json(plan: MergePlan) -> dict[str, Any] | None:
         raise CheckpointError(f"{path} has no weight_map.")
     size = sum(t.out.nbytes for f in plan.files for t in f.tensors)
     return {**index, "metadata": {**(index.get("metadata") or {}), "total_size": size}}
-
-
-def write_extra(folder: Path, extra: Extra | None, record: dict[str, Any]) -> None:
-    """Write what ``extra`` returns for ``record`` into ``folder``; a name that is a path, or taken, is our bug."""
-    for name, text in (extra(record) if extra else {}).items():
-        if Path(name).name != name:
-            raise ValueError(f"{name!r} is not a plain file name")
-        with (folder / name).open("x", encoding="utf-8") as file:
-            file.write(text)

@@ -8,22 +8,19 @@ that loads; the folder then moves to its final name. This guards against kills, 
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import re
-import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
-from merit.errors import CheckpointError, MergeError, ResourceError
+from merit.errors import CheckpointError, MergeError
+from merit.files import building, write_text
 from merit.hf.checkpoint import (
     TensorDigest,
     TensorInfo,
@@ -37,47 +34,23 @@ from merit.hf.checkpoint import (
 from merit.hf.dtypes import BLOCK
 from merit.merge import card, native
 from merit.merge.arithmetic import NonFiniteError
-from merit.merge.plan import (
-    Extra,
-    MergePlan,
-    OutputFile,
-    TensorPlan,
-    check_output,
-    check_space,
-    index_json,
-    write_extra,
-)
+from merit.merge.plan import MergePlan, OutputFile, TensorPlan, check_output, check_space, index_json
+from merit.merge.result import MergeResult, Source, WrittenFile
+from merit.merge.weights import ScaleSearch
 from merit.merge.worker import SPAN, Reader, Statistics, TrimmedEntries, Worker
 from merit.parallel import parallel, threads
+from merit.progress import Progress, silent
 
-__all__ = ["MergeResult", "run_merge"]
-
-Progress = Callable[[int, int], None]
-"""progress(bytes done, bytes in all), called from any thread, never from two at once."""
+__all__ = ["run_merge"]
 
 
-@dataclass(frozen=True)
-class MergeResult:
-    """What came out.
-
-    Attributes:
-        output: The new checkpoint folder.
-        record: Plain JSON values for ``merged/record.json``: operator, options, scale, weights, tokens, branches with
-            fingerprints, output files with digests, statistics, excluded, warnings, seconds.
-    """
-
-    output: Path
-    record: dict[str, Any]
-
-
-def run_merge(plan: MergePlan, progress: Progress | None = None, extra: Extra | None = None) -> MergeResult:
+def run_merge(plan: MergePlan, progress: Progress = silent, search: ScaleSearch | None = None) -> MergeResult:
     """Merge; the output folder appears under its name only when complete and verified.
 
     Args:
         plan: From ``plan_merge`` or ``lora.plan_adapter_merge``.
-        progress: Told how far it is.
-        extra: Given the complete record, returns small text files by name to lie beside the weights: they are written
-            before the folder gets its name, so that it never appears without them.
+        progress: In bytes; called from any thread, never from two at once.
+        search: How the plan's λ was found, for the record.
 
     Raises:
         MergeError: A tensor is not finite (named, with its branch), integer tensors differ, the result overflows.
@@ -87,60 +60,31 @@ def run_merge(plan: MergePlan, progress: Progress | None = None, extra: Extra | 
     started = time.perf_counter()
     check_output(plan.output, [])
     check_space(plan.output, plan.output_bytes)
-    plan.output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    _sweep(plan.output)
-    temporary = plan.output.absolute().parent / f".{plan.output.name}.partial-{os.getpid()}"
-    temporary.mkdir()
-    try:
-        record = _Run(plan, temporary, progress).run()
-        record["seconds"] = round(time.perf_counter() - started, 3)
-        write_extra(temporary, extra, record)
+    with building(plan.output) as temporary:
+        run = _Run(plan, temporary, progress)
+        run.write()
+        result = run.result(round(time.perf_counter() - started, 3), search)
+        result.save(temporary)
         check_output(plan.output, [])
-        temporary.rename(plan.output.absolute())
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise ResourceError(
-            f"The disk of {plan.output.absolute().parent} filled up; merging needs {plan.output_bytes / 1e9:.2f} GB.",
-            "Free some space, or choose an --output on another disk. Nothing was left behind.",
-        ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return MergeResult(plan.output, record)
-
-
-def _sweep(output: Path) -> None:
-    """Remove what killed merges into the same output left behind."""
-    for path in output.absolute().parent.glob(f".{output.name}.partial-*"):
-        pid = re.fullmatch(r"\d+", path.name.rsplit("-", 1)[-1])
-        if pid and not Path(f"/proc/{pid[0]}").exists() and not _alive(int(pid[0])):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+    return result
 
 
 class _Run:
     """The state of one merge: open files, digests, progress, statistics."""
 
-    def __init__(self, plan: MergePlan, temporary: Path, progress: Progress | None) -> None:
+    def __init__(self, plan: MergePlan, temporary: Path, progress: Progress) -> None:
         self.plan, self.temporary, self.progress = plan, temporary, progress
         self.reader, self.statistics = Reader(plan), Statistics()
         self.written = TensorDigest()
         self.lock = threading.Lock()
+        self.files: dict[str, WrittenFile] = {}
+        self.inputs: list[str] = []
         self.done = 0
         self.total = plan.output_bytes + sum(h.nbytes for h in plan.heads) + self.reader.with_base * plan.base.nbytes
 
     # ---- the order of events
 
-    def run(self) -> dict[str, Any]:
+    def write(self) -> None:
         plan = self.plan
         for k, one, other in plan.twins:
             self._check_twins(k, one, other)
@@ -153,15 +97,11 @@ class _Run:
             raise self._not_finite(str(error.tensor), "", error.source) from None
         if "linear" in kinds:
             native.load()  # compiled here at the first time, not by every thread
-        with nullcontext() if kinds <= {"linear", "exact"} else _one_blas_thread():
-            files = {file.name: self._write_file(file, entries) for file in plan.files}
-        inputs = self._input_fingerprints()
-        self._write_side_files(inputs)
-        outputs = {
-            "files": files,
-            "fingerprint": combine_fingerprint(self.temporary, self.written.hexdigest()),
-        }
-        return self._record(inputs, outputs)
+        # The workers fill the cores already, and results must not depend on the number of BLAS threads.
+        with nullcontext() if kinds <= {"linear", "exact"} else threadpool_limits(1):
+            self.files = {file.name: self._write_file(file, entries) for file in plan.files}
+        self.inputs = self._input_fingerprints()
+        self._write_side_files(self.inputs)
 
     def _check_twins(self, k: int, one: TensorInfo, other: TensorInfo) -> None:
         folder = self.reader.folders[k + 1]
@@ -182,14 +122,13 @@ class _Run:
         )
 
     def _advance(self, nbytes: int) -> None:
-        if self.progress:
-            with self.lock:
-                self.done += nbytes
-                self.progress(min(self.done, self.total), self.total)
+        with self.lock:
+            self.done += nbytes
+            self.progress(min(self.done, self.total), self.total)
 
     # ---- writing
 
-    def _write_file(self, file: OutputFile, entries: TrimmedEntries | None) -> dict[str, Any]:
+    def _write_file(self, file: OutputFile, entries: TrimmedEntries | None) -> WrittenFile:
         path = self.temporary / file.name
         output = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         spans = [
@@ -208,7 +147,7 @@ class _Run:
                 raise CheckpointError(f"{path}: the disk returned another header than was written.")
         finally:
             os.close(output)
-        return {"bytes": file.size, "digest": digest}
+        return WrittenFile(file.size, digest)
 
     def _work(
         self,
@@ -288,42 +227,37 @@ class _Run:
         plan, folder = self.plan, self.temporary
         index = index_json(plan)
         if index is not None:
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            write_text(folder / "model.safetensors.index.json", text, durable=False)
         if plan.template is not None:
-            (folder / "chat_template.jinja").write_text(plan.template, encoding="utf-8")
-        (folder / "README.md").write_text(card.model_card(plan, inputs), encoding="utf-8")
+            write_text(folder / "chat_template.jinja", plan.template, durable=False)
+        write_text(folder / "README.md", card.model_card(plan, inputs), durable=False)
         copy_side_files(plan.base.folder, folder)
         if plan.dtype is not None and (folder / "config.json").is_file():
             config = read_config(folder)
             config["dtype" if "dtype" in config else "torch_dtype"] = plan.dtype
-            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            write_text(folder / "config.json", json.dumps(config, indent=2) + "\n", durable=False)
 
-    def _record(self, inputs: Sequence[str], outputs: Mapping[str, Any]) -> dict[str, Any]:
-        plan = self.plan
-        return {
-            "operator": plan.operator.name,
-            "options": plan.options,
-            "scale": float(plan.scale),
-            "weights": plan.shares,
-            "tokens": [int(c) if c.denominator == 1 else float(c) for c in plan.counts],
-            "base": {"path": str(plan.base.folder), "fingerprint": inputs[0]},
-            "branches": [
-                {"name": b.name, "path": str(b.path), "fingerprint": f}
-                for b, f in zip(plan.branches, inputs[1:], strict=True)
-            ],
-            "output": outputs,
-            "statistics": self.statistics.summary(),
-            "excluded": list(plan.excluded),
-            "warnings": list(plan.warnings),
-            **plan.notes,
-        }
-
-
-def _one_blas_thread() -> AbstractContextManager[Any]:
-    """One BLAS thread per worker: the workers already fill the cores, and results do not depend on the thread count."""
-    from threadpoolctl import threadpool_limits
-
-    return threadpool_limits(1)
+    def result(self, seconds: float, search: ScaleSearch | None) -> MergeResult:
+        plan, base = self.plan, self.plan.base.folder
+        return MergeResult(
+            folder=plan.output,
+            operator=plan.operator.name,
+            options=plan.options,
+            scale=float(plan.scale),
+            weights=tuple(plan.shares),
+            counts=tuple(int(c) if c.denominator == 1 else float(c) for c in plan.counts),
+            base=Source(base.name, str(base), self.inputs[0]),
+            branches=tuple(Source(b.name, str(b.path), f) for b, f in zip(plan.branches, self.inputs[1:], strict=True)),
+            model_fingerprint=combine_fingerprint(self.temporary, self.written.hexdigest()),
+            files=self.files,
+            statistics=self.statistics.summary(),
+            excluded=plan.excluded,
+            warnings=plan.warnings,
+            merge_seconds=seconds,
+            adapters=plan.adapters,
+            scale_search=search,
+        )
 
 
 def _pwrite(descriptor: int, data: memoryview, offset: int) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from merit.merge import native
 from merit.merge.arithmetic import Combination, NonFiniteError, round_to
 from merit.merge.operators import ties
 from merit.merge.plan import MergePlan, TensorPlan
+from merit.merge.result import Number
 from merit.parallel import parallel, threads
 
 __all__ = ["SPAN", "Reader", "Statistics", "TrimmedEntries", "Worker"]
@@ -91,7 +91,7 @@ class Statistics:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._norms = np.zeros(2)
-        self._numbers: dict[str, Any] = {}
+        self._numbers: dict[str, Number | list[float] | dict[str, Number]] = {}
 
     def add_norms(self, tau: np.ndarray, mean: np.ndarray) -> None:
         """Add ‖τ‖² and ‖uniform mean of δ‖² of a part of the model."""
@@ -99,15 +99,19 @@ class Statistics:
         with self._lock:
             self._norms += norms
 
-    def add(self, key: str, value: Any, tensor: str | None = None) -> None:
-        """Set a number of the whole merge, or of one tensor."""
+    def add(self, key: str, value: Number | list[float]) -> None:
+        """Set a number of the whole merge."""
         with self._lock:
-            if tensor is None:
-                self._numbers[key] = value
-            else:
-                self._numbers.setdefault(key, {})[tensor] = value
+            self._numbers[key] = value
 
-    def summary(self) -> dict[str, Any]:
+    def add_of_tensor(self, key: str, tensor: str, value: Number) -> None:
+        """Set a number of one tensor."""
+        with self._lock:
+            by_tensor = self._numbers.setdefault(key, {})
+            assert isinstance(by_tensor, dict)
+            by_tensor[tensor] = value
+
+    def summary(self) -> dict[str, Number | list[float] | dict[str, Number]]:
         """All numbers; ``norm_ratio`` is ‖τ‖ / ‖uniform mean of δ‖ (six digits: the sum's order depends on threads)."""
         if self._norms[1] > 0:
             self._numbers["norm_ratio"] = float(f"{np.sqrt(self._norms[0] / self._norms[1]):.6g}")
@@ -122,7 +126,7 @@ class Worker:
     ) -> None:
         self.reader, self.plan, self.statistics, self.entries = reader, plan, statistics, entries
         self._buffers = [memoryview(bytearray(PIECE * BLOCK * 8)) for _ in reader.folders]
-        self._kernels: dict[Any, Combination] = {}
+        self._kernels: dict[tuple[int, tuple[str, ...], str], Combination] = {}
         self._space = bytearray(SPAN * BLOCK * 8)
 
     def merge(self, tensor: TensorPlan, first: int) -> np.ndarray:
@@ -234,20 +238,20 @@ class Worker:
         else:
             deltas = _Deltas(lambda k: self._matrix(tensor, k + 1, i) - base, len(plan.branches))
         mean = np.zeros_like(base)
-        for delta in deltas:
-            mean += delta
+        for k in range(len(deltas)):
+            mean += deltas[k]
         mean /= len(deltas)
         options = {key: value for key, value in plan.options.items() if key != "matrix_scope"}
         tau, numbers = plan.operator.function(deltas, **options)
         for key, value in numbers.items():
-            self.statistics.add(key, value, f"{name}[{i}]" if stack else name)
+            self.statistics.add_of_tensor(key, f"{name}[{i}]" if stack else name, value)
         self.statistics.add_norms(tau, mean)
         if not mean.any() and not tau.any() and tensor.out.dtype == tensor.sources[0].dtype:
             return round_to(base, tensor.out.dtype).reshape(-1)
         return _finite(base + float(plan.scale) * tau, tensor).reshape(-1)
 
 
-class _Deltas(Sequence[np.ndarray]):
+class _Deltas:
     """K task vectors, computed when indexed, so that only one is in memory at a time."""
 
     def __init__(self, get: Callable[[int], np.ndarray], count: int) -> None:
@@ -256,9 +260,7 @@ class _Deltas(Sequence[np.ndarray]):
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, k: Any) -> Any:
-        if not 0 <= k < self._count:
-            raise IndexError(k)
+    def __getitem__(self, k: int, /) -> np.ndarray:
         return self._get(k)
 
 
@@ -283,8 +285,9 @@ class TrimmedEntries:
         self._thresholds: dict[str, np.ndarray] = {}
         tensors = [t for f in plan.files for t in f.tensors if t.kind == "block" and t.out.size]
         groups = [tensors] if plan.options["trim"] == "global" else [[t] for t in tensors]
+        density = float(plan.options["density"])
         for group in groups:
-            finder = ties.Threshold(len(plan.branches), plan.options["density"])
+            finder = ties.Threshold(len(plan.branches), density)
             finder.high += self._scan(group, partial(_second, finder.count_high))
             finder.close_high()
             finder.low += self._scan(group, partial(_second, finder.count_low))

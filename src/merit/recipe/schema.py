@@ -280,8 +280,8 @@ class MergeSettings(Settings):
     """average: the paper's weighted average; the others as in docs/merge.md."""
     weights: Literal["tokens", "samples", "uniform"] = "tokens"
     """Branch weights w_k: trained target tokens N_k (the paper's), trained samples, or 1/K."""
-    scale: Annotated[float, Field(ge=0, le=10)] | Literal["auto"] = 1.0
-    """λ of θ0 + λ τ; 1 is the plain result; auto searches ``scales`` on held-out data."""
+    scale: Annotated[float, Field(ge=-10, le=10)] | Literal["auto"] = 1.0
+    """λ of θ0 + λ τ; 1 is the plain result, below 0 away from the branches; auto searches ``scales`` on held-out data."""
     scales: list[Annotated[float, Field(ge=0, le=10)]] = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5]
     """For scale: auto. The grid of λ."""
     rule: Literal["balanced", "learned", "keep"] = "balanced"

@@ -1,20 +1,18 @@
-"""Tables of an evaluation: rows of text for the overview and per dataset, as Markdown or for the terminal.
-
-Pure but for :func:`render`, which reads a finished evaluation's summary and hands it on. It computes nothing and prints
-nothing.
-"""
+"""An evaluation for reading: its tables and verdict in a terminal, and as one Markdown page. It computes nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from rich.console import RenderableType
+from rich.padding import Padding
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from merit.evaluation.figures import Average, Averages, ByDataset, Metric, Summary
+from merit.evaluation.results import Evaluation
 from merit.evaluation.verdict import counted
-from merit.files import read_json
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 __all__ = ["dataset_table", "legend", "markdown", "overview", "render", "terminal"]
 
@@ -22,70 +20,72 @@ Table = tuple[list[str], list[list[str]]]
 """Header and rows, all text; the first column is a name."""
 
 _NONE = "–"
-_COLUMNS = (
-    ("mixture loss ↓", lambda a: _of(a["mixture"], "loss"), "{:.3f}"),
-    ("mixture exact match ↑", lambda a: _of(a["mixture"], "exact_match"), "{:.3f}"),
-    ("kept loss ↓", lambda a: _of(a["kept"], "loss"), "{:.3f}"),
-    ("kept exact match ↑", lambda a: _of(a["kept"], "exact_match"), "{:.3f}"),
-    ("drift ↓", lambda a: _of(a["drift"], "kl"), "{:.4f}"),
-    ("target tokens", lambda a: a["trained_target_tokens"], "{:,}"),
+
+
+def _loss(average: Average | None) -> float | None:
+    return None if average is None else average.loss
+
+
+def _match(average: Average | None) -> float | None:
+    return None if average is None else average.exact_match
+
+
+_COLUMNS: tuple[tuple[str, Callable[[Averages], float | None], str], ...] = (
+    ("mixture loss ↓", lambda a: _loss(a.mixture), "{:.3f}"),
+    ("mixture exact match ↑", lambda a: _match(a.mixture), "{:.3f}"),
+    ("kept loss ↓", lambda a: _loss(a.kept), "{:.3f}"),
+    ("kept exact match ↑", lambda a: _match(a.kept), "{:.3f}"),
+    ("drift ↓", lambda a: None if a.drift is None else a.drift.kl, "{:.4f}"),
+    ("target tokens", lambda a: a.trained_target_tokens, "{:,}"),
 )
 
 
-def _of(block: Mapping[str, Any] | None, key: str) -> Any:
-    return None if block is None else block[key]
-
-
-def overview(summary: Mapping[str, Any]) -> Table:
+def overview(summary: Summary) -> Table:
     """Models × what was learned, what was kept, what it took; columns that no model has are left out."""
-    averages = summary["macro"]
-    columns = [c for c in _COLUMNS if any(c[1](averages[name]) is not None for name in summary["models"])]
-    rows = [[name, *(_cell(value(averages[name]), form) for _, value, form in columns)] for name in summary["models"]]
+    averages = summary.macro
+    columns = [c for c in _COLUMNS if any(c[1](averages[name]) is not None for name in summary.models)]
+    rows = [[name, *(_cell(value(averages[name]), form) for _, value, form in columns)] for name in summary.models]
     return ["model", *(title for title, _, _ in columns)], rows
 
 
-def dataset_table(figures: Mapping[str, Mapping[str, Mapping[str, Any]]], models: Sequence[str], metric: str) -> Table:
+def dataset_table(figures: Mapping[str, ByDataset], models: Sequence[str], metric: Metric) -> Table:
     """Datasets × models for one metric, with the rows measured; datasets where no model has it are left out.
 
     Args:
-        figures: {model: {dataset: {loss, exact_match, ...}}}.
+        figures: By model and dataset.
         models: Column order.
         metric: ``loss`` or ``exact_match``.
     """
     names = list(dict.fromkeys(name for model in models for name in figures.get(model, {})))
     rows = []
     for name in names:
-        found = [figures.get(model, {}).get(name, {}) for model in models]
-        values = [item.get(metric) for item in found]
+        found = [figures.get(model, {}).get(name) for model in models]
+        values = [None if item is None else item.loss if metric == "loss" else item.exact_match for item in found]
         if any(value is not None for value in values):
-            examples = next(item["examples"] for item in found if item)
+            examples = next(item.examples for item in found if item)
             rows.append([name, f"{examples:,}", *(_cell(value, "{:.3f}") for value in values)])
     return ["dataset", "rows", *models], rows
 
 
-def _cell(value: Any, form: str) -> str:
+def _cell(value: float | None, form: str) -> str:
     return _NONE if value is None else form.format(value)
 
 
-def markdown(
-    summary: Mapping[str, Any],
-    results: Mapping[str, Mapping[str, Mapping[str, Any]]],
-    kept: Mapping[str, Mapping[str, Mapping[str, Any]]],
-) -> str:
+def markdown(evaluation: Evaluation) -> str:
     """The whole evaluation as one Markdown page: overview, verdict, answer lengths, every dataset."""
-    models = summary["models"]
+    summary, models = evaluation.summary, evaluation.summary.models
     lines = ["# Evaluation", "", *_markdown_table(overview(summary))]
     for note in legend(summary):
         lines += ["", note]
-    lines += ["", "## Verdict", "", *(f"- {sentence}" for sentence in summary["verdict"])]
+    lines += ["", "## Verdict", "", *(f"- {sentence}" for sentence in evaluation.verdict.sentences)]
     lines += _section("Mixture by answer length", _lengths(summary))
-    for title, figures in (("Mixture", results), ("Kept", kept)):
+    for title, figures in (("Mixture", evaluation.results), ("Kept", evaluation.kept)):
         lines += _section(f"{title}: loss ↓ (nats per target token)", dataset_table(figures, models, "loss"))
         lines += _section(f"{title}: exact match ↑", dataset_table(figures, models, "exact_match"))
     return "\n".join(lines) + "\n"
 
 
-def legend(summary: Mapping[str, Any]) -> list[str]:
+def legend(summary: Summary) -> list[str]:
     """What stands under the overview: what the columns that it has mean, then the remarks on models."""
     titles = " ".join(overview(summary)[0])
     shown = [
@@ -97,21 +97,20 @@ def legend(summary: Mapping[str, Any]) -> list[str]:
         ("↑", "↑ higher is better."),
     ]
     meanings = " ".join(text for word, text in shown if word in titles)
-    about = summary.get("about") or {}
-    return ([meanings] if meanings else []) + [f"{name}: {remark}." for name, remark in about.items()]
+    return ([meanings] if meanings else []) + [f"{name}: {remark}." for name, remark in summary.about.items()]
 
 
-def _lengths(summary: Mapping[str, Any]) -> Table:
-    rows = []
-    for name in summary["models"]:
-        short, long = summary["macro"][name]["short"], summary["macro"][name]["long"]
+def _lengths(summary: Summary) -> Table:
+    rows, counts = [], (0, 0)
+    for name in summary.models:
+        short, long = summary.macro[name].short, summary.macro[name].long
         if short and long:
-            rows.append([name, _cell(short["loss"], "{:.3f}"), _cell(long["loss"], "{:.3f}")])
+            counts = short.datasets, long.datasets
+            rows.append([name, f"{short.loss:.3f}", f"{long.loss:.3f}"])
     if not rows:
         return [], []
-    first = summary["macro"][summary["models"][0]]
-    counts = [f"{kind}: loss ↓ ({counted(first[kind]['datasets'], 'dataset')})" for kind in ("short", "long")]
-    return ["model", *counts], rows
+    titles = [f"{kind}: loss ↓ ({counted(n, 'dataset')})" for kind, n in zip(("short", "long"), counts, strict=True)]
+    return ["model", *titles], rows
 
 
 def _section(title: str, table: Table) -> list[str]:
@@ -125,30 +124,23 @@ def _markdown_table(table: Table) -> list[str]:
 
 
 def render(folder: Path) -> list[RenderableType]:
-    """What a terminal shows of a finished evaluation, see :func:`terminal`.
-
-    Args:
-        folder: The evaluation's folder, with ``summary.json``.
+    """What a terminal shows of the finished evaluation in ``folder``, see :func:`terminal`.
 
     Raises:
-        RunFolderError: ``summary.json`` is missing or damaged.
+        RunFolderError: A file of it is missing or damaged.
     """
-    return terminal(read_json(folder / "summary.json"))
+    return terminal(Evaluation.load(folder))
 
 
-def terminal(summary: Mapping[str, Any]) -> list[RenderableType]:
+def terminal(evaluation: Evaluation) -> list[RenderableType]:
     """The overview, what its columns mean, remarks on models, the verdict; readable from 80 columns on."""
-    from rich.padding import Padding
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    header, rows = overview(summary)
+    header, rows = overview(evaluation.summary)
     table = RichTable(box=None, pad_edge=False, header_style="bold")
     for index, title in enumerate(header):  # a word per line: rich would cut figures to fit long titles in 80 columns
         lines = title.replace(" ", "\n").replace("\n↓", " ↓").replace("\n↑", " ↑")
         table.add_column(lines, justify="right" if index else "left", no_wrap=True, vertical="bottom")
     for row in rows:
         table.add_row(*map(Text, row), style="bold" if row[0] == "merged" else None)
-    notes = [Text(note, style="dim") for note in legend(summary)]
-    sentences = [Text(f"• {sentence}") for sentence in summary["verdict"]]
+    notes = [Text(note, style="dim") for note in legend(evaluation.summary)]
+    sentences = [Text(f"• {sentence}") for sentence in evaluation.verdict.sentences]
     return [Padding(table, (1, 0)), *notes, "", *sentences]

@@ -5,15 +5,17 @@ The figures themselves are :mod:`merit.evaluation`'s. A model that is stale or d
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merit.errors import RunFolderError
-from merit.files import read_json
+from merit.files import read_json, write_text
 from merit.run import key as stages
 from merit.run.store import Stage
 
 if TYPE_CHECKING:
+    from merit.evaluation.stage import ModelSet
     from merit.run.chain import Pipeline
 
 
@@ -37,25 +39,38 @@ def evaluate_run(pipeline: Pipeline) -> Stage:
     if pipeline.done(stage):
         reporter.stage("evaluate", f"{len(models)} models (done before)")
         return stage
-    from merit.evaluation import evaluate_models
+    from merit.evaluation.stage import HeldOut, evaluate
+    from merit.report.evaluation import markdown
 
     reporter.stage("evaluate", f"{len(models)} models on held-out rows")
+    mixture = pipeline.run_folder / "mixture"
     with stage.writing(seed=recipe.seed, keep=("models",)) as record, reporter.progress("models") as tick:
-        record |= evaluate_models(
-            recipe,
-            {name: folder for name, (folder, _) in models.items()},
-            load_split(pipeline.run_folder / "mixture", "test"),
-            load_split(pipeline.run_folder / "mixture", "kept"),
-            stage.path,
-            base=pipeline.base,
+        found = evaluate(
+            model_set(pipeline, models),
+            HeldOut(load_split(mixture, "test"), load_split(mixture, "kept")),
+            recipe.evaluate,
+            seed=recipe.seed,
+            folder=stage.path,
             device=pipeline.device,
-            fingerprints=fingerprints,
-            trained_tokens=trained_tokens(pipeline),
-            about=remarks(pipeline),
-            method=read_json(pipeline.root / "split" / "split.json")["method"],
             progress=tick,
         )
+        write_text(stage.path / "table.md", markdown(found))
+        record |= {
+            "models": list(found.summary.models),
+            "reused": list(found.reused),
+            "seconds_by_model": found.seconds,
+            "verdict": list(found.verdict.sentences),
+        }
     return stage
+
+
+def model_set(pipeline: Pipeline, models: Mapping[str, tuple[Path | None, str]]) -> ModelSet:
+    """The models of a run as the evaluation takes them, with how they were made."""
+    from merit.evaluation.stage import About, Candidate, ModelSet
+
+    method = read_json(pipeline.root / "split" / "split.json")["method"]
+    about = About(method=method, trained_tokens=trained_tokens(pipeline), remarks=remarks(pipeline))
+    return ModelSet(pipeline.base, {name: Candidate(*facts) for name, facts in models.items()}, about)
 
 
 def find_models(pipeline: Pipeline) -> dict[str, tuple[Path | None, str]]:

@@ -1,24 +1,27 @@
-"""Merging the branches of a run: which take part and with what weights; the arithmetic is :mod:`merit.merge`'s.
+"""Merging the branches of a run: which take part; the rest is :mod:`merit.merge`'s.
 
 It knows the run folder, so a branch that is missing, truncated, stale or of another base is refused here, before a byte of
-tensor data is read. Checkpoints outside a run go to :mod:`merit.merge` directly.
+tensor data is read.
 """
 
 from __future__ import annotations
 
-import json
-import re
-import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from merit.errors import MergeError
+from merit.files import write_text
+from merit.merge import MergeResult, merge_branches
+from merit.merge.weights import condense, weigh
+from merit.report.merge import trade_off_svg
 from merit.run import key as stages
+from merit.run.scale_search import judge_scales
 from merit.run.store import Stage
 
 if TYPE_CHECKING:
-    from merit.merge import MergePlan
     from merit.run.chain import Pipeline
 
 
@@ -38,23 +41,17 @@ def merge_run(pipeline: Pipeline, *, exclude: Sequence[int] = (), allow_missing:
     stage = stages.merged_stage(
         pipeline.recipe, pipeline.root, taking, base=pipeline.base.fingerprint, excluded=left_out
     )
+    whose = "" if pipeline.root == pipeline.run_folder else f"{pipeline.recipe.split.method}: "
     if pipeline.done(stage):
-        pipeline.reporter.stage("merge", f"{len(taking)} branches (done before)")
+        pipeline.reporter.stage("merge", f"{whose}{len(taking)} branches (done before)")
         return stage
-    pipeline.reporter.stage("merge", f"{len(taking)} branches, {pipeline.recipe.merge.operator}")
+    pipeline.reporter.stage("merge", f"{whose}{len(taking)} branches, {pipeline.recipe.merge.operator}")
     with stage.writing(seed=pipeline.recipe.seed) as record:
-        record |= make_merge(pipeline, taking, left_out, stage.path / "model")
-    for warning in condense(record["warnings"], len(taking)):
+        result = make_merge(pipeline, taking, left_out, stage.path / "model")
+        record |= result.record()
+    for warning in condense(result.warnings, len(taking)):
         pipeline.reporter.note(warning)
     return stage
-
-
-def condense(warnings: Sequence[str], branches: int) -> list[str]:
-    """What all branches share is said once."""
-    said: dict[str, list[str]] = {}
-    for warning in warnings:
-        said.setdefault(re.sub(r"branch \d+", "every branch", warning), []).append(warning)
-    return [line for general, lines in said.items() for line in ([general] if len(lines) == branches > 1 else lines)]
 
 
 def choose_branches(
@@ -87,82 +84,38 @@ def choose_branches(
     return taking, sorted(set(branches) - set(taking))
 
 
-def branch_weight(record: Mapping[str, Any], weights: str) -> int:
-    """A branch's integer weight before normalisation, from its record: trained target tokens, trained samples, or 1."""
-    return {"tokens": record.get("target_tokens"), "samples": record.get("samples"), "uniform": 1}[weights] or 0
+@dataclass(frozen=True)
+class _Trained:
+    """A trained branch as its record tells it."""
+
+    model: Path
+    model_fingerprint: str
+    tokens: int
+    target_tokens: int
+    samples: int
+
+    @classmethod
+    def of(cls, stage: Stage) -> _Trained:
+        record = stage.record()
+        counts = (int(record[key]) for key in ("tokens", "target_tokens", "samples"))
+        return cls(stage.path / "model", stages.model_content(stage), *counts)
 
 
-def plan_run(
-    pipeline: Pipeline, taking: Mapping[int, Stage], left_out: Sequence[int], output: Path, scale: float
-) -> MergePlan:
-    """The checked plan of a run's merge (of adapters into a full checkpoint, for LoRA branches)."""
-    from merit.merge import Branch, plan_merge
-    from merit.merge.lora import plan_adapter_merge
-
+def make_merge(pipeline: Pipeline, taking: Mapping[int, Stage], left_out: Sequence[int], output: Path) -> MergeResult:
+    """Write the merged checkpoint into ``output``; with ``scale: auto`` the curve lies next to the weights (scale.svg)."""
     settings = pipeline.recipe.merge
-    branches = [
-        Branch(
-            path=stage.path / "model",
-            tokens=branch_weight(stage.record(), settings.weights),
-            name=f"branch {k}",
-            fingerprint=stages.model_content(stage),
-        )
-        for k, stage in taking.items()
-    ]
-    excluded = [f"branch {k}" for k in left_out]
-    arguments = (pipeline.base.folder, branches, settings.operator, settings.options, scale, output)
-    if pipeline.recipe.model.trainable == "lora":
-        return plan_adapter_merge(*arguments, dtype=settings.dtype, excluded=excluded)
-    mixed = "base" if pipeline.recipe.train.save_dtype == "float32" else None
-    return plan_merge(
-        *arguments, dtype=settings.dtype or mixed, excluded=excluded, base_fingerprint=pipeline.base.fingerprint
-    )
-
-
-def make_merge(
-    pipeline: Pipeline,
-    taking: Mapping[int, Stage],
-    left_out: Sequence[int],
-    output: Path,
-    record_name: str | None = None,
-) -> dict[str, Any]:
-    """Write the merged checkpoint into ``output``; returns what the record says.
-
-    With ``merge.scale: auto`` the plain merge is made first, λ is searched along the line from the base to it, and the
-    chosen λ is merged from the branches anew; the curve lies beside the weights as ``scale.svg``.
-
-    Args:
-        pipeline: The run.
-        taking: The branches that take part.
-        left_out: Numbers of the run's other branches.
-        output: Folder to create; it appears when it is complete.
-        record_name: File in ``output`` that gets the record, for a merge outside the run folder.
-    """
-    from merit.merge import run_merge
-
-    scale = pipeline.recipe.merge.scale
-    search: dict[str, Any] | None = None
-    curve = ""
-
-    def complete(record: Mapping[str, Any]) -> dict[str, Any]:
-        found = {key: value for key, value in record.items() if key != "seconds"}
-        found |= {"merge_seconds": record["seconds"], "model_fingerprint": record["output"]["fingerprint"]}
-        return found | ({"scale_search": search} if search else {})
-
-    def beside(record: Mapping[str, Any]) -> dict[str, str]:
-        files = {record_name: json.dumps(complete(record), indent=2, ensure_ascii=False) + "\n"} if record_name else {}
-        return files | ({"scale.svg": curve} if search else {})
-
-    if scale == "auto":
-        from merit.run.scale_search import choose_scale
-
-        plan_run(pipeline, taking, left_out, output, 1.0)  # what is wrong with the output is found before the search
-        output.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".scale-", dir=output.resolve().parent) as scratch:
-            plain = Path(scratch) / "model"
-            run_merge(plan_run(pipeline, taking, left_out, plain, 1.0))
-            search, curve = choose_scale(pipeline, plain, Path(scratch))
-        scale = float(search["chosen"])
+    if settings.dtype is None and pipeline.recipe.train.save_dtype == "float32":
+        settings = settings.model_copy(update={"dtype": "base"})  # the branches need not have the base's dtype
     with pipeline.reporter.progress("merge") as tick:
-        plan = plan_run(pipeline, taking, left_out, output, scale)
-        return complete(run_merge(plan, progress=tick, extra=beside).record)
+        result = merge_branches(
+            pipeline.base,
+            weigh(settings.weights, {k: _Trained.of(stage) for k, stage in taking.items()}),
+            output,
+            settings,
+            excluded=[f"branch {k}" for k in left_out],
+            judge=partial(judge_scales, pipeline),
+            progress=tick,
+        )
+    if result.scale_search is not None:
+        write_text(output / "scale.svg", trade_off_svg(result.scale_search))
+    return result

@@ -13,15 +13,18 @@ from typing import Any, Literal
 from merit.errors import MergeError, nearest
 from merit.merge.operators import average, iso_cts, star, task_arithmetic, ties, tsv, uniform
 
-__all__ = ["OPERATORS", "Operator", "Option", "operator_and_options"]
+__all__ = ["OPERATORS", "Operator", "Option", "Options", "operator_and_options"]
+
+Value = float | int | str | bool
+Options = dict[str, Value]
 
 
 @dataclass(frozen=True)
 class Option:
     """One setting of an operator: its default, what it must be, and in words."""
 
-    default: Any
-    valid: Callable[[Any], bool]
+    default: Value
+    valid: Callable[[object], bool]
     expects: str
 
 
@@ -104,7 +107,7 @@ OPERATORS: dict[str, Operator] = {
 }
 
 
-def operator_and_options(name: str, given: Mapping[str, Any]) -> tuple[Operator, dict[str, Any]]:
+def operator_and_options(name: str, given: Mapping[str, Value]) -> tuple[Operator, Options]:
     """Look an operator up and complete its options with their defaults.
 
     Raises:

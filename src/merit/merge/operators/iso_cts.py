@@ -9,14 +9,12 @@ arXiv:2502.04959, Algorithm 2 (Iso-C: Algorithm 1).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from merit.merge.operators import spectral, tsv
 
 
-def merge_matrix(deltas: Sequence[np.ndarray], common_fraction: float = 0.8) -> tuple[np.ndarray, dict[str, float]]:
+def merge_matrix(deltas: spectral.Deltas, common_fraction: float = 0.8) -> tuple[np.ndarray, dict[str, float]]:
     """Merge one weight matrix.
 
     Args:

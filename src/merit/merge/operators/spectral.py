@@ -7,10 +7,19 @@ vectors, and between TINY and about 1e-5 the vectors on the long side are orthon
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 
 TINY = 1e-7
 """Singular values below TINY times the largest count as zero."""
+
+
+class Deltas(Protocol):
+    """K task vectors δ_k (m, n) float64, each computed when it is asked for."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, k: int, /) -> np.ndarray: ...
 
 
 def svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

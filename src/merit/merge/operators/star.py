@@ -8,14 +8,12 @@ Source: Lee et al., STAR: Spectral truncation and rescale for model merging, arX
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from merit.merge.operators import spectral
 
 
-def merge_matrix(deltas: Sequence[np.ndarray], eta: float = 40.0) -> tuple[np.ndarray, dict[str, float]]:
+def merge_matrix(deltas: spectral.Deltas, eta: float = 40.0) -> tuple[np.ndarray, dict[str, float]]:
     """Merge one weight matrix.
 
     Args:

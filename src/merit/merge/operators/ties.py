@@ -51,7 +51,8 @@ def merge_entries(trimmed: np.ndarray, majority: float, weights: np.ndarray | No
         part *= w
         total += part
     np.divide(total, count, out=total, where=count > 0)
-    return np.multiply(total, sign, out=total)
+    total *= sign
+    return total
 
 
 class Threshold:
@@ -70,7 +71,8 @@ class Threshold:
     @staticmethod
     def bits(deltas: np.ndarray) -> np.ndarray:
         """Bit patterns of |δ| in float32, as uint32."""
-        return np.abs(deltas.astype(np.float32)).view(np.uint32)
+        patterns: np.ndarray = np.abs(deltas.astype(np.float32)).view(np.uint32)
+        return patterns
 
     def count_high(self, deltas: np.ndarray) -> np.ndarray:
         """Pass 1, one block (K, n): counts (K, 65536) to be added to ``high``."""

@@ -16,7 +16,7 @@ import numpy as np
 from merit.merge.operators import spectral
 
 
-def merge_matrix(deltas: Sequence[np.ndarray]) -> tuple[np.ndarray, dict[str, float]]:
+def merge_matrix(deltas: spectral.Deltas) -> tuple[np.ndarray, dict[str, float]]:
     """Merge one weight matrix.
 
     Args:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.e2e.conftest import Case
-from tests.e2e.test_run import read, snapshot, weights
+from tests.builders import Case, read, snapshot, weights
 from transformers import AutoModelForCausalLM
 
 

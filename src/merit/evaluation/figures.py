@@ -1,0 +1,194 @@
+"""The figures of an evaluation, typed: one model on one dataset, its averages, two models compared. No files, no maths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = [
+    "PARTS",
+    "Average",
+    "Averages",
+    "ByDataset",
+    "Difference",
+    "Drift",
+    "Figures",
+    "MeanDrift",
+    "Metric",
+    "ModelFigures",
+    "Outcome",
+    "Part",
+    "Summary",
+]
+
+Part = Literal["mixture", "kept"]
+"""What the rows are: the mixture's test sets, or what the base could do before."""
+Metric = Literal["loss", "exact_match", "drift"]
+Outcome = Literal["better", "worse", "unclear", "few"]
+
+PARTS: tuple[Part, ...] = ("mixture", "kept")
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One model on one dataset.
+
+    Attributes:
+        loss: Nats per target token.
+        exact_match: Share of rows; None where it was not measured.
+        examples: Rows measured.
+        target_tokens: Of these rows.
+    """
+
+    loss: float
+    exact_match: float | None
+    examples: int
+    target_tokens: int
+
+
+ByDataset = dict[str, Figures]
+"""One model's figures by dataset."""
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far a model has moved from the base on the base's own answers.
+
+    Attributes:
+        kl: Mean KL(base‖model) over tokens, nats.
+        top1_agreement: Share of tokens at which base and model find the same token likeliest.
+        tokens: Positions.
+        prompts: Answers.
+        kl_sums: KL of each answer, nats.
+        token_counts: Tokens of each answer.
+    """
+
+    kl: float
+    top1_agreement: float
+    tokens: int
+    prompts: int
+    kl_sums: tuple[float, ...]
+    token_counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ModelFigures:
+    """Everything measured of one model.
+
+    Attributes:
+        sets: Figures by dataset, for each part.
+        drift: None where it was not measured.
+        seconds: What measuring took.
+        reused: It was measured by an earlier call.
+    """
+
+    sets: dict[Part, ByDataset]
+    drift: Drift | None
+    seconds: float
+    reused: bool = False
+
+
+@dataclass(frozen=True)
+class Average:
+    """One model over several datasets: ``loss`` and ``exact_match`` weigh datasets, ``pooled_loss`` weighs tokens."""
+
+    loss: float
+    exact_match: float | None
+    pooled_loss: float
+    datasets: int
+    exact_match_datasets: int
+    examples: int
+    target_tokens: int
+
+
+@dataclass(frozen=True)
+class MeanDrift:
+    """:class:`Drift` without its answers."""
+
+    kl: float
+    top1_agreement: float
+    tokens: int
+    prompts: int
+
+
+@dataclass(frozen=True)
+class Averages:
+    """One model's averages; None where nothing was measured.
+
+    Attributes:
+        mixture: Over the mixture's datasets.
+        kept: Over the kept sets.
+        short: Over the mixture's datasets with short answers.
+        long: Over its other datasets.
+        drift: From the base.
+        trained_target_tokens: That the model was trained on, where known.
+    """
+
+    mixture: Average | None
+    kept: Average | None
+    short: Average | None
+    long: Average | None
+    drift: MeanDrift | None
+    trained_target_tokens: int | None
+
+    def of(self, part: Part) -> Average | None:
+        """The average over one part's datasets."""
+        return self.mixture if part == "mixture" else self.kept
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two models, paired by dataset (drift: by answer).
+
+    Attributes:
+        model: The one whose figures come first: merged.
+        other: The one compared with.
+        part: Where the units are from.
+        metric: What differs.
+        difference: Mean of ``model`` − ``other``.
+        ci95: 95 % bootstrap interval of it; None below two units.
+        wilcoxon_p: Two-sided signed-rank p.
+        units: Datasets, or answers.
+        wins: Units at which ``model`` is better.
+        losses: Units at which it is worse.
+        ties: Units without a difference.
+        outcome: What may be said of ``model``.
+    """
+
+    model: str
+    other: str
+    part: Part
+    metric: Metric
+    difference: float
+    ci95: tuple[float, float] | None
+    wilcoxon_p: float
+    units: int
+    wins: int
+    losses: int
+    ties: int
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What tables and verdict are made from.
+
+    Attributes:
+        models: Names in the order of tables.
+        about: Remark by model on how it was made, where that is not the plain way.
+        method: Split method that ``merged`` was made with.
+        seed: Of the bootstrap.
+        short_answer_datasets: The mixture's datasets with short answers.
+        macro: Averages by model.
+        paired: The merged model against each other one.
+    """
+
+    models: tuple[str, ...]
+    about: dict[str, str]
+    method: str
+    seed: int
+    short_answer_datasets: tuple[str, ...]
+    macro: dict[str, Averages]
+    paired: tuple[Difference, ...]
+    format: int = FORMAT

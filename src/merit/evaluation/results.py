@@ -1,0 +1,81 @@
+"""A finished evaluation and its files.
+
+::
+
+    results.json   {model: {dataset: {loss, exact_match, examples, target_tokens}}} over the mixture's test sets
+    kept.json      the same over the kept sets
+    drift.json     {model: {kl, top1_agreement, tokens, prompts, kl_sums, token_counts}}
+    summary.json   averages, paired differences with intervals, the verdict's sentences
+    models/        one file per measured model, its greedy answers, the base's sampled answers
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from merit.evaluation.figures import ByDataset, Drift, Part, Summary
+from merit.evaluation.verdict import Verdict, judge
+from merit.files import read_as, write_json
+
+__all__ = ["ANSWERS_OF_THE_BASE", "DRIFT", "FILES", "MODELS", "SUMMARY", "Evaluation"]
+
+FILES: dict[Part, str] = {"mixture": "results.json", "kept": "kept.json"}
+"""File of the figures of each part."""
+DRIFT, SUMMARY, MODELS = "drift.json", "summary.json", "models"
+ANSWERS_OF_THE_BASE = "answers-of-the-base.json"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished evaluation.
+
+    Attributes:
+        sets: {model: {dataset: figures}} for each part.
+        drift: By model; empty where it was not measured.
+        summary: Averages and comparisons.
+        reused: Models whose figures were measured by an earlier call; not saved.
+        seconds: What measuring took, by model; not saved.
+    """
+
+    sets: dict[Part, dict[str, ByDataset]]
+    drift: dict[str, Drift]
+    summary: Summary
+    reused: tuple[str, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def results(self) -> dict[str, ByDataset]:
+        """Figures on the mixture's test sets, by model and dataset."""
+        return self.sets["mixture"]
+
+    @property
+    def kept(self) -> dict[str, ByDataset]:
+        """Figures on the kept sets, by model and dataset."""
+        return self.sets["kept"]
+
+    @property
+    def verdict(self) -> Verdict:
+        """What may be said of the merged model; ``print`` it for plain sentences."""
+        return judge(self.summary)
+
+    def save(self, folder: Path) -> None:
+        """Write the files above into ``folder``."""
+        for part, name in FILES.items():
+            by_model = self.sets[part].items()
+            write_json(folder / name, {model: {k: asdict(v) for k, v in found.items()} for model, found in by_model})
+        write_json(folder / DRIFT, {model: asdict(found) for model, found in self.drift.items()})
+        write_json(folder / SUMMARY, {**asdict(self.summary), "verdict": self.verdict.sentences})
+
+    @classmethod
+    def load(cls, folder: Path) -> Evaluation:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            RunFolderError: A file is missing, damaged, or not an evaluation's.
+        """
+        return cls(
+            {part: read_as(folder / name, dict[str, ByDataset]) for part, name in FILES.items()},
+            read_as(folder / DRIFT, dict[str, Drift]),
+            read_as(folder / SUMMARY, Summary),
+        )

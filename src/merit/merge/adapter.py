@@ -1,0 +1,233 @@
+"""A PEFT LoRA adapter, read from its files without PEFT: which tensors of the base it changes, and by how much.
+
+A branch's update is ΔW_k = s_k B_k A_k with s = α/r (rsLoRA: α/√r). Biases, ``modules_to_save`` and embedding adapters are
+part of a branch. Refused with the reason: DoRA, convolutions, adapters on tied output heads, initialisations that change
+the base (PiSSA, OLoRA, CorDA, LoftQ).
+
+Source: Hu et al., LoRA, arXiv:2106.09685, §4.1; Kalajdzievski, rsLoRA, arXiv:2312.03732.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from merit.errors import CheckpointError, MergeError
+from merit.hf.checkpoint import Checkpoint, TensorInfo, read_headers, read_json, read_tensor
+from merit.hf.dtypes import to_float
+from merit.merge.agreement import check_adapter_bases, core_name
+from merit.merge.weights import Branch
+
+__all__ = ["Adapter", "LowRank", "module_of", "read_adapter", "read_adapters"]
+
+_PREFIX = "base_model.model."
+_SAME = (
+    "peft_type",
+    "target_modules",
+    "fan_in_fan_out",
+    "bias",
+    "modules_to_save",
+    "use_dora",
+    "lora_bias",
+    "layers_to_transform",
+)
+_NEW_BASE = ("pissa", "olora", "corda", "loftq")
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One module's pair: names of A (r, in) and B (out, r) on disk, the scale s, and whether the base stores Wᵀ."""
+
+    a: str
+    b: str
+    scale: float
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One PEFT LoRA adapter, headers only.
+
+    Attributes:
+        branch: Where it comes from.
+        head: Headers of adapter_model.safetensors.
+        config: adapter_config.json.
+        pairs: By the base's tensor name: the low-rank update of that tensor.
+        full: By the base's tensor name: a tensor saved in full (bias, ``modules_to_save``).
+        shifts: By the base's bias name: (name of lora_B's own bias on disk, scale).
+    """
+
+    branch: Branch
+    head: Checkpoint
+    config: dict[str, Any]
+    pairs: dict[str, LowRank]
+    full: dict[str, str]
+    shifts: dict[str, tuple[str, float]]
+
+    def factors(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """s·B (m, r) and A (r, n) in float64, such that ΔW (m, n) has the base tensor's own orientation."""
+        pair = self.pairs[name]
+        a, b = self.values(pair.a), self.values(pair.b) * pair.scale
+        return (a.T, b.T) if pair.transposed else (b, a)
+
+    def update(self, name: str, theta: np.ndarray) -> np.ndarray:
+        """δ of the base's tensor ``name`` with values ``theta``, float64, in its own shape; zero if it is not adapted."""
+        delta = np.zeros_like(theta)
+        if name in self.full:
+            delta += self.values(self.full[name]) - theta
+        if name in self.shifts:
+            bias, scale = self.shifts[name]
+            delta += scale * self.values(bias)
+        if name in self.pairs:
+            delta += np.matmul(*self.factors(name))
+        return delta
+
+    def values(self, name: str) -> np.ndarray:
+        """A tensor of the adapter in float64, finite."""
+        values = to_float(read_tensor(self.head, name), self.head.tensors[name].dtype)
+        if not np.isfinite(values).all():
+            raise MergeError(
+                f"{name} holds NaN or infinity in {self.branch.name} ({self.head.folder}). Nothing was written."
+            )
+        return values
+
+
+def read_adapter(branch: Branch, base: Checkpoint) -> Adapter:
+    """Read an adapter's headers and match every one of its tensors with a tensor of the base.
+
+    Raises:
+        CheckpointError: The folder is not a readable adapter.
+        MergeError: A kind of adapter that cannot be merged, or one that does not fit the base.
+    """
+    head, config = read_headers(branch.path, "adapter_model"), read_json(branch.path / "adapter_config.json")
+    _check_kind(branch, config)
+    by_core = {core_name(name): name for name in base.tensors}
+    pairs: dict[str, dict[str, str]] = {}
+    full: dict[str, str] = {}
+    shifts: dict[str, tuple[str, float]] = {}
+    for name, tensor in head.tensors.items():
+        module, part = _split(name)
+        suffix = ".bias" if part == "lora_B.bias" else "" if part == "full" else ".weight"
+        target = module + suffix if module + suffix in base.tensors else by_core.get(core_name(module + suffix), "")
+        if part == "lora_magnitude_vector" or len(tensor.shape) > 2:
+            raise MergeError(
+                f"{branch.name}: {name} {tensor.shape} is DoRA or a convolution; merge it to full weights first."
+            )
+        if not target:
+            raise MergeError(
+                f"{branch.name}: {name} has no counterpart {module + suffix} in the base ({base.folder}).",
+                "The adapter belongs to another base, or targets a tied output head that the base does not store.",
+                "Merge it to full weights with PEFT first. Nothing was written.",
+            )
+        if part == "full":
+            if tensor.shape != base.tensors[target].shape:
+                raise MergeError(f"{branch.name}: {name} is {tensor.shape}, the base's {base.tensors[target].shape}.")
+            full[target] = name
+        elif part == "lora_B.bias":
+            shifts[target] = (name, _scale(config, module, _rank(head, name)))
+        else:
+            pairs.setdefault(target, {})["a" if "_A" in part else "b"] = name
+    low_rank = {
+        target: _low_rank(branch, head, config, target, base.tensors[target], names) for target, names in pairs.items()
+    }
+    if not (low_rank or full):
+        raise MergeError(f"{branch.name} ({branch.path}) holds no adapter tensors.")
+    return Adapter(branch, head, config, low_rank, full, shifts)
+
+
+def _rank(head: Checkpoint, name: str) -> int:
+    return head.tensors[name.replace("lora_B.bias", "lora_A.weight")].shape[0]
+
+
+def _split(name: str) -> tuple[str, str]:
+    """(module path, part) of an adapter tensor; part is ``full`` for tensors saved as they are."""
+    path = name.removeprefix(_PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+    for part in ("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B"):
+        if path.endswith("." + part):
+            return path[: -len(part) - 1], part
+    if ".lora_magnitude_vector" in path:
+        return path.split(".lora_magnitude_vector")[0], "lora_magnitude_vector"
+    return path, "full"
+
+
+def module_of(name: str) -> str:
+    """Module path of an adapter tensor."""
+    return _split(name)[0]
+
+
+def _check_kind(branch: Branch, config: Mapping[str, Any]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise MergeError(f"{branch.name} is a {config.get('peft_type')!r} adapter; only LORA can be merged.")
+    if config.get("use_dora"):
+        raise MergeError(
+            f"{branch.name} uses DoRA, whose magnitudes do not average into a product.",
+            "Merge every branch to full weights first (PEFT: merge_and_unload), then merge the checkpoints.",
+        )
+    init = str(config.get("init_lora_weights", "")).lower()
+    if init.startswith(_NEW_BASE):
+        raise MergeError(
+            f"{branch.name} was initialised with {init!r}, which changes the base: θ0 + s·B·A is not its model.",
+            "Convert it to a plain LoRA when saving (path_initial_model_for_weight_conversion), or merge to full weights.",
+        )
+    for key in ("trainable_token_indices", "target_parameters", "alora_invocation_tokens"):
+        if config.get(key):
+            raise MergeError(f"{branch.name} uses {key}, which is not supported; merge it to full weights first.")
+
+
+def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """s of a module: its α (``alpha_pattern`` first) over r, or over √r for rsLoRA."""
+    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    return float(alpha) / (float(rank) ** 0.5 if config.get("use_rslora") else float(rank))
+
+
+def _pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
+    for key, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def _low_rank(
+    branch: Branch, head: Checkpoint, config: Mapping[str, Any], target: str, base: TensorInfo, names: Mapping[str, str]
+) -> LowRank:
+    if set(names) != {"a", "b"}:
+        raise CheckpointError(f"{branch.path} holds only one of lora_A and lora_B for {target}.")
+    a, b = head.tensors[names["a"]].shape, head.tensors[names["b"]].shape
+    transposed = bool(config.get("fan_in_fan_out")) or "lora_embedding_A" in names["a"]
+    shape = (b[0], a[1])
+    if a[0] != b[1] or (shape[::-1] if transposed else shape) != base.shape:
+        raise MergeError(
+            f"{target} is {base.shape} in the base, but {branch.name} holds A {a} and B {b} for it.",
+            "The adapter belongs to another base, or its fan_in_fan_out is wrong. Nothing was written.",
+        )
+    return LowRank(names["a"], names["b"], _scale(config, module_of(names["a"]), a[0]), transposed)
+
+
+def read_adapters(base: Checkpoint, branches: Sequence[Branch]) -> tuple[list[Adapter], list[str]]:
+    """The adapters, checked to belong together, and warnings."""
+    adapters = [read_adapter(branch, base) for branch in branches]
+    first = adapters[0]
+    for other in adapters[1:]:
+        for key in _SAME:
+            one, two = first.config.get(key), other.config.get(key)
+            if isinstance(one, list) and isinstance(two, list):
+                one, two = sorted(map(str, one)), sorted(map(str, two))
+            if one != two:
+                raise MergeError(
+                    f"Adapters differ in {key}: {one!r} in {first.branch.name}, {two!r} in {other.branch.name}."
+                )
+        for mine, theirs in ((first.pairs, other.pairs), (first.full, other.full), (first.shifts, other.shifts)):
+            odd = sorted(mine.keys() ^ theirs.keys())
+            if odd:
+                raise MergeError(f"{odd[0]} is adapted in only one of {first.branch.name} and {other.branch.name}.")
+    recorded = {a.branch.name: str(a.config.get("base_model_name_or_path") or "") for a in adapters}
+    return adapters, check_adapter_bases(base.folder, recorded)
+
+
+def rank_of(adapter: Adapter) -> int:
+    """Its largest rank; 0 when it holds tensors saved in full alone."""
+    return max((adapter.head.tensors[p.a].shape[0] for p in adapter.pairs.values()), default=0)

@@ -1,0 +1,106 @@
+"""What a merge returns, and its record ``merge.json`` next to the weights. Storage only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from merit.files import read_as, write_json
+from merit.merge.weights import ScaleSearch
+
+__all__ = ["RECORD", "Adapters", "MergeResult", "Source", "WrittenFile"]
+
+RECORD = "merge.json"
+"""Record of a merge, next to the weights."""
+
+Number = int | float
+
+
+@dataclass(frozen=True)
+class Source:
+    """The base or a branch that went in: its name, folder and content fingerprint (None where it was not read)."""
+
+    name: str
+    path: str
+    fingerprint: str | None
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """One weight file: its size, and the digest of its tensors."""
+
+    bytes: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """What is known of a merge of LoRA adapters.
+
+    Attributes:
+        mode: ``full`` (a checkpoint), ``concat`` or ``recompress`` (an adapter).
+        ranks: ``full``: largest rank by branch; else the new adapter's rank by module.
+        relative_error: ``recompress``: norm of the dropped singular values over the norm of all, of the whole model.
+        relative_errors: The same by tensor.
+    """
+
+    mode: str
+    ranks: Mapping[str, int]
+    relative_error: float = 0.0
+    relative_errors: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """A merged checkpoint (or adapter) and how it came about.
+
+    Attributes:
+        operator, options, scale: What merged the branches; scale is λ of θ0 + λ τ.
+        weights: w_k over the branches, Σ w_k = 1.
+        counts: What the weights are shares of.
+        base, branches: What went in.
+        model_fingerprint: Content fingerprint of what came out.
+        files: The weight files by name.
+        statistics: What the operator reports.
+        excluded: Branches that were left out.
+        warnings: What a person should know.
+        merge_seconds: Wall time of the merge.
+        adapters: For LoRA branches.
+        scale_search: For ``scale: auto``: the curve that λ was chosen on.
+        folder: Where it lies.
+    """
+
+    operator: str
+    options: Mapping[str, str | Number | bool]
+    scale: float
+    weights: tuple[float, ...]
+    counts: tuple[Number, ...]
+    base: Source
+    branches: tuple[Source, ...]
+    model_fingerprint: str
+    files: Mapping[str, WrittenFile]
+    statistics: Mapping[str, Number | list[float] | dict[str, Number]] = field(default_factory=dict)
+    excluded: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    merge_seconds: float = 0.0
+    adapters: Adapters | None = None
+    scale_search: ScaleSearch | None = None
+    folder: Path = Path()
+
+    def record(self) -> dict[str, object]:
+        """Plain JSON values: all but the folder."""
+        return {key: value for key, value in asdict(self).items() if key != "folder"}
+
+    def save(self, folder: Path) -> None:
+        """Write the record into ``folder``, which may still be unfinished."""
+        write_json(folder / RECORD, self.record(), durable=False)
+
+    @classmethod
+    def load(cls, folder: Path) -> MergeResult:
+        """Read the record of a merged folder.
+
+        Raises:
+            RunFolderError: It is missing, or not a merge's record.
+        """
+        return replace(read_as(folder / RECORD, cls), folder=folder)

@@ -1,0 +1,108 @@
+"""Merging branches of one base into one checkpoint, in a run and outside of it alike."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from merit.errors import MergeError
+from merit.files import scratch
+from merit.merge.lora import plan_adapter_merge
+from merit.merge.plan import DEFAULT, MergePlan, plan_merge
+from merit.merge.result import MergeResult
+from merit.merge.stream import run_merge
+from merit.merge.weights import Branch, Judge, Losses, ScaleSearch, Trained, search_scale, weigh
+from merit.progress import Progress, silent
+from merit.recipe.schema import MergeSettings
+
+if TYPE_CHECKING:
+    from merit.hf.base import Base
+
+__all__ = ["are_adapters", "merge_branches"]
+
+MakeJudge = Callable[[Path, Path], Judge]
+"""(folder of the plain merge, folder for what is needed meanwhile) → how a λ is judged."""
+
+
+def merge_branches(
+    base: Base | str | os.PathLike[str],
+    branches: Sequence[Branch] | Sequence[Trained],
+    folder: str | os.PathLike[str],
+    settings: MergeSettings = DEFAULT,
+    *,
+    excluded: Sequence[str] = (),
+    judge: MakeJudge | None = None,
+    progress: Progress = silent,
+) -> MergeResult:
+    """Merge branches once into a checkpoint folder; LoRA adapters are merged by their full update.
+
+    With ``scale: auto`` the plain merge is made first, λ is searched along the line from the base to it, and the chosen λ
+    is merged from the branches anew.
+
+    Args:
+        base: θ0.
+        branches: Results of training, weighted by ``settings.weights``; or checkpoints with weights of their own.
+        folder: To be created; it appears when it is complete, with its record (``merge.json``) in it.
+        settings: Operator, weights, scale ...
+        excluded: Names of branches that were left out on purpose: for card and record.
+        judge: For ``scale: auto``.
+        progress: In bytes.
+
+    Raises:
+        MergeError: The branches do not belong together, or a setting is impossible.
+        CheckpointError: A folder is missing or damaged.
+        ResourceError: The disk is too full.
+    """
+    parts = [part for part in branches if isinstance(part, Branch)]
+    if not parts:
+        parts = weigh(settings.weights, dict(enumerate(b for b in branches if not isinstance(b, Branch))))
+    adapters = are_adapters([part.path for part in parts])
+    known = None if isinstance(base, str | os.PathLike) else base.fingerprint
+    source = Path(base) if isinstance(base, str | os.PathLike) else base.folder
+
+    def plan(output: Path, chosen: MergeSettings) -> MergePlan:
+        if adapters:
+            return plan_adapter_merge(source, parts, output, chosen, excluded=excluded)
+        return plan_merge(source, parts, output, chosen, excluded=excluded, base_fingerprint=known)
+
+    output, search = Path(folder), None
+    if settings.scale == "auto":
+        plain = settings.model_copy(update={"scale": 1.0})
+        plan(output, plain)  # what is wrong with the output is found before the search
+        if judge is None:
+            raise MergeError("scale: auto needs held-out data, which only a run has.", "Give a number, or merge a run.")
+        with scratch(output) as place:
+            run_merge(plan(place / "model", plain))
+            search = _search(judge(place / "model", place), settings, progress)
+        settings = settings.model_copy(update={"scale": search.chosen})
+    return run_merge(plan(output, settings), progress, search)
+
+
+def _search(judge: Judge, settings: MergeSettings, progress: Progress) -> ScaleSearch:
+    grid, measured = len({0.0, 1.0, *settings.scales}), count()
+
+    def losses(scale: float) -> Losses:
+        progress(next(measured), grid, f"λ = {scale:g}")
+        return judge.losses(scale)
+
+    search = search_scale(losses, settings.scales, settings.rule)
+    return replace(search, kept=judge.kept, rows_shared_with_evaluation=judge.shared)
+
+
+def are_adapters(folders: Sequence[Path]) -> bool:
+    """Whether the folders hold LoRA adapters.
+
+    Raises:
+        MergeError: Some do and some do not.
+    """
+    found = [(folder / "adapter_config.json").is_file() for folder in folders]
+    if any(found) and not all(found):
+        raise MergeError(
+            "merge: some checkpoints are LoRA adapters and some are full models; merge one kind at a time.",
+            "Fold each adapter into its base first (merit merge --base BASE --checkpoint ADAPTER=1 --output FULL).",
+        )
+    return any(found)

@@ -1,0 +1,183 @@
+"""How much each branch counts (w_k), and how far to go (λ of θ0 + λ τ). Pure: what a λ is worth is measured by the caller.
+
+Source of the line θ0 + λ(θ̄ − θ0): Wortsman et al., Robust fine-tuning of zero-shot models, arXiv:2109.01903, eq. 1.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal, Protocol
+
+from merit.errors import MergeError
+
+__all__ = ["Branch", "Judge", "Losses", "Point", "Rule", "ScaleSearch", "Trained", "condense", "search_scale", "weigh"]
+
+Rule = Literal["balanced", "learned", "keep"]
+Weights = Literal["tokens", "samples", "uniform"]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One checkpoint that takes part in a merge.
+
+    Attributes:
+        path: Its folder.
+        weight: Its weight before normalisation: a count, or any positive number. Floats count as the decimals that they
+            print as (0.3 is 3/10), so weights are exact rationals throughout.
+        name: How messages, card and record call it.
+        fingerprint: Its recorded ``checkpoint.fingerprint``, if known: it is checked while the data streams by.
+    """
+
+    path: Path
+    weight: int | float | str | Fraction
+    name: str
+    fingerprint: str | None = None
+
+
+class Trained(Protocol):
+    """What a merge reads of a trained branch."""
+
+    @property
+    def model(self) -> Path:
+        """Its checkpoint folder."""
+        ...
+
+    @property
+    def model_fingerprint(self) -> str:
+        """Content fingerprint of the checkpoint."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """All tokens that it was trained on, over all epochs."""
+        ...
+
+    @property
+    def target_tokens(self) -> int:
+        """Of these, the ones in the loss."""
+        ...
+
+    @property
+    def samples(self) -> int:
+        """Rows that it was trained on, over all epochs."""
+        ...
+
+
+def weigh(rule: Weights, trained: Mapping[int, Trained]) -> list[Branch]:
+    """Trained branches, by number, with their weights before normalisation (integers)."""
+    counts = {
+        k: {"tokens": part.target_tokens, "samples": part.samples, "uniform": 1}[rule] for k, part in trained.items()
+    }
+    return [Branch(part.model, counts[k], f"branch {k}", part.model_fingerprint) for k, part in trained.items()]
+
+
+def condense(warnings: Sequence[str], branches: int) -> list[str]:
+    """What is the same for all branches is said once."""
+    said: dict[str, list[str]] = {}
+    for warning in warnings:
+        said.setdefault(re.sub(r"branch \d+", "every branch", warning), []).append(warning)
+    return [line for general, lines in said.items() for line in ([general] if len(lines) == branches > 1 else lines)]
+
+
+# ---- scale: auto -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Two held-out losses, lower is better: on the mixture (learned), and on what the base could do before (kept)."""
+
+    learned: float
+    kept: float
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What the caller of a search hands over.
+
+    Attributes:
+        losses: λ → its losses.
+        kept: What ``Losses.kept`` is, in words.
+        shared: Datasets whose rows are read here and in the evaluation.
+    """
+
+    losses: Callable[[float], Losses]
+    kept: str = ""
+    shared: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Point(Losses):
+    """One point of the line, at λ = ``scale``."""
+
+    scale: float
+
+
+@dataclass(frozen=True)
+class ScaleSearch:
+    """A searched λ.
+
+    Attributes:
+        rule: How it was picked.
+        chosen: λ.
+        points: The measured grid, rising.
+        kept: What the points' ``kept`` is, in words.
+        rows_shared_with_evaluation: Datasets whose rows the evaluation reads, too.
+    """
+
+    rule: Rule
+    chosen: float
+    points: tuple[Point, ...]
+    kept: str = ""
+    rows_shared_with_evaluation: tuple[str, ...] = field(default=())
+
+
+def search_scale(losses: Callable[[float], Losses], grid: Sequence[float], rule: Rule) -> ScaleSearch:
+    """Measure every λ of the grid, and of 0 (the base) and 1 (the plain merge), in rising order, and pick one.
+
+    Raises:
+        MergeError: A loss is not finite.
+    """
+    points = []
+    for scale in sorted({0.0, 1.0, *map(float, grid)}):
+        found = losses(scale)
+        points.append(Point(found.learned, found.kept, scale))
+    return ScaleSearch(rule, pick_scale(points, rule).scale, tuple(points))
+
+
+def pick_scale(points: Sequence[Point], rule: Rule = "balanced", tolerance: float = 0.05) -> Point:
+    """Choose a point.
+
+    Args:
+        points: Measured points, at least one.
+        rule: ``balanced``: the smallest of max(regret learned, regret kept), each regret scaled to 0 (best of the grid) … 1
+            (worst). ``learned``: the smallest loss on the mixture. ``keep``: the smallest loss on the mixture among points
+            whose kept loss is at most ``tolerance`` above that of the smallest λ.
+        tolerance: For ``keep``, in nats per token: absolute, since a divergence from the base is 0 at the base.
+
+    Returns:
+        The point; among equals the one nearest to λ = 1, the plain merge.
+
+    Raises:
+        MergeError: A loss is not finite.
+    """
+    for p in points:
+        if not (math.isfinite(p.learned) and math.isfinite(p.kept)):
+            raise MergeError(f"The loss at scale {p.scale:g} is not finite ({p.learned}, {p.kept}).")
+
+    def regret(values: list[float], value: float) -> float:
+        low, high = min(values), max(values)
+        return (value - low) / (high - low) if high > low else 0.0
+
+    learned, kept = [p.learned for p in points], [p.kept for p in points]
+    if rule == "balanced":
+        return min(points, key=lambda p: (max(regret(learned, p.learned), regret(kept, p.kept)), abs(p.scale - 1)))
+    allowed = list(points)
+    if rule == "keep":
+        limit = min(points, key=lambda p: abs(p.scale)).kept + tolerance
+        allowed = [p for p in points if p.kept <= limit]
+    return min(allowed, key=lambda p: (p.learned, abs(p.scale - 1)))
