@@ -4,7 +4,7 @@ The public API is loaded lazily, so that ``import merit`` costs milliseconds and
 
     import merit
     recipe = merit.load_recipe(Path("recipe.yaml"))
-    merit.Pipeline(recipe, Path("runs/my-run")).run()
+    ...
 """
 
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from merit.mixture.stage import encode_mixture
     from merit.recipe.load import load_recipe, parse_recipe
     from merit.recipe.schema import Recipe
-    from merit.run.chain import Pipeline
     from merit.split import split_mixture
 
 __version__ = "0.1.0"
@@ -24,7 +23,6 @@ __version__ = "0.1.0"
 _HOME = {
     "Branch": "merit.merge",
     "MeritError": "merit.errors",
-    "Pipeline": "merit.run.chain",
     "Recipe": "merit.recipe.schema",
     "UserError": "merit.errors",
     "encode_mixture": "merit.mixture.stage",
@@ -39,7 +37,6 @@ _HOME = {
 __all__ = [
     "Branch",
     "MeritError",
-    "Pipeline",
     "Recipe",
     "UserError",
     "encode_mixture",

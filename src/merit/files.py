@@ -252,7 +252,7 @@ def read_as(path: Path, kind: type[_T]) -> _T:
         ) from None
 
 
-def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+def differences(old: object, new: object, prefix: str = "") -> list[str]:
     """Changed fields as ``a.b: old -> new``, for a message."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         found = []
@@ -262,11 +262,12 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
         return found
     if old == new:
         return []
-    return [f"{prefix}: {_short(old)} -> {_short(new)}"]
+    shown, other = canonical(old), canonical(new)
+    if isinstance(old, str) and isinstance(new, str) and len(old) == len(new) == 64:  # hashes
+        alike = next(i for i, (a, b) in enumerate(zip(old, new, strict=True)) if a != b)
+        shown, other = (f"{text[: max(12, alike + 4)]}…" for text in (old, new))
+    return [f"{prefix}: {_cut(shown)} -> {_cut(other)}"]
 
 
-def _short(value: Any) -> str:
-    text = canonical(value)
-    if isinstance(value, str) and len(value) == 64:
-        return f"{value[:12]}…"
+def _cut(text: str) -> str:
     return text if len(text) <= 120 else text[:117] + "…"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 
@@ -10,6 +11,23 @@ class Progress(Protocol):
 
     def __call__(self, done: float, total: float, label: str = "", /) -> None:
         """``done`` of ``total`` units are finished; ``label`` says what is at hand."""
+
+
+class Reporter(Protocol):
+    """What a command tells a person while it goes on; :class:`merit.report.terminal.Terminal` shows it."""
+
+    def say(self, text: str, /) -> None:
+        """One line."""
+
+    def stage(self, name: str, detail: str = "", /) -> None:
+        """A stage begins, or is there."""
+
+    def note(self, text: str, /) -> None:
+        """Something to know that is no error."""
+
+    def progress(self, unit: str = "", /) -> AbstractContextManager[Progress]:
+        """Progress of the work in the block."""
+        ...
 
 
 def silent(done: float, total: float, label: str = "", /) -> None:

@@ -187,6 +187,11 @@ class Mixture:
         return load_split(self.folder, "kept")
 
     @property
+    def fingerprints(self) -> dict[str, str]:
+        """Content of the encoded training rows, by dataset, in recipe order."""
+        return {item.name: item.fingerprint for item in self.counts}
+
+    @property
     def rows(self) -> dict[str, int]:
         """Training rows used, by dataset."""
         return {item.name: item.rows for item in self.counts}

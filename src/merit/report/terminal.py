@@ -1,6 +1,6 @@
-"""What a person sees while a run goes on: stage lines, progress with an ETA, notes. All of it goes to stderr.
+"""What a person sees while a command goes on: stage lines, progress with an ETA, notes. All of it goes to stderr.
 
-It renders; it computes no result and knows no stage. Tables of results are printed by the command line, on stdout.
+It shows; it computes no result and knows no stage. Results are printed on stdout (:mod:`merit.report`).
 """
 
 from __future__ import annotations
@@ -10,13 +10,19 @@ import sys
 import time
 from collections.abc import Iterator
 
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+from rich.text import Text
+
 from merit.progress import Progress, duration
 from merit.signals import stop_if_asked
 
-_EVERY = 10.0  # seconds between progress lines where stderr is no terminal
+_EVERY = 10.0  # seconds between progress lines where stderr is not a terminal
+_KNOWN_AFTER, _KNOWN_SHARE = 6.0, 0.04  # an ETA says nothing before this many seconds and this share of the work
 
 
-class Reporter:
+class Terminal:
     """Stage lines and progress bars; silent when ``quiet``. Whatever is reported, a stop that was asked for comes first.
 
     Args:
@@ -24,74 +30,87 @@ class Reporter:
     """
 
     def __init__(self, quiet: bool = False) -> None:
-        from rich.console import Console
-
         self.quiet = quiet
         self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
 
-    def say(self, text: str, style: str | None = None) -> None:
+    def say(self, text: str, /, style: str | None = None) -> None:
         """One line."""
         stop_if_asked()
         self.console.print(text, style=style, markup=False)
 
-    def stage(self, name: str, detail: str = "") -> None:
-        """A stage begins."""
+    def stage(self, name: str, detail: str = "", /) -> None:
+        """A stage begins, or is there."""
         stop_if_asked()
-        from rich.text import Text
-
         self.console.print(Text.assemble((f"▸ {name}", "bold"), f"  {detail}" if detail else ""))
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, /) -> None:
         """Something to know that is no error."""
         self.say(f"  note: {text}", style="yellow")
 
     @contextlib.contextmanager
-    def progress(self, unit: str = "") -> Iterator[Progress]:
-        """A progress bar with an ETA (lines every ten seconds where stderr is no terminal)."""
+    def progress(self, unit: str = "", /) -> Iterator[Progress]:
+        """A progress bar with an ETA (lines every ten seconds where stderr is not a terminal)."""
         if self.quiet:
             yield lambda _done, _total, _label="", /: stop_if_asked()
         elif self.console.is_terminal:
             with self._bar(unit) as tick:
                 yield tick
         else:
-            yield _LinePrinter(unit)
+            yield _Lines(unit)
 
     @contextlib.contextmanager
     def _bar(self, unit: str) -> Iterator[Progress]:
-        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-
         columns = (
             TextColumn("  {task.description}"),
             BarColumn(bar_width=28),
             TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}"),
         )
+        eta = Eta()
         with Bar(*columns, console=self.console, transient=True) as bar:
-            task = bar.add_task(unit, total=None)
+            task = bar.add_task(unit, total=None, left="")
 
             def tick(done: float, total: float, label: str = "", /) -> None:
                 stop_if_asked()
-                bar.update(task, completed=done, total=total, description=f"{unit} {label}".strip()[:60].ljust(24))
+                text = f"{unit} {label}".strip()[:60].ljust(24)
+                bar.update(task, completed=done, total=total, description=text, left=eta(done, total))
 
             yield tick
 
 
-class _LinePrinter:
+class Eta:
+    """Time left, from the rate since work began to show; empty while that says nothing yet."""
+
+    def __init__(self) -> None:
+        self._began: tuple[float, float] | None = None
+
+    def __call__(self, done: float, total: float) -> str:
+        """``about 40 s left``, or an empty text."""
+        now = time.monotonic()
+        if self._began is None or done < self._began[1]:
+            self._began = (now, done)
+            return ""
+        elapsed, gained = now - self._began[0], done - self._began[1]
+        if elapsed < _KNOWN_AFTER or gained < _KNOWN_SHARE * total:
+            return ""
+        return f"about {duration(elapsed * (total - done) / gained)} left"
+
+
+class _Lines:
     """Progress for logs: one line every ten seconds, none for what is over sooner."""
 
     def __init__(self, unit: str) -> None:
-        self.unit = unit
-        self.started = self.last = time.monotonic()
+        self._unit = unit
+        self._last = time.monotonic()
+        self._eta = Eta()
 
     def __call__(self, done: float, total: float, label: str = "", /) -> None:
         stop_if_asked()
+        left = self._eta(done, total)
         now = time.monotonic()
-        if now - self.last < _EVERY or not done:
+        if now - self._last < _EVERY or not done:
             return
-        self.last = now
-        left = (now - self.started) * (total - done) / done
-        share = f"{done / total:.0%}" if total else ""
-        print(f"  {self.unit} {share}, about {duration(left)} left  {label}".rstrip(), file=sys.stderr, flush=True)
+        self._last = now
+        parts = [f"{self._unit} {done / total:.0%}" if total else self._unit, left, label]
+        print(f"  {', '.join(part for part in parts if part)}", file=sys.stderr, flush=True)

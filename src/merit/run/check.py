@@ -8,24 +8,28 @@ dataset and writes nothing. Offline it looks at nothing that is not on this mach
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from merit.errors import MergeError, RecipeError, ResourceError, UserError
+from merit.errors import MergeError, RecipeError, UserError
+from merit.files import require_space
+from merit.hf.base import BaseFacts
 from merit.hf.hub import hub_ids
+from merit.hf.models import pick_device
 from merit.hf.published import PUBLISHED
+from merit.merge.operators import operator_and_options
+from merit.mixture import image_check
+from merit.mixture.found import SourceSummary, find_datasets, refuse_images
+from merit.mixture.template import ChatTemplate
 from merit.prepare import stage_recipe
-from merit.progress import size
 from merit.recipe.schema import DatasetSettings, MixtureSettings, Recipe
 from merit.run.needs import Weights, branch_count, file_sizes, items, needs, published_weights, weigh
-
-if TYPE_CHECKING:
-    from merit.hf.base import Base, BaseFacts
-    from merit.mixture.found import Found, SourceSummary
+from merit.run.preparation import planned_base
+from merit.run.session import Session
+from merit.train.branch import check_trainer_options
 
 UNSEEN = "not looked at"
 """Format of a dataset that an offline check did not find on this machine."""
@@ -102,69 +106,21 @@ class Plan:
             "notes": list(self.notes),
         }
 
-    def render(self) -> list[Any]:
-        """The plan as something that rich can print."""
-        from rich.table import Table
 
-        recipe, base = self.recipe, self.base
-        table = Table(show_header=False, title=f"{recipe.name} → {self.run}", title_justify="left")
-        found = f"{base.architecture}, context {base.context}" if base else "not checked"
-        weights = self.weights
-        counts = f", {weights.parameters:,} parameters, {weights.trainable:,} trained" if weights else ""
-        table.add_row(
-            "base", f"{recipe.model.base}\n{found}{counts}; trained: {' + '.join(items(recipe.model.trainable))}"
-        )
-        for step in self.preparation:
-            table.add_row("prepare", f"{step.name}: {step.does}")
-        formats = sorted({item.format for item in self.datasets})
-        tested = sum(item.test is not None for item in self.datasets)
-        what = f"{len(self.datasets)} datasets ({', '.join(formats)}), {tested} with held-out rows"
-        table.add_row("mixture", what if self.datasets else UNSEEN)
-        if self.kept:
-            table.add_row("kept", f"{len(self.kept)} datasets that the base is measured on and nobody trains on")
-        conflict = recipe.conflict
-        table.add_row("gradients", f"{conflict.examples} examples per dataset, {conflict.representation}")
-        table.add_row(
-            "split", f"{recipe.split.method}: {recipe.group_count} groups, balanced by {recipe.split.balance}"
-        )
-        train = recipe.train
-        steps = f"{train.epochs:g} epochs, batch {train.batch_size}, {train.scheduler} learning rate {train.learning_rate:g}"
-        table.add_row(
-            "train", f"{branch_count(recipe)} branches, each {steps}, at most {train.max_length} tokens a row"
-        )
-        if self.steps is not None:
-            each = f"; about {self.steps // recipe.group_count:,} in each of {recipe.group_count} branches"
-            table.add_row("", f"at most {self.steps:,} optimizer steps in all{each if recipe.group_count > 1 else ''}")
-        if recipe.baselines:
-            table.add_row("baselines", f"{', '.join(recipe.baselines)}, at the same budget")
-        table.add_row("merge", f"{recipe.merge.operator}, weights: {recipe.merge.weights}, scale: {recipe.merge.scale}")
-        if self.disk_bytes is not None and self.memory_bytes is not None:
-            need = f"{size(self.disk_bytes)} of disk; {size(self.memory_bytes)} of memory per branch, activations aside"
-            table.add_row("needs", need)
-        return [table, *(f"[yellow]note:[/] {note}" for note in self.notes)]
-
-
-def make_plan(
-    recipe: Recipe, run: Path, *, opened: Base | None, found: Found | None = None, offline: bool = False
-) -> Plan:
+def make_plan(session: Session, *, offline: bool = False) -> Plan:
     """Check a recipe against data, base and disk.
 
     Args:
-        recipe: The recipe.
-        run: The run folder, which need not be there.
-        opened: The base, or None: offline, or where a preparation will make it.
-        found: The datasets, where they have been found.
+        session: The command's session; its base is opened where it stands.
         offline: Look at nothing that is not on this machine.
 
     Raises:
         UserError: The first thing that is wrong.
     """
-    from merit.mixture.found import refuse_images
-    from merit.mixture.template import ChatTemplate
-    from merit.train.branch import check_trainer_options
-
+    recipe, run = session.given, session.run
+    opened = session.base if session.base_stands and not offline else None
     notes: list[str] = []
-    summaries = _sources(recipe, offline=offline) if found is None else found.check()
+    summaries = _sources(recipe, offline=True) if offline else session.found.check()
     datasets = tuple(item for item in summaries if not item.kept)
     kept = tuple(item for item in summaries if item.kept)
     if datasets or not offline:
@@ -173,8 +129,6 @@ def make_plan(
         check_trainer_options(recipe)
     _check_merge(recipe)
     if recipe.train.device == "cuda" and not offline:
-        from merit.hf.models import pick_device
-
         pick_device("cuda")
     without = [item.name for item in datasets if item.test is None and item.format != UNSEEN]
     if without and recipe.evaluate.heldout:
@@ -188,8 +142,6 @@ def make_plan(
     if base is not None:
         sizes = file_sizes(base)
     elif not offline:
-        from merit.prepare.stage import planned_base
-
         base, sizes = planned_base(recipe, run)
     preparation = _preparation(recipe, base, offline=offline or stands)
     if base is not None and sizes is not None:
@@ -227,15 +179,10 @@ def make_plan(
     disk = memory = None
     if weights is not None:
         disk, memory = needs(recipe, weights)
-        parent = next(folder for folder in (run, *run.resolve().parents) if folder.is_dir())
-        free = shutil.disk_usage(parent).free
         begun = any((run / "branches").glob("*/record.json")) or (run / "preparation").is_dir()
-        if not begun and not offline and free < disk:
-            raise ResourceError(
-                f"{run}: the run needs about {size(disk)} of disk, {size(free)} are free.",
-                "Free space, use another disk (--output DIR), or train fewer branches (split.axes, baselines).",
-                "Nothing was written.",
-            )
+        if not begun and not offline:
+            ways_out = "Free space, use another disk (--output DIR), or train fewer branches (split.axes, baselines)."
+            require_space(run, disk, "the run's files", ways_out)
     steps = _stated_steps(recipe)
     return Plan(recipe, run, datasets, kept, base, weights, steps, preparation, disk, memory, tuple(notes))
 
@@ -249,8 +196,6 @@ def _sources(recipe: Recipe, *, offline: bool) -> list[SourceSummary]:
     Raises:
         MixtureError: A dataset cannot be used.
     """
-    from merit.mixture.found import SourceSummary, find_datasets
-
     if not offline:
         return find_datasets(recipe.mixture, recipe.evaluate).check()
     mixture, evaluate = recipe.mixture, recipe.evaluate
@@ -303,6 +248,13 @@ def _stated_steps(recipe: Recipe) -> int | None:
     return math.ceil(recipe.train.epochs * math.ceil(sum(rows) / recipe.train.batch_size))
 
 
+def check_images(session: Session, *, offline: bool) -> image_check.ImageReport:
+    """Decode every image of every dataset (`merit check --images`)."""
+    images = None if offline or not session.base_stands else session.base.images
+    with session.reporter.progress("images") as progress:
+        return image_check.check_images(session.found, progress, images)
+
+
 # ---- preparation ---------------------------------------------------------------------------------------------------
 
 
@@ -312,8 +264,6 @@ def check_preparation(recipe: Recipe, run: Path) -> tuple[StagePlan, ...]:
     Raises:
         UserError: The first thing that is wrong.
     """
-    from merit.prepare.stage import planned_base
-
     base, _ = planned_base(recipe, run)
     return _preparation(recipe, base, offline=False)
 
@@ -378,8 +328,6 @@ def check_groups(recipe: Recipe, count: int) -> None:
 
 def _check_merge(recipe: Recipe) -> None:
     """Operator options, before any branch is trained for them."""
-    from merit.merge.operators import operator_and_options
-
     try:
         operator, _ = operator_and_options(recipe.merge.operator, recipe.merge.options)
     except MergeError as error:

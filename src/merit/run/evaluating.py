@@ -7,19 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from merit.errors import RunFolderError
-from merit.files import read_json, write_text
-from merit.run import key as stages
+from merit.evaluation.stage import About, Candidate, Evaluation, HeldOut, ModelSet, evaluate
+from merit.files import read_json
+from merit.hf import checkpoint
+from merit.mixture import load_split
+from merit.run import key
+from merit.run.record import damaged
+from merit.run.scope import Scope
+from merit.run.session import Session
+from merit.run.step import Step, Work, run_step
 from merit.run.store import Stage
-
-if TYPE_CHECKING:
-    from merit.evaluation.stage import ModelSet
-    from merit.run.chain import Pipeline
+from merit.run.training import branch_stages
 
 
-def evaluate_run(pipeline: Pipeline) -> Stage:
+def evaluate_run(session: Session) -> Evaluation:
     """Measure every model of the run on held-out rows.
 
     Where only the models have changed since the last time, the stage is made again unasked: figures are kept by content,
@@ -28,124 +30,116 @@ def evaluate_run(pipeline: Pipeline) -> Stage:
     Raises:
         RunFolderError: A model is stale or damaged, or the evaluation was made with other settings.
     """
-    from merit.mixture.stage import load_split
-
-    recipe, reporter = pipeline.recipe, pipeline.reporter
-    models = find_models(pipeline)
+    models = find_models(session)
     fingerprints = {name: value for name, (_, value) in models.items()}
-    stage = stages.evaluation_stage(recipe, pipeline.run_folder, fingerprints)
-    if stage.record_file.is_file() and stage.settings_match() and not stage.matches():
-        stage.clear(keep=("models",))
-    if pipeline.done(stage):
-        reporter.stage("evaluate", f"{len(models)} models (done before)")
-        return stage
-    from merit.evaluation.stage import HeldOut, evaluate
-    from merit.report.evaluation import markdown
 
-    reporter.stage("evaluate", f"{len(models)} models on held-out rows")
-    mixture = pipeline.run_folder / "mixture"
-    with stage.writing(seed=recipe.seed, keep=("models",)) as record, reporter.progress("models") as tick:
+    def make(work: Work) -> Evaluation:
         found = evaluate(
-            model_set(pipeline, models),
-            HeldOut(load_split(mixture, "test"), load_split(mixture, "kept")),
-            recipe.evaluate,
-            seed=recipe.seed,
-            folder=stage.path,
-            device=pipeline.device,
-            progress=tick,
+            model_set(session, models),
+            HeldOut(load_split(session.run / "mixture", "test"), load_split(session.run / "mixture", "kept")),
+            session.recipe.evaluate,
+            seed=session.recipe.seed,
+            folder=work.folder,
+            device=session.device,
+            progress=work.progress,
         )
-        write_text(stage.path / "table.md", markdown(found))
-        record |= {
-            "models": list(found.summary.models),
-            "reused": list(found.reused),
-            "seconds_by_model": found.seconds,
-            "verdict": list(found.verdict.sentences),
-        }
-    return stage
+        work.facts.update(
+            models=list(found.summary.models),
+            reused=list(found.reused),
+            seconds_by_model=found.seconds,
+            verdict=list(found.verdict.sentences),
+        )
+        return found
+
+    step = Step(
+        "evaluate",
+        key.evaluation_stage(session.recipe, session.run, fingerprints),
+        make,
+        load=Evaluation.load,
+        seed=session.recipe.seed,
+        describe=lambda _folder: f"{len(models)} models",
+        begin=f"{len(models)} models on held-out rows",
+        unit="models",
+        keep=("models",),
+        follows_inputs=True,
+    )
+    return run_step(step, session)
 
 
-def model_set(pipeline: Pipeline, models: Mapping[str, tuple[Path | None, str]]) -> ModelSet:
+def model_set(session: Session, models: Mapping[str, tuple[Path | None, str]]) -> ModelSet:
     """The models of a run as the evaluation takes them, with how they were made."""
-    from merit.evaluation.stage import About, Candidate, ModelSet
-
-    method = read_json(pipeline.root / "split" / "split.json")["method"]
-    about = About(method=method, trained_tokens=trained_tokens(pipeline), remarks=remarks(pipeline))
-    return ModelSet(pipeline.base, {name: Candidate(*facts) for name, facts in models.items()}, about)
+    method = read_json(session.run / "split" / "split.json")["method"]
+    about = About(method=method, trained_tokens=trained_tokens(session), remarks=remarks(session))
+    return ModelSet(session.base, {name: Candidate(*facts) for name, facts in models.items()}, about)
 
 
-def find_models(pipeline: Pipeline) -> dict[str, tuple[Path | None, str]]:
+def find_models(session: Session) -> dict[str, tuple[Path | None, str]]:
     """Every model there is: name → (folder, content fingerprint); the base has no folder of its own here.
 
     Raises:
         RunFolderError: A model is stale, or its files are not what was recorded.
     """
-    recipe = pipeline.recipe
-    found: dict[str, tuple[Path | None, str]] = {"base": (None, pipeline.base.fingerprint)}
+    recipe = session.recipe
+    found: dict[str, tuple[Path | None, str]] = {"base": (None, session.base.fingerprint)}
     wanted: dict[str, Stage] = {}
-    for method in recipe.baselines:
-        other = pipeline.baseline(method)
-        wanted[method] = other.branch_stages()[0] if method == "joint" else _merge_as_made(other)
-    wanted["merged"] = _merge_as_made(pipeline)
+    for scope in session.scopes[1:]:
+        wanted[scope.method or ""] = (
+            branch_stages(session, scope)[0] if scope.method == "joint" else _merge_as_made(session, scope)
+        )
+    wanted["merged"] = _merge_as_made(session, session.scope)
     if recipe.split.method == "joint":
         wanted["joint"] = wanted["merged"]
     if recipe.evaluate.branches and recipe.group_count > 1:
-        wanted |= {f"branch-{k}": stage for k, stage in pipeline.branch_stages().items()}
-    return found | {name: _checked(pipeline, stage) for name, stage in wanted.items() if stage.is_done()}
+        wanted |= {f"branch-{k}": stage for k, stage in branch_stages(session, session.scope).items()}
+    return found | {name: _checked(stage) for name, stage in wanted.items() if stage.is_done()}
 
 
-def _merge_as_made(owner: Pipeline) -> Stage:
-    return stages.merged_as_made(owner.recipe, owner.root, owner.branch_stages(), base=owner.base.fingerprint)
+def _merge_as_made(session: Session, scope: Scope) -> Stage:
+    branches = branch_stages(session, scope)
+    return key.merged_as_made(session.recipe_of(scope), scope, branches, base=session.base.fingerprint)
 
 
-def _checked(pipeline: Pipeline, stage: Stage) -> tuple[Path, str]:
-    from merit.hf import checkpoint
-
-    stage.verify()
-    with pipeline.hashes() as memo:
-        found = checkpoint.fingerprint(stage.path / "model", memo)
-    if found != stages.model_content(stage):
-        raise RunFolderError(
-            f"{stage.path / 'model'} is not what the {stage.name} stage wrote: its content has changed since.",
-            f"Remove {stage.path} and run the stage again.",
-        )
-    return stage.path / "model", found
+def _checked(stage: Stage) -> tuple[Path, str]:
+    """Folder and content of a model, read and compared with its record."""
+    folder = stage.path / "model"
+    found = checkpoint.fingerprint(folder)
+    if found != key.model_content(stage):
+        raise damaged(folder, f"its content is not what {stage.name} wrote")
+    return folder, found
 
 
-def trained_tokens(pipeline: Pipeline) -> dict[str, int]:
+def trained_tokens(session: Session) -> dict[str, int]:
     """Target tokens that each model was trained on, by its name in the results."""
-    branches = {f"branch-{k}": count for k, count in _branch_tokens(pipeline).items()}
-    found = {"base": 0, "merged": _merged_tokens(pipeline), **branches}
-    if pipeline.recipe.split.method == "joint":
+    branches = {f"branch-{k}": count for k, count in _branch_tokens(session, session.scope).items()}
+    found = {"base": 0, "merged": _merged_tokens(session, session.scope), **branches}
+    if session.recipe.split.method == "joint":
         found["joint"] = found["merged"]
-    return found | {method: _merged_tokens(pipeline.baseline(method)) for method in pipeline.recipe.baselines}
+    return found | {scope.method or "": _merged_tokens(session, scope) for scope in session.scopes[1:]}
 
 
-def _branch_tokens(owner: Pipeline) -> dict[int, int]:
-    done = {k: stage for k, stage in owner.branch_stages().items() if stage.record_file.is_file()}
-    return {k: int(stage.record()["target_tokens"]) for k, stage in done.items()}
+def _branch_tokens(session: Session, scope: Scope) -> dict[int, int]:
+    done = {k: stage for k, stage in branch_stages(session, scope).items() if stage.begun}
+    return {k: int(stage.record().facts["target_tokens"]) for k, stage in done.items()}
 
 
-def _merged_tokens(owner: Pipeline) -> int:
-    stage = Stage("merged", owner.root / "merged", {})
-    left_out = stage.record()["settings"]["excluded"] if stage.record_file.is_file() else []
-    return sum(count for k, count in _branch_tokens(owner).items() if k not in left_out)
+def _merged_tokens(session: Session, scope: Scope) -> int:
+    left_out = key.left_out(scope)
+    return sum(count for k, count in _branch_tokens(session, scope).items() if k not in left_out)
 
 
-def remarks(pipeline: Pipeline) -> dict[str, str]:
+def remarks(session: Session) -> dict[str, str]:
     """In what way each merged model is not the plain token-weighted average of all its branches."""
-    owners = {"merged": pipeline}
-    owners |= {name: pipeline.baseline(name) for name in pipeline.recipe.baselines if name != "joint"}
     found = {}
-    for name, owner in owners.items():
-        stage = Stage("merged", owner.root / "merged", {})
-        if not stage.record_file.is_file():
+    for scope in session.scopes:
+        stage = Stage("merged", scope.root / "merged")
+        if scope.method == "joint" or not stage.begun:
             continue
         record = stage.record()
-        weights = record["settings"]["merge"]["weights"]
-        said = [f"operator {record['operator']}"] if record["operator"] != "average" else []
-        said += [f"scale {record['scale']:g}"] if record["scale"] != 1 else []
+        facts, weights = record.facts, record.settings["merge"]["weights"]
+        said = [f"operator {facts['operator']}"] if facts["operator"] != "average" else []
+        said += [f"scale {facts['scale']:g}"] if facts["scale"] != 1 else []
         said += [f"weights {weights}"] if weights != "tokens" else []
-        said += [f"without {branch}" for branch in record["excluded"]]
+        said += [f"without {branch}" for branch in facts["excluded"]]
         if said:
-            found[name] = ", ".join(said)
+            found[scope.method or "merged"] = ", ".join(said)
     return found

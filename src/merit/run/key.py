@@ -1,7 +1,8 @@
-"""Which settings and inputs decide each stage's answer: recipe and earlier records in, :class:`Stage` objects out.
+"""What decides each stage's answer: recipe and fingerprints of what it reads in, :class:`Stage` objects out.
 
-What is left out on purpose, because it changes how an answer is made and not what it is: paths, host, device, threads,
-batch sizes of measurement, checkpoint intervals. Those are recorded. Nothing is computed here.
+Left out on purpose, because it changes how an answer is made and not what it is: paths, host, device, threads, batch sizes
+of measurement, checkpoint intervals. Those are recorded. Nothing is computed and no live object is looked at here: the same
+recipe and files give the same key in every process.
 """
 
 from __future__ import annotations
@@ -10,11 +11,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from merit.files import fingerprint, read_json
-from merit.recipe.schema import DatasetSettings, Recipe
+from merit.files import fingerprint
+from merit.recipe.schema import DatasetSettings, PreparationStageSettings, Recipe
+from merit.run.scope import Scope
 from merit.run.store import Stage
 
-MIXTURE, CONFLICT, SPLIT, MERGED, EVALUATION = "mixture", "conflict", "split", "merged", "evaluation"
+ROWS, SOURCE, BRANCH = "rows of ", "source of ", "branch "
+"""Beginnings of the names of inputs that there are several of."""
+
+HOW = ("device", "threads", "checkpoint_minutes")
+"""Keys of ``train`` that decide how a branch is trained, and not what comes out."""
 
 
 def _without(block: Mapping[str, Any], *keys: str) -> dict[str, Any]:
@@ -25,41 +31,46 @@ def _dataset(item: DatasetSettings) -> dict[str, Any]:
     return _without(item.model_dump(mode="json"), "path", "test", "images")
 
 
-def mixture_stage(recipe: Recipe, run: Path, *, tokenizer: str, sources: Mapping[str, str]) -> Stage:
-    """Rows → tokens. Inputs: the tokenizer with its chat template, and every dataset's source files' content."""
+def mixture_settings(recipe: Recipe) -> dict[str, Any]:
+    """The settings that decide which rows there are and what their tokens are."""
     mixture = _without(recipe.mixture.model_dump(mode="json"), "folder", "path", "test", "datasets")
     mixture["images"] = _without(mixture["images"], "folder")
     if recipe.mixture.datasets is not None:
         mixture["datasets"] = [_dataset(item) for item in recipe.mixture.datasets]
-    settings = {
+    return {
         "mixture": mixture,
         "model": {"max_pixels": recipe.model.max_pixels},
         "train": {"max_length": recipe.train.max_length},
         "evaluate": {"kept": [_dataset(item) for item in recipe.evaluate.kept]},
         "seed": recipe.seed,
     }
-    inputs = {"tokenizer": tokenizer, **{f"source of {name}": value for name, value in sources.items()}}
-    return Stage(MIXTURE, run / "mixture", settings, inputs)
+
+
+def mixture_stage(recipe: Recipe, run: Path, *, tokenizer: str, sources: Mapping[str, str]) -> Stage:
+    """Rows → tokens.
+
+    Args:
+        recipe: The recipe.
+        run: The run folder.
+        tokenizer: :attr:`merit.hf.base.Base.input_fingerprint`.
+        sources: Content of every dataset's source files, by dataset name.
+    """
+    inputs = {"tokenizer": tokenizer, **{f"{SOURCE}{name}": value for name, value in sources.items()}}
+    return Stage("mixture", run / "mixture", mixture_settings(recipe), inputs)
 
 
 def _model(recipe: Recipe) -> dict[str, Any]:
-    block: dict[str, Any] = {"trainable": recipe.model.trainable, "dtype": recipe.model.dtype}
-    if recipe.model.trainable == "lora":
-        block["lora"] = recipe.model.lora.model_dump(mode="json")
-    return block
-
-
-def train_rows(run: Path) -> dict[str, str]:
-    """Content fingerprint of every dataset's encoded training rows, by name, in recipe order."""
-    return {item["name"]: item["fingerprint"] for item in read_json(run / "mixture" / "datasets.json")}
+    block = recipe.model.model_dump(mode="json")
+    names = ("base", "revision", "max_pixels", "chat_template", "trust_remote_code")
+    return _without(block, *names, *(() if recipe.model.trainable == "lora" else ("lora",)))
 
 
 def _rows_of(rows: Mapping[str, str]) -> dict[str, str]:
-    return {f"rows of {name}": value for name, value in rows.items()}
+    return {f"{ROWS}{name}": value for name, value in rows.items()}
 
 
-def conflict_stage(recipe: Recipe, run: Path, *, base: str) -> Stage:
-    """Gradients and geometry at the base."""
+def conflict_stage(recipe: Recipe, run: Path, *, base: str, rows: Mapping[str, str]) -> Stage:
+    """Gradients and geometry at the base; ``rows`` are the fingerprints of the encoded training rows by dataset."""
     conflict = _without(recipe.conflict.model_dump(mode="json"), "batch_tokens", "cache")
     if conflict["representation"] != "sketch":
         del conflict["sketch_size"]
@@ -68,65 +79,92 @@ def conflict_stage(recipe: Recipe, run: Path, *, base: str) -> Stage:
     if conflict["examples"] != "auto":
         conflict = _without(conflict, "target_reliability", "max_examples")
     settings = {"conflict": conflict, "model": _model(recipe), "seed": recipe.seed}
-    return Stage(CONFLICT, run / "conflict", settings, {"base": base, **_rows_of(train_rows(run))})
+    return Stage("gradients", run / "conflict", settings, {"base": base, **_rows_of(rows)})
 
 
-def split_stage(recipe: Recipe, run: Path, root: Path, *, conflict: Stage | None) -> Stage:
-    """Groups of datasets under ``root`` (the run folder, or a baseline's). Without ``conflict`` no gradient is read."""
+def split_stage(recipe: Recipe, scope: Scope, *, rows: Mapping[str, str], geometry: str | None) -> Stage:
+    """Groups of datasets. ``geometry`` is the content of the gradients' geometry; None where no gradient is read."""
     settings: dict[str, Any] = {"split": recipe.split.model_dump(mode="json")}
     if recipe.split.method == "joint":
         settings["split"] = {"method": "joint"}
     if recipe.split.method in ("random", "kmeans"):
         settings["seed"] = recipe.seed
-    inputs = _rows_of(train_rows(run))
-    if conflict is not None:
-        inputs["conflict"] = conflict.record()["outputs"]["geometry.npz"]["sha256"]
-    return Stage(SPLIT, root / "split", settings, inputs)
+    inputs = _rows_of(rows) | ({} if geometry is None else {"conflict": geometry})
+    return Stage("split", scope.root / "split", settings, inputs, scope.name("split"))
 
 
 def training_settings(recipe: Recipe) -> dict[str, Any]:
     """The settings that decide a branch's weights, its group aside."""
-    train = _without(recipe.train.model_dump(mode="json"), "device", "threads", "checkpoint_minutes", "max_length")
+    train = _without(recipe.train.model_dump(mode="json"), *HOW, "max_length")
     return {"train": train, "model": _model(recipe), "seed": recipe.seed}
 
 
-def branch_stage(recipe: Recipe, run: Path, root: Path, k: int, group: list[str], *, base: str) -> Stage:
+def branch_stage(
+    recipe: Recipe, scope: Scope, k: int, group: Sequence[str], *, base: str, rows: Mapping[str, str]
+) -> Stage:
     """Branch ``k``: fine-tuning on ``group`` alone; it depends on no other group."""
-    rows = train_rows(run)
     settings = {**training_settings(recipe), "group": sorted(group)}
     inputs = {"base": base, **_rows_of({name: rows[name] for name in sorted(group)})}
-    return Stage(f"branch {k}", root / "branches" / str(k), settings, inputs)
+    return Stage("branch", scope.root / "branches" / str(k), settings, inputs, scope.name(f"branch {k}"))
 
 
 def merged_stage(
-    recipe: Recipe, root: Path, branches: Mapping[int, Stage], *, base: str, excluded: Sequence[int] = ()
+    recipe: Recipe, scope: Scope, branches: Mapping[int, Stage], *, base: str, excluded: Sequence[int] = ()
 ) -> Stage:
     """The merge of ``branches``; ``excluded`` are the run's other ones, left out."""
     merge = recipe.merge.model_dump(mode="json")
     if merge["scale"] != "auto":
         merge = _without(merge, "scales", "rule")
     settings = {"merge": merge, "excluded": sorted(excluded)}
-    inputs = {"base": base, **{f"branch {k}": model_content(stage) for k, stage in branches.items()}}
-    return Stage(MERGED, root / "merged", settings, inputs)
+    inputs = {"base": base, **{f"{BRANCH}{k}": model_content(stage) for k, stage in branches.items()}}
+    return Stage("merged", scope.root / "merged", settings, inputs, scope.name("merged"))
 
 
-def merged_as_made(recipe: Recipe, root: Path, branches: Mapping[int, Stage], *, base: str) -> Stage:
+def merged_as_made(recipe: Recipe, scope: Scope, branches: Mapping[int, Stage], *, base: str) -> Stage:
     """:func:`merged_stage` for the branches that an existing merge says it took, of the run's ``branches``."""
-    stage = Stage(MERGED, root / "merged", {})
-    excluded = stage.record()["settings"]["excluded"] if stage.record_file.is_file() else []
-    taken = {k: branch for k, branch in branches.items() if k not in excluded}
-    return merged_stage(recipe, root, taken, base=base, excluded=excluded)
+    taken = {k: branch for k, branch in branches.items() if k not in left_out(scope)}
+    return merged_stage(recipe, scope, taken, base=base, excluded=left_out(scope))
+
+
+def left_out(scope: Scope) -> list[int]:
+    """Numbers of the branches that a scope's merge was made without; none where there is no merge."""
+    stage = Stage("merged", scope.root / "merged")
+    return [int(k) for k in stage.record().settings.get("excluded", [])] if stage.begun else []
 
 
 def model_content(stage: Stage) -> str:
-    """Content fingerprint of the model that a done stage wrote (weights, config, tokenizer; not its card)."""
-    return str(stage.record()["model_fingerprint"])
+    """Content of the model that a done stage wrote (weights, config, tokenizer; not its card)."""
+    return str(stage.record().facts["model_fingerprint"])
 
 
 def evaluation_stage(recipe: Recipe, run: Path, models: Mapping[str, str]) -> Stage:
-    """Figures of every model in ``models`` (name → content fingerprint) on held-out rows."""
+    """Figures of every model in ``models`` (name → content) on held-out rows."""
     evaluate = _without(recipe.evaluate.model_dump(mode="json"), "kept", "kept_folder", "batch_tokens", "suites")
-    outputs = Stage(MIXTURE, run / "mixture", {}).record()["outputs"]
-    rows = {name: facts["sha256"] for name, facts in outputs.items() if name.startswith(("test/", "kept/"))}
+    outputs = Stage("mixture", run / "mixture").record().outputs
+    rows = {name: facts.xxh3 for name, facts in outputs.items() if name.startswith(("test/", "kept/"))}
     settings = {"evaluate": evaluate, "model": {"dtype": recipe.model.dtype}, "seed": recipe.seed}
-    return Stage(EVALUATION, run / "evaluation", settings, {**models, "held-out rows": fingerprint(rows)})
+    return Stage("evaluation", run / "evaluation", settings, {**models, "held-out rows": fingerprint(rows)})
+
+
+# ---- making the base ------------------------------------------------------------------------------------------------
+
+
+def assemble_stage(recipe: Recipe, folder: Path, content: Mapping[str, str]) -> Stage:
+    """The joining of two checkpoints; ``content`` are their fingerprints."""
+    assert recipe.prepare is not None
+    assert recipe.prepare.assemble is not None
+    settings = {"projector": recipe.prepare.assemble.projector, "seed": recipe.seed}
+    return Stage("assemble", folder, settings, content)
+
+
+def prepared_stage(
+    recipe: Recipe, run: Path, stages: Sequence[tuple[PreparationStageSettings, Recipe]], model: str | None = None
+) -> Stage:
+    """The prepared base: the last step's model under its final name. ``stages`` come with their recipes."""
+    assert recipe.prepare is not None
+    settings: dict[str, Any] = {"seed": recipe.seed}
+    if recipe.prepare.assemble is not None:
+        settings["assemble"] = {"projector": recipe.prepare.assemble.projector}
+    for place, (stage, inner) in enumerate(stages, start=1):
+        settings[f"stage {place}"] = {"name": stage.name, **mixture_settings(inner), **training_settings(inner)}
+    return Stage("prepared", run / "prepared", settings, {} if model is None else {"model": model})

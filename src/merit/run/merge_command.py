@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import yaml
 from pydantic import ValidationError
@@ -14,12 +13,11 @@ from merit.errors import MergeError, RecipeError
 from merit.merge import Branch, MergeResult, merge_branches, merge_into_adapter
 from merit.merge.operators import Options, operator_and_options
 from merit.merge.stage import are_adapters
+from merit.progress import Reporter
 from merit.recipe.schema import MergeSettings
-from merit.report.terminal import Reporter
-from merit.run.merging import choose_branches, make_merge
-
-if TYPE_CHECKING:
-    from merit.run.chain import Pipeline
+from merit.run.chain import begun, refuse_stale
+from merit.run.merging import choose_branches, make_merge, merge_run
+from merit.run.session import Session
 
 
 @dataclass(frozen=True)
@@ -89,18 +87,17 @@ class Words:
             raise MergeError(f"--{word} {given.get(word)}: {first['msg'][:1].lower()}{first['msg'][1:]}.") from None
 
 
-def merge_target(
-    pipeline: Pipeline, *, exclude: Sequence[int], allow_missing: bool, output: Path | None
-) -> MergeResult:
+def merge_target(session: Session, *, exclude: Sequence[int], allow_missing: bool, output: Path | None) -> MergeResult:
     """Merge a run's branches into its merged/ folder, or into ``output``."""
+    scope = session.scope
     if output is None:
-        with pipeline.begun("merge"):
-            stage = pipeline.merge(exclude=exclude, allow_missing=allow_missing)
+        with begun(session, "merge"):
+            stage = merge_run(session, scope, exclude=exclude, allow_missing=allow_missing)
         return MergeResult.load(stage.path / "model")
-    pipeline.refuse_stale("merge", own=False)
-    taking, left_out = choose_branches(pipeline, exclude, allow_missing)
-    pipeline.reporter.stage("merge", f"{len(taking)} branches, {pipeline.recipe.merge.operator}")
-    return make_merge(pipeline, taking, left_out, output)
+    refuse_stale(session, "merge", own=False)
+    taking, left_out = choose_branches(session, scope, exclude, allow_missing)
+    session.reporter.stage("merge", f"{len(taking)} branches, {session.recipe.merge.operator}")
+    return make_merge(session, scope, taking, left_out, output)
 
 
 def merge_checkpoints(

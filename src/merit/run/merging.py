@@ -10,26 +10,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from merit.errors import MergeError
 from merit.files import write_text
 from merit.merge import MergeResult, merge_branches
+from merit.merge.curve import trade_off_svg
 from merit.merge.weights import condense, weigh
-from merit.report.merge import trade_off_svg
-from merit.run import key as stages
+from merit.run import key
 from merit.run.scale_search import judge_scales
+from merit.run.scope import Scope
+from merit.run.session import Session
+from merit.run.step import stands
 from merit.run.store import Stage
-
-if TYPE_CHECKING:
-    from merit.run.chain import Pipeline
+from merit.run.training import branch_stages
 
 
-def merge_run(pipeline: Pipeline, *, exclude: Sequence[int] = (), allow_missing: bool = False) -> Stage:
+def merge_run(session: Session, scope: Scope, *, exclude: Sequence[int] = (), allow_missing: bool = False) -> Stage:
     """Merge the run's branches into ``merged/model``.
 
     Args:
-        pipeline: The run (or one of its baselines).
+        session: The command's session.
+        scope: The run, or one of its baselines.
         exclude: Branch numbers to leave out; the other weights are renormalised.
         allow_missing: Leave out branches that are not trained yet, too.
 
@@ -37,32 +38,30 @@ def merge_run(pipeline: Pipeline, *, exclude: Sequence[int] = (), allow_missing:
         MergeError: A branch is not trained, or the branches do not belong together.
         RunFolderError: A branch is stale or damaged, or ``merged`` was made with other settings.
     """
-    taking, left_out = choose_branches(pipeline, exclude, allow_missing)
-    stage = stages.merged_stage(
-        pipeline.recipe, pipeline.root, taking, base=pipeline.base.fingerprint, excluded=left_out
-    )
-    whose = "" if pipeline.root == pipeline.run_folder else f"{pipeline.recipe.split.method}: "
-    if pipeline.done(stage):
-        pipeline.reporter.stage("merge", f"{whose}{len(taking)} branches (done before)")
+    taking, left_out = choose_branches(session, scope, exclude, allow_missing)
+    stage = key.merged_stage(session.recipe_of(scope), scope, taking, base=session.base.fingerprint, excluded=left_out)
+    whose = "" if scope.method is None else f"{session.recipe_of(scope).split.method}: "
+    if stands(stage, session):
+        session.reporter.stage("merge", f"{whose}{len(taking)} branches (done before)")
         return stage
-    pipeline.reporter.stage("merge", f"{whose}{len(taking)} branches, {pipeline.recipe.merge.operator}")
-    with stage.writing(seed=pipeline.recipe.seed) as record:
-        result = make_merge(pipeline, taking, left_out, stage.path / "model")
+    session.reporter.stage("merge", f"{whose}{len(taking)} branches, {session.recipe_of(scope).merge.operator}")
+    with stage.writing(session.recipe_of(scope).seed) as record:
+        result = make_merge(session, scope, taking, left_out, stage.path / "model")
         record |= result.record()
     for warning in condense(result.warnings, len(taking)):
-        pipeline.reporter.note(warning)
+        session.reporter.note(warning)
     return stage
 
 
 def choose_branches(
-    pipeline: Pipeline, exclude: Sequence[int], allow_missing: bool
+    session: Session, scope: Scope, exclude: Sequence[int], allow_missing: bool
 ) -> tuple[dict[int, Stage], list[int]]:
     """Branches that take part, and the numbers of those left out.
 
     Raises:
         MergeError: A branch is not trained, an excluded number does not exist, or none is left.
     """
-    branches = pipeline.branch_stages()
+    branches = branch_stages(session, scope)
     unknown = sorted(set(exclude) - set(branches))
     if unknown:
         raise MergeError(f"--exclude {unknown[0]}: the run has branches 0 to {len(branches) - 1}.")
@@ -71,8 +70,8 @@ def choose_branches(
     if missing and not allow_missing:
         names = ", ".join(map(str, missing))
         raise MergeError(
-            f"merge: branches {names} of {len(branches)} are not trained yet in {pipeline.root / 'branches'}.",
-            f"Train them (`merit train {pipeline.run_folder} --branch {missing[0]}`), or merge what is there with "
+            f"merge: branches {names} of {len(branches)} are not trained yet in {scope.root / 'branches'}.",
+            f"Train them (`merit train {session.run} --branch {missing[0]}`), or merge what is there with "
             "--allow-missing or --exclude; the weights are then renormalised, and card and record say so.",
             "Nothing was written.",
         )
@@ -96,24 +95,26 @@ class _Trained:
 
     @classmethod
     def of(cls, stage: Stage) -> _Trained:
-        record = stage.record()
-        counts = (int(record[key]) for key in ("tokens", "target_tokens", "samples"))
-        return cls(stage.path / "model", stages.model_content(stage), *counts)
+        facts = stage.record().facts
+        counts = (int(facts[name]) for name in ("tokens", "target_tokens", "samples"))
+        return cls(stage.path / "model", key.model_content(stage), *counts)
 
 
-def make_merge(pipeline: Pipeline, taking: Mapping[int, Stage], left_out: Sequence[int], output: Path) -> MergeResult:
+def make_merge(
+    session: Session, scope: Scope, taking: Mapping[int, Stage], left_out: Sequence[int], output: Path
+) -> MergeResult:
     """Write the merged checkpoint into ``output``; with ``scale: auto`` the curve lies next to the weights (scale.svg)."""
-    settings = pipeline.recipe.merge
-    if settings.dtype is None and pipeline.recipe.train.save_dtype == "float32":
+    settings = session.recipe_of(scope).merge
+    if settings.dtype is None and session.recipe_of(scope).train.save_dtype == "float32":
         settings = settings.model_copy(update={"dtype": "base"})  # the branches need not have the base's dtype
-    with pipeline.reporter.progress("merge") as tick:
+    with session.reporter.progress("merge") as tick:
         result = merge_branches(
-            pipeline.base,
+            session.base,
             weigh(settings.weights, {k: _Trained.of(stage) for k, stage in taking.items()}),
             output,
             settings,
             excluded=[f"branch {k}" for k in left_out],
-            judge=partial(judge_scales, pipeline),
+            judge=partial(judge_scales, session),
             progress=tick,
         )
     if result.scale_search is not None:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from merit.hf import checkpoint
+from merit.hf.base import BaseFacts
+from merit.hf.models import trainable_names
 from merit.hf.published import PUBLISHED
 from merit.recipe.schema import Recipe
-
-if TYPE_CHECKING:
-    from merit.hf.base import BaseFacts
 
 _WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 _MOMENTS = {"sgd": 0, "adafactor": 0}
@@ -55,7 +54,6 @@ def weigh(recipe: Recipe, base: BaseFacts, sizes: Mapping[str, int]) -> Weights:
     Raises:
         RecipeError: ``model.trainable`` means nothing in this base.
     """
-    from merit.hf.models import trainable_names
 
     def count(trainable: str | list[str]) -> int:
         return sum(sizes.get(name, 0) for name in trainable_names(list(base.dtypes), trainable, base.family))
@@ -108,8 +106,6 @@ def needs(
 
 def file_sizes(base: BaseFacts) -> dict[str, int]:
     """Number of weights of every tensor in the base's files."""
-    from merit.hf import checkpoint
-
     return {name: header.size for name, header in checkpoint.read_headers(base.folder).tensors.items()}
 
 

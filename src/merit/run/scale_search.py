@@ -8,49 +8,48 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from transformers import PreTrainedModel
 
+from merit.evaluation import drift
+from merit.evaluation.forward import Forward
+from merit.evaluation.heldout import end_tokens, row_losses
+from merit.hf.models import autocast, load_model
+from merit.hf.rows import EncodedRow
+from merit.merge.line import Line
 from merit.merge.weights import Judge, Losses
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from merit.hf.rows import EncodedRow
-    from merit.mixture import EncodedDataset
-    from merit.run.chain import Pipeline
+from merit.mixture import EncodedDataset, draw, load_split
+from merit.run.session import Session
 
 ROWS = 50
 """Most rows per dataset and λ: the curve is a mean over datasets, so a few dozen rows each fix it well."""
 _SPARE = 8  # fewer unused rows than this are too few to stand for a dataset
 
 
-def judge_scales(pipeline: Pipeline, merged: Path, folder: Path) -> Judge:
+def judge_scales(session: Session, merged: Path, folder: Path) -> Judge:
     """A model that is moved to a λ and measured.
 
     Learned: mean over datasets of the held-out loss per target token. Kept: the same on the kept sets; without such sets,
     the divergence from the base on the base's own answers (nats per token).
 
     Args:
-        pipeline: The run.
+        session: The command's session.
         merged: The plain merge (λ = 1).
         folder: For what is needed meanwhile.
     """
-    from merit.hf.models import load_model
-    from merit.merge.line import Line
-    from merit.mixture.stage import load_split
-
-    test, shared = spare_rows(pipeline, load_split(pipeline.run_folder / "mixture", "test"), "mixture")
-    kept, shared_kept = spare_rows(pipeline, load_split(pipeline.run_folder / "mixture", "kept"), "kept")
-    model = load_model(pipeline.base, pipeline.device)
-    drift = None if kept else _drift_from(pipeline, model, test, folder)
+    test, shared = spare_rows(session, load_split(session.run / "mixture", "test"), "mixture")
+    kept, shared_kept = spare_rows(session, load_split(session.run / "mixture", "kept"), "kept")
+    model = load_model(session.base, session.device)
+    distance = None if kept else _drift_from(session, model, test, folder)
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    line = Line(model, base, load_model(pipeline.base, pipeline.device, merged).state_dict())
+    line = Line(model, base, load_model(session.base, session.device, merged).state_dict())
 
     def losses(scale: float) -> Losses:
         line.move(scale)
-        return Losses(_mean_loss(pipeline, model, test), drift(model) if drift else _mean_loss(pipeline, model, kept))
+        return Losses(
+            _mean_loss(session, model, test), distance(model) if distance else _mean_loss(session, model, kept)
+        )
 
     return Judge(
         losses,
@@ -60,16 +59,14 @@ def judge_scales(pipeline: Pipeline, merged: Path, folder: Path) -> Judge:
 
 
 def spare_rows(
-    pipeline: Pipeline, datasets: Mapping[str, EncodedDataset], part: str
+    session: Session, datasets: Mapping[str, EncodedDataset], part: str
 ) -> tuple[dict[str, list[EncodedRow]], list[str]]:
     """Up to ``ROWS`` rows per dataset that the evaluation does not read, and the names of datasets without such rows."""
-    from merit.mixture import draw
-
-    limit = pipeline.recipe.evaluate.max_examples
+    limit = session.recipe.evaluate.max_examples
     rows: dict[str, list[EncodedRow]] = {}
     shared: list[str] = []
     for name, dataset in datasets.items():
-        order = draw(len(dataset), len(dataset), pipeline.recipe.seed, name, purpose=f"evaluate {part}")
+        order = draw(len(dataset), len(dataset), session.recipe.seed, name, purpose=f"evaluate {part}")
         spare = order[limit:] if limit is not None else order[:0]
         if len(spare) < _SPARE:
             shared.append(name)
@@ -78,36 +75,27 @@ def spare_rows(
     return rows, shared
 
 
-def _mean_loss(pipeline: Pipeline, model: PreTrainedModel, datasets: Mapping[str, list[EncodedRow]]) -> float:
+def _mean_loss(session: Session, model: PreTrainedModel, datasets: Mapping[str, list[EncodedRow]]) -> float:
     """Unweighted mean over datasets of the loss per target token (nats)."""
-    from merit.evaluation.forward import Forward
-    from merit.evaluation.heldout import row_losses
-    from merit.hf.models import autocast
-
     rows = [row for held in datasets.values() for row in held]
-    forward = Forward(pipeline.base.batcher, pipeline.device, pipeline.recipe.evaluate.batch_tokens)
-    with autocast(pipeline.recipe.model, pipeline.device):
+    forward = Forward(session.base.batcher, session.device, session.recipe.evaluate.batch_tokens)
+    with autocast(session.recipe.model, session.device):
         losses, counts = row_losses(model, rows, forward)
     owner = np.repeat(np.arange(len(datasets)), [len(held) for held in datasets.values()])
     return float(np.mean(np.bincount(owner, weights=losses) / np.bincount(owner, weights=counts)))
 
 
 def _drift_from(
-    pipeline: Pipeline, base: PreTrainedModel, datasets: Mapping[str, list[EncodedRow]], folder: Path
+    session: Session, base: PreTrainedModel, datasets: Mapping[str, list[EncodedRow]], folder: Path
 ) -> Callable[[PreTrainedModel], float]:
     """Divergence from the base on answers that it samples now, as a function of a model."""
-    from merit.evaluation import drift
-    from merit.evaluation.forward import Forward
-    from merit.evaluation.heldout import end_tokens
-
-    settings = pipeline.recipe.evaluate
-    forward = Forward(pipeline.base.batcher, pipeline.device, settings.batch_tokens)
-    chosen = drift.choose_prompts(
-        {name: len(rows) for name, rows in datasets.items()}, settings.drift.prompts or 64, pipeline.recipe.seed
-    )
+    settings = session.recipe.evaluate
+    forward = Forward(session.base.batcher, session.device, settings.batch_tokens)
+    sizes = {name: len(rows) for name, rows in datasets.items()}
+    chosen = drift.choose_prompts(sizes, settings.drift.prompts or 64, session.recipe.seed)
     prompts = [datasets[name][i].prompt() for name, i in chosen]
-    ends = end_tokens(datasets, pipeline.base.tokenizer)
-    answers = drift.sample_answers(base, prompts, settings.drift.tokens, ends, forward, pipeline.recipe.seed)
+    ends = end_tokens(datasets, session.base.tokenizer)
+    answers = drift.sample_answers(base, prompts, settings.drift.tokens, ends, forward, session.recipe.seed)
     pairs = [(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True) if len(answer)]
     reference = drift.Reference.of_base(
         base, [prompt for prompt, _ in pairs], [answer for _, answer in pairs], folder, forward

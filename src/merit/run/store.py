@@ -1,8 +1,8 @@
-"""The run folder: which stage owns which files, when a stage is done, and who is writing.
+"""The run folder: which stage owns which files, when a stage is done, and who is writing. No maths, no models.
 
-A stage is done when its ``record.json`` stands (it is written last). The record holds the settings that change the answer,
-the fingerprints of the inputs, and every output's size and hash. A record that does not match what is asked now is stale:
-it is refused by name, never used and never overwritten silently. No maths and no models in here.
+A stage is done when its ``record.json`` stands (:mod:`merit.run.record`). One that does not match what is asked now is
+stale: refused by name, never used and never overwritten silently. A finished stage's files are compared with the record by
+content whenever they are read again.
 """
 
 from __future__ import annotations
@@ -10,125 +10,109 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from merit.errors import RunFolderError
-from merit.files import canonical, differences, file_hash, fingerprint, read_json, write_json
+from merit.files import fingerprint, write_json
+from merit.run.record import Output, Record, StaleStageError, damaged, now, plain, read_record, shown, write_record
 
-FORMAT = 1
-"""Version of the record format; a record of another version is refused."""
+RECORD = "record.json"
+MARKER = ".merit"
+"""Empty file that tells a run folder from any other folder."""
 
-_LIBRARIES = ("merit-tuning", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "tokenizers", "numpy")
-
-
-class StaleStageError(RunFolderError):
-    """A stage's record does not match what the recipe asks for now."""
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide results, without importing them."""
-    found = {"python": platform.python_version()}
-    for name in _LIBRARIES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+_OWN_FILES = (RECORD, ".lock", "running.json", "progress.json", "log.txt")
+_LARGE = 2**32
+"""Bytes of weights up to which ``verify`` reads them all; larger ones are compared when they are loaded or merged."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Stage:
-    """One stage's folder, and what the recipe asks of it now.
+    """One stage's folder, and what is asked of it now.
 
     Attributes:
-        name: As people say it: mixture, conflict, split, branch 0, merged, evaluation.
+        kind: mixture, gradients, split, branch, merged, evaluation, assemble or prepared.
         path: Its folder.
-        settings: The settings that change the answer, as JSON values.
-        inputs: Fingerprint of each input by name.
+        settings: The settings that decide the answer, as JSON values.
+        inputs: Fingerprint of every input, by name.
+        title: As people say it: ``random branch 0``; the kind when empty.
     """
 
-    name: str
+    kind: str
     path: Path
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any] = field(default_factory=dict)
     inputs: Mapping[str, str] = field(default_factory=dict)
+    title: str = ""
+
+    @property
+    def name(self) -> str:
+        """As people say it."""
+        return self.title or self.kind
 
     @property
     def fingerprint(self) -> str:
-        """What identifies the answer: stage, settings and inputs."""
-        kind = self.name.split()[0]
-        return fingerprint({"stage": kind, "settings": dict(self.settings), "inputs": dict(self.inputs)})
+        """What identifies the answer: kind of stage, settings and inputs."""
+        return fingerprint({"stage": self.kind, "settings": plain(self.settings), "inputs": dict(self.inputs)})
 
     @property
     def record_file(self) -> Path:
-        """``record.json``: stands when, and only when, the stage is done."""
-        return self.path / "record.json"
+        """``record.json``."""
+        return self.path / RECORD
+
+    @property
+    def begun(self) -> bool:
+        """Whether a record stands, whatever it says."""
+        return self.record_file.is_file()
+
+    def record(self) -> Record:
+        """The record of a done stage.
+
+        Raises:
+            RunFolderError: It is missing, damaged or of another version.
+        """
+        return read_record(self.record_file)
+
+    def changes(self) -> list[str]:
+        """What differs between the record and what is asked now."""
+        return self.record().changes(self.settings, self.inputs)
 
     def is_done(self) -> bool:
-        """Whether the stage's outputs stand and are what is asked for.
+        """Whether the stage's files stand and are what is asked for.
 
         Raises:
             StaleStageError: They were made with other settings or inputs.
         """
-        if not self.record_file.is_file():
+        if not self.begun:
             return False
-        changed = self.changes()
-        if changed:
-            shown = changed[:8] + ([f"... and {len(changed) - 8} more"] if len(changed) > 8 else [])
-            raise StaleStageError(
-                f"{self.path}: the {self.name} stage was made with other settings or inputs than those asked for now:",
-                *shown,
-                "Ways out: set these back; or use another run folder (--output DIR); or have it made again (--redo).",
-                "Nothing was changed.",
-            )
+        changes = self.changes()
+        if changes:
+            raise stale(self.path, self.name, changes)
         return True
 
-    def changes(self) -> list[str]:
-        """What differs between the record and what is asked now, as ``field: old -> new``."""
-        record = read_json(self.record_file)
-        if record.get("format") != FORMAT:
-            return [f"record format: {record.get('format')} -> {FORMAT}"]
-        old = {**record.get("settings", {}), "input": record.get("inputs", {})}
-        new = {**json.loads(canonical(dict(self.settings))), "input": dict(self.inputs)}
-        return differences(old, new)
-
-    def matches(self) -> bool:
-        """Whether the record is what is asked for now."""
-        return not self.changes()
-
-    def settings_match(self) -> bool:
-        """Whether the record differs in its inputs at most."""
-        return not [change for change in self.changes() if not change.startswith("input.")]
-
-    def record(self) -> dict[str, Any]:
-        """The record of a done stage."""
-        found = read_json(self.record_file)
-        assert isinstance(found, dict)
-        return found
-
-    def verify(self, names: Sequence[str] | None = None) -> None:
-        """Check the outputs' sizes against the record (the named ones, or all): a truncated file is found before use.
+    def verify(self) -> None:
+        """Compare the files with the record by content.
 
         Raises:
-            RunFolderError: An output is missing or of another size.
+            RunFolderError: One is missing or holds something else.
         """
-        outputs = self.record().get("outputs", {})
+        outputs = self.record().outputs
+        weights = sum(facts.bytes for name, facts in outputs.items() if name.endswith(".safetensors"))
         for name, facts in outputs.items():
-            if names is not None and name not in names:
-                continue
             path = self.path / name
-            found = path.stat().st_size if path.is_file() else None
-            if found != facts["bytes"]:
-                raise RunFolderError(
-                    f"{path}: expected {facts['bytes']} bytes as recorded, found {'no file' if found is None else found}.",
-                    f"The {self.name} stage's output was damaged after it was made. Remove {self.path} and run it again.",
-                )
+            if not path.is_file():
+                raise damaged(path, "it is missing")
+            if path.stat().st_size != facts.bytes:
+                raise damaged(path, f"it has {path.stat().st_size} bytes, {facts.bytes} were written")
+            if (weights <= _LARGE or not name.endswith(".safetensors")) and Output.of(path) != facts:
+                raise damaged(path, "its content is not what was written")
 
     def clear(self, keep: Sequence[str] = ()) -> None:
         """Remove the record first, then everything but the children named in ``keep``."""
@@ -138,21 +122,21 @@ class Stage:
                 shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
 
     @contextlib.contextmanager
-    def writing(self, *, seed: int, keep: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
-        """Hold the stage's lock while its outputs are made; write the record at the end.
+    def writing(self, seed: int, keep: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+        """Hold the stage's lock while its files are made; write the record at the end.
 
-        Yields a dict: what the stage puts in it stands at the top level of the record (device, steps, tokens ...).
+        Yields a dict: what the stage puts in it becomes the record's facts.
 
         Args:
             seed: Recorded.
-            keep: File or folder names inside the stage's folder that a stage in progress may go on from; anything else
-                left by an unfinished attempt is removed first.
+            keep: Names inside the stage's folder that an attempt may go on from; anything else that an unfinished attempt
+                left is removed first.
 
         Raises:
-            RunFolderError: Another process is writing this stage.
+            RunFolderError: Another process is writing this stage, or the folder holds somebody's files.
         """
         foreign = self.path.is_dir() and any(self.path.iterdir()) and not (self.path / ".lock").exists()
-        if foreign and not self.record_file.is_file():
+        if foreign and not self.begun:
             raise RunFolderError(
                 f"{self.path} holds files that the {self.name} stage did not make, and would have to remove.",
                 "Use another run folder (--output DIR), or move these files. Nothing was changed.",
@@ -160,44 +144,47 @@ class Stage:
         self.path.mkdir(parents=True, exist_ok=True)
         with lock(self.path, self.name):
             self.clear(keep)
-            started, clock = datetime.now(UTC), time.monotonic()
-            extra: dict[str, Any] = {}
-            yield extra
-            record = {
-                "format": FORMAT,
+            started, clock = now(), time.monotonic()
+            facts: dict[str, Any] = {}
+            yield facts
+            content = {
                 "stage": self.name,
                 "fingerprint": self.fingerprint,
-                "settings": dict(self.settings),
+                "settings": plain(self.settings),
                 "inputs": dict(self.inputs),
                 "seed": seed,
-                "versions": versions(),
-                "host": {"system": platform.platform(), "cores": os.cpu_count(), "name": socket.gethostname()},
-                "started": started.isoformat(timespec="seconds"),
-                "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+                "started": started,
+                "finished": now(),
                 "seconds": round(time.monotonic() - clock, 3),
-                **extra,
+                **facts,
                 "outputs": self._outputs(keep),
             }
-            write_json(self.record_file, record)
+            write_record(self.record_file, content)
 
     def _outputs(self, keep: Sequence[str]) -> dict[str, Any]:
         found = {}
         for path in sorted(self.path.rglob("*")):
             name = path.relative_to(self.path)
             if path.is_file() and name.parts[0] not in (*_OWN_FILES, *keep):
-                found[name.as_posix()] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+                found[name.as_posix()] = Output.of(path).model_dump()
         return found
 
 
-MARKER = ".merit"
-"""Empty file that tells a run folder from any other folder."""
+def stale(path: Path, name: str, changes: Sequence[str]) -> StaleStageError:
+    """The error for a stage that was made with other settings or inputs."""
+    return StaleStageError(
+        f"{path}: {name} was made with other settings or inputs than those asked for now:",
+        *shown(changes),
+        "Ways out: set these back; or use another run folder (--output DIR); or have it made again, with what follows "
+        "from it (--redo).",
+        "Nothing was changed.",
+    )
 
 
 def is_run_folder(folder: Path) -> bool:
     """Whether ``merit`` made this folder, or a copy of one with at least one finished stage."""
-    return (folder / MARKER).exists() or any(
-        (folder / name / "record.json").is_file() for name in ("mixture", "conflict", "split", "merged", "evaluation")
-    )
+    stages = ("mixture", "conflict", "split", "merged", "evaluation")
+    return (folder / MARKER).exists() or any((folder / name / RECORD).is_file() for name in stages)
 
 
 def claim(folder: Path) -> None:
@@ -209,17 +196,14 @@ def claim(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"{folder} is a file, so it cannot be a run folder.", "Use another --output DIR.")
     if folder.is_dir() and any(folder.iterdir()) and not is_run_folder(folder):
-        held = ", ".join(sorted(child.name for child in folder.iterdir())[:4])
+        there = ", ".join(sorted(child.name for child in folder.iterdir())[:4])
         raise RunFolderError(
-            f"{folder} is not empty and no run folder: it holds {held}.",
+            f"{folder} is neither empty nor a run folder: it holds {there}.",
             "Use another --output DIR (default: runs/NAME, after the recipe's name). Nothing was changed.",
         )
     if not (folder / MARKER).exists():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MARKER).touch()
-
-
-_OWN_FILES = ("record.json", ".lock", "running.json", "progress.json", "log.txt")
 
 
 @contextlib.contextmanager
@@ -229,45 +213,36 @@ def lock(folder: Path, what: str) -> Iterator[None]:
     Raises:
         RunFolderError: Another process holds it; its command, host and start are named.
     """
-    import sys
-
-    from filelock import FileLock, Timeout
-
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "running.json"
-    held = FileLock(folder / ".lock", timeout=1)  # a second, since `merit status` looks for a moment
+    file = FileLock(folder / ".lock", timeout=1)  # a second, since `merit status` looks for a moment
     try:
-        held.acquire()
+        file.acquire()
     except Timeout:
-        who = ""
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            facts = json.loads(note.read_text())
-            who = f" (process {facts['pid']} on {facts['host']}, since {facts['since']}: {facts['command']})"
         raise RunFolderError(
-            f"{folder} is in use: another process is writing {what}{who}.",
+            f"{folder} is in use: another process is writing {what}{_holder(note)}.",
             "Wait for it (`merit status RUN --watch`), stop it, or use another run folder (--output DIR).",
             "Nothing was changed.",
         ) from None
     try:
-        write_json(
-            note,
-            {
-                "pid": os.getpid(),
-                "host": socket.gethostname(),
-                "since": datetime.now(UTC).isoformat(timespec="seconds"),
-                "command": " ".join(["merit", *sys.argv[1:]])[:300],
-            },
-        )
+        command = " ".join(["merit", *sys.argv[1:]])[:300]
+        write_json(note, {"pid": os.getpid(), "host": socket.gethostname(), "since": now(), "command": command})
         yield
     finally:
         note.unlink(missing_ok=True)
-        held.release()
+        file.release()
+
+
+def _holder(note: Path) -> str:
+    try:
+        facts = json.loads(note.read_text(encoding="utf-8"))
+        return f" (process {facts['pid']} on {facts['host']}, since {facts['since']}: {facts['command']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def is_locked(folder: Path) -> bool:
     """Whether a live process holds ``folder``."""
-    from filelock import FileLock, Timeout
-
     if not (folder / ".lock").exists():
         return False
     try:

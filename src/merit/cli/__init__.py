@@ -1,0 +1,112 @@
+"""The command line: one command per stage. Each parses, makes one call and hands the result to :mod:`merit.report`.
+
+Exit codes: 0 done; 1 our bug, with its traceback; 2 something that the user can fix, in one message on stderr; 75
+interrupted, run the same command again to go on. ML libraries are imported inside commands, so that --help is quick: this
+package is the only one with imports inside functions.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from merit import __version__
+from merit.cli import stages, whole
+from merit.errors import Interrupted, MeritError
+from merit.signals import Stop, ignore_from_now_on, stop_on_sigterm
+
+_PLACES = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+}
+
+
+class _Commands(TyperGroup):
+    """Turns the error tree into messages and exit codes; usage errors are Typer's own."""
+
+    def invoke(self, ctx: Any) -> Any:
+        stop_on_sigterm()
+        try:
+            return super().invoke(ctx)
+        except MeritError as error:
+            print(f"merit: {error}", file=sys.stderr)
+            if isinstance(error, Interrupted):
+                print("Run the same command again to go on.", file=sys.stderr)
+            code = error.exit_code
+        except KeyboardInterrupt as error:
+            print(f"merit: {str(error) or 'interrupted'}. Run the same command again to go on.", file=sys.stderr)
+            code = Interrupted.exit_code
+        except OSError as error:
+            code = _place_error(error)
+        raise typer.Exit(code)
+
+
+def _place_error(error: OSError) -> int:
+    """Exit code 2 and a message where a place cannot be written; 0 where the reader of our output has seen enough."""
+    if isinstance(error, BrokenPipeError):  # such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    if error.errno not in _PLACES:
+        raise error
+    where = f"{error.filename}: " if error.filename else ""
+    print(f"merit: {where}{error.strerror}.", file=sys.stderr)
+    print("  Check the place's permissions and free space, or use another (--output DIR).", file=sys.stderr)
+    return 2
+
+
+app = typer.Typer(
+    name="merit",
+    cls=_Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Fine-tune on a heterogeneous instruction mixture without a coupled cluster: measure how the datasets' gradients "
+    "conflict at a shared base, split the mixture along the main conflict axes, train one branch per group without any "
+    "contact, and merge the branches once.\n\n"
+    "Start with `merit demo`, or `merit init` and then `merit run recipe.yaml`.",
+)
+for _command in (*whole.COMMANDS, *stages.COMMANDS, whole.status):
+    app.command()(_command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"merit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    sys.unraisablehook = _quiet_about_stops
+    try:
+        app()
+    except KeyboardInterrupt:  # before a command was entered
+        sys.exit(Interrupted.exit_code)
+    finally:
+        ignore_from_now_on()
+
+
+def _quiet_about_stops(unraisable: Any) -> None:
+    """A stop that got lost in a destructor comes up at the next report (:func:`merit.signals.stop_if_asked`)."""
+    if not isinstance(unraisable.exc_value, Stop):
+        sys.__unraisablehook__(unraisable)

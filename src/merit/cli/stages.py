@@ -1,0 +1,203 @@
+"""One command per stage: prepare, gradients, split, train, merge, evaluate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from merit.cli.options import AsJson, Jobs, Output, Overrides, Quiet, Redo, Target, open_session, out, print_json
+from merit.cli.whole import show_results
+from merit.errors import RecipeError
+from merit.files import read_json
+
+
+def prepare(
+    target: Target,
+    output: Output = None,
+    overrides: Overrides = None,
+    redo: Redo = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make the base that every branch starts from: join checkpoints, train LLaVA-style stages; as the recipe says.
+
+    The result is RUN/prepared/base, an ordinary checkpoint folder; `merit run` uses it, and makes it where it is missing.
+
+    Example: `merit prepare recipe.yaml --output runs/my-run`
+    """
+    from merit.run.chain import prepare_alone
+    from merit.run.status import run_status
+
+    session = open_session(target, output, overrides, quiet=quiet, redo=redo)
+    base = prepare_alone(session)
+    if as_json:
+        rows = run_status(session.run, session.recipe).facts()["stages"]
+        print_json({"base": str(base), "stages": [row for row in rows if row["stage"].startswith("prepare")]})
+    elif not quiet:
+        out(f"Prepared base: {base}")
+
+
+def gradients(
+    target: Target,
+    output: Output = None,
+    compare: Annotated[
+        bool, typer.Option(help="Also measure sketch and stride against exact gradients on this model.")
+    ] = False,
+    jobs: Jobs = 1,
+    overrides: Overrides = None,
+    redo: Redo = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure one gradient per dataset at the base, and how they conflict.
+
+    Example: `merit gradients recipe.yaml --jobs 2`
+    """
+    from merit.report import conflict as report
+    from merit.run.chain import gradients_alone
+
+    session = open_session(target, output, overrides, quiet=quiet, jobs=jobs, redo=redo)
+    record, folder, comparison = gradients_alone(session, compare=compare)
+    if as_json:
+        summary = read_json(folder / "summary.json")
+        print_json({"record": record.model_dump(), "summary": summary, "comparison": comparison})
+    else:
+        out(*report.render(folder, comparison))
+
+
+def split(
+    target: Target,
+    output: Output = None,
+    overrides: Overrides = None,
+    redo: Redo = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Cut the mixture into groups; needs the gradients unless the method is random or joint.
+
+    Example: `merit split runs/my-run`
+    """
+    from merit.report.split import render
+    from merit.run.chain import split_alone
+
+    result = split_alone(open_session(target, output, overrides, quiet=quiet, redo=redo))
+    if as_json:
+        print_json(result)
+    else:
+        out(*render(result))
+
+
+def train(
+    target: Target,
+    branch: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--branch", metavar="K", help="Train this branch only (random/K: of a baseline); may be repeated."
+        ),
+    ] = None,
+    output: Output = None,
+    jobs: Jobs = 1,
+    overrides: Overrides = None,
+    redo: Redo = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fine-tune one branch per group; no branch knows of another.
+
+    With --branch it needs the run folder's recipe and split, the data and the base: any machine that has them will do.
+
+    Example: `merit train runs/my-run --branch 2`
+    """
+    from merit.run.chain import train_alone
+    from merit.run.status import run_status
+    from merit.run.training import BranchId
+
+    session = open_session(target, output, overrides, quiet=quiet, jobs=jobs, redo=redo)
+    train_alone(session, [BranchId.parse(text) for text in branch] if branch else None)
+    if as_json:
+        print_json(run_status(session.run, session.recipe).facts())
+
+
+def merge(
+    target: Annotated[
+        Path | None, typer.Argument(metavar="[RECIPE|RUN]", help="A recipe or run folder; or none, with --base.")
+    ] = None,
+    operator: Annotated[
+        str | None,
+        typer.Option(help="average, uniform, task_arithmetic, ties, star, tsv or iso_cts. Default: the recipe's."),
+    ] = None,
+    scale: Annotated[
+        str | None, typer.Option(metavar="X|auto", help="λ of θ0 + λ τ; auto searches the recipe's grid.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Operator setting (docs/merge.md).")
+    ] = None,
+    exclude: Annotated[list[int] | None, typer.Option("--exclude", metavar="K", help="Leave this branch out.")] = None,
+    allow_missing: Annotated[bool, typer.Option(help="Merge the branches that are trained, and say so.")] = False,
+    base: Annotated[Path | None, typer.Option(help="Outside a run: folder of the base.")] = None,
+    checkpoints: Annotated[
+        list[str] | None,
+        typer.Option("--checkpoint", metavar="DIR=WEIGHT", help="Outside a run: one branch and its weight."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Write the merged checkpoint here, instead of into RUN/merged.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Allow branches of another dtype: base, float32, bfloat16 or float16 comes out.")
+    ] = None,
+    adapter: Annotated[
+        str, typer.Option(help="LoRA adapters outside a run: full checkpoint, concat (exact adapter), or recompress.")
+    ] = "full",
+    rank: Annotated[int | None, typer.Option(min=1, help="For --adapter recompress: rank of the new adapter.")] = None,
+    overrides: Overrides = None,
+    redo: Redo = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Merge a run's branches once, or any checkpoints of one base with given weights.
+
+    Examples: `merit merge runs/my-run --operator ties --output ties-model`,
+    `merit merge --base BASE --checkpoint A=120000 --checkpoint B=80000 --output AB`
+    """
+    from merit.report.merge import render
+    from merit.report.terminal import Terminal
+    from merit.run.merge_command import Words, merge_checkpoints, merge_target
+
+    words = Words(operator, scale, tuple(option or ()), dtype, adapter, rank)
+    if target is None:
+        if exclude or allow_missing or overrides or redo:
+            raise RecipeError("merge: --exclude, --allow-missing, --set and --redo go with a recipe or run folder.")
+        result = merge_checkpoints(Terminal(quiet), base, checkpoints or [], output, words)
+    else:
+        if base or checkpoints:
+            raise RecipeError("merge: give either a recipe or run folder, or --base with --checkpoint; not both.")
+        session = open_session(target, None, [*(overrides or []), *words.overrides()], quiet=quiet, redo=redo)
+        result = merge_target(session, exclude=exclude or [], allow_missing=allow_missing, output=output)
+    if as_json:
+        print_json({**result.record(), "output_folder": str(result.folder)})
+    else:
+        out(*render(result))
+
+
+def evaluate(
+    target: Target,
+    output: Output = None,
+    overrides: Overrides = None,
+    redo: Redo = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure base, branches, merged model and baselines on held-out rows, and say what the figures mean.
+
+    Example: `merit evaluate runs/my-run`
+    """
+    from merit.run.chain import evaluate_alone
+
+    session = open_session(target, output, overrides, quiet=quiet, redo=redo)
+    evaluate_alone(session)
+    show_results(session, as_json=as_json)
+
+
+COMMANDS = (prepare, gradients, split, train, merge, evaluate)

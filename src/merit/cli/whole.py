@@ -1,0 +1,222 @@
+"""Commands around the whole chain: run, demo, init, schema, check, status."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from merit.cli.options import (
+    AsJson,
+    Jobs,
+    Output,
+    Overrides,
+    Quiet,
+    Redo,
+    Target,
+    open_session,
+    open_target,
+    out,
+    print_json,
+)
+from merit.errors import RecipeError, nearest
+from merit.files import write_text
+
+if TYPE_CHECKING:
+    from merit.run.session import Session
+
+
+def run(
+    recipe: Target,
+    output: Output = None,
+    until: Annotated[
+        str, typer.Option(metavar="STAGE", help="Stop after prepare, mixture, gradients, split, train or merge.")
+    ] = "evaluate",
+    launch: Annotated[str, typer.Option(help="Where branches run: local (this machine).")] = "local",
+    jobs: Jobs = 1,
+    overrides: Overrides = None,
+    redo: Redo = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """The whole chain in one run folder; run it again and it goes on from what is done.
+
+    check → (prepare) → mixture → gradients → split → train (one branch per group) → merge → evaluate
+
+    Example: `merit run recipe.yaml --jobs 2 --set train.learning_rate=2e-5`
+    """
+    from merit.run.chain import STAGES, run_chain
+
+    if until not in STAGES:
+        raise RecipeError(f"--until {until}: no such stage.{nearest(until, STAGES)} Stages: {', '.join(STAGES)}.")
+    if launch != "local":
+        raise RecipeError(
+            f"--launch {launch}: branches run on this machine only (local) so far.",
+            "For other machines: copy the run folder and the base there, and run `merit train RUN --branch K`.",
+        )
+    session = open_session(recipe, output, overrides, quiet=quiet, jobs=jobs, redo=redo)
+    run_chain(session, until)
+    show_results(session, as_json=as_json)
+
+
+def demo(
+    output: Annotated[
+        Path | None, typer.Option(help="Run folder. Default: runs/demo, with --vision runs/demo-vision.")
+    ] = None,
+    vision: Annotated[
+        bool, typer.Option("--vision", help="A vision-language base and a mixture with pictures.")
+    ] = False,
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Seed of the run: order of training, calibration sample, random split. The rows stay."
+        ),
+    ] = 0,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Branches side by side. Default: one per core, at most 4.")
+    ] = None,
+    overrides: Overrides = None,
+    redo: Redo = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """The main job on the embedded default: a tiny base and a small mixture, offline, on two cores, in minutes.
+
+    It trains joint, random-split and conflict-split branches at the same budget and prints how they compare.
+
+    Example: `merit demo --output runs/demo`, or `merit demo --vision`
+    """
+    from merit.demo import write_demo
+    from merit.recipe.load import load_recipe
+    from merit.run.chain import run_chain
+    from merit.run.store import claim
+
+    name = "demo-vision" if vision else "demo"
+    output = output or Path("runs") / name
+    claim(output)
+    recipe = output / name / "recipe.yaml"
+    if not recipe.is_file() or load_recipe(recipe).seed != seed:
+        write_demo(output / name, seed, vision=vision)
+    jobs = jobs or max(1, min(4, os.cpu_count() or 1))
+    session = open_session(recipe, output, overrides, quiet=quiet, jobs=jobs, redo=redo)
+    run_chain(session)
+    show_results(session, as_json=as_json)
+
+
+def show_results(session: Session, *, as_json: bool) -> None:
+    """Results and verdict of a run, as far as it has come."""
+    from merit.report.run import render, result_facts
+
+    if as_json:
+        print_json(result_facts(session.run, session.recipe))
+    else:
+        out(*render(session.run))
+
+
+def init(
+    path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("recipe.yaml"),
+    vision: Annotated[bool, typer.Option("--vision", help="For a vision-language base and rows with images.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a commented starter recipe.
+
+    Example: `merit init recipe.yaml`, `merit init --vision recipe.yaml`
+    """
+    if path.exists() and not force:
+        raise RecipeError(f"{path} exists.", "Give another name, or --force to replace it. Nothing was written.")
+    if not path.resolve().parent.is_dir():
+        raise RecipeError(f"{path}: its folder does not exist.")
+    starter = resources.files("merit") / ("starter_vision_recipe.yaml" if vision else "starter_recipe.yaml")
+    write_text(path, starter.read_text(encoding="utf-8"))
+    if as_json:
+        print_json({"recipe": str(path)})
+    elif not quiet:
+        out(f"Wrote {path}. Next: set model.base and mixture in it, then `merit check {shlex.quote(str(path))}`.")
+
+
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors and scripts.
+
+    Example: `merit schema > recipe.schema.json`, and `# yaml-language-server: $schema=recipe.schema.json` in the recipe.
+    """
+    from merit.recipe.load import recipe_schema
+
+    print_json(recipe_schema())
+
+
+def check(
+    recipe: Target,
+    output: Output = None,
+    offline: Annotated[
+        bool, typer.Option(help="Look at nothing that is not on this machine: names, fields, plan, memory and disk.")
+    ] = False,
+    ids: Annotated[bool, typer.Option("--ids", help="As --offline, and ask the hub whether its ids exist.")] = False,
+    images: Annotated[
+        bool,
+        typer.Option("--images", help="Also decode every image of every dataset, and list all that cannot be used."),
+    ] = False,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Validate everything that can be validated before the first expensive step, and print the plan. Trains nothing.
+
+    Hub ids are asked for before anything is fetched; what the rest of the check reads (base, data) is fetched as for a run.
+
+    Example: `merit check recipe.yaml`, and `merit check recipe.yaml --images` before a long run on images
+    """
+    from merit.hf.hub import resolve_ids
+    from merit.report import images as image_report
+    from merit.report import plan as report
+    from merit.run.check import check_images, make_plan
+
+    session = open_session(recipe, output, overrides, quiet=quiet)
+    found = check_images(session, offline=offline) if images else None
+    if found is not None and not as_json:
+        out(*image_report.render(found))
+    if found is not None and found.fatal:
+        if as_json:
+            print_json({"images": found.facts()})
+        raise typer.Exit(2)
+    notes = resolve_ids(session.given) if ids or not offline else []
+    plan = make_plan(session, offline=offline or ids)
+    plan = replace(plan, notes=(*notes, *plan.notes))
+    if as_json:
+        print_json(plan.facts() | ({"images": found.facts()} if found else {}))
+    else:
+        out(*report.render(plan))
+
+
+def status(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    watch: Annotated[bool, typer.Option(help="Show again every two seconds until interrupted.")] = False,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """What is done, stale, running or missing in a run, with sizes and times.
+
+    Example: `merit status runs/my-run --watch`
+    """
+    from merit.report import status as report
+    from merit.run.status import run_status
+
+    if not run_folder.is_dir():
+        raise RecipeError(f"{run_folder} is not a run folder.", "Give the folder that `merit run` wrote (runs/<name>).")
+    recipe, folder = open_target(run_folder, None, overrides)
+    if as_json:
+        print_json(run_status(folder, recipe).facts())
+    elif watch:
+        report.watch(lambda: run_status(folder, recipe))
+    elif not quiet:
+        out(*report.render(run_status(folder, recipe)))
+
+
+COMMANDS = (run, demo, init, schema, check)

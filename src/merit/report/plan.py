@@ -1,0 +1,46 @@
+"""`merit check` on the terminal: the plan of a run."""
+
+from __future__ import annotations
+
+from rich.console import RenderableType
+from rich.table import Table
+
+from merit.progress import size
+from merit.run.check import UNSEEN, Plan
+from merit.run.needs import branch_count, items
+
+
+def render(plan: Plan) -> list[RenderableType]:
+    """The plan as a table, and its notes."""
+    recipe, base = plan.recipe, plan.base
+    table = Table(show_header=False, title=f"{recipe.name} → {plan.run}", title_justify="left")
+    found = f"{base.architecture}, context {base.context}" if base else "not checked"
+    weights = plan.weights
+    counts = f", {weights.parameters:,} parameters, {weights.trainable:,} trained" if weights else ""
+    table.add_row("base", f"{recipe.model.base}\n{found}{counts}; trained: {' + '.join(items(recipe.model.trainable))}")
+    for step in plan.preparation:
+        table.add_row("prepare", f"{step.name}: {step.does}")
+    formats = sorted({item.format for item in plan.datasets})
+    tested = sum(item.test is not None for item in plan.datasets)
+    what = f"{len(plan.datasets)} datasets ({', '.join(formats)}), {tested} with held-out rows"
+    table.add_row("mixture", what if plan.datasets else UNSEEN)
+    if plan.kept:
+        table.add_row("kept", f"{len(plan.kept)} datasets that the base is measured on and nobody trains on")
+    conflict = recipe.conflict
+    table.add_row("gradients", f"{conflict.examples} examples per dataset, {conflict.representation}")
+    table.add_row("split", f"{recipe.split.method}: {recipe.group_count} groups, balanced by {recipe.split.balance}")
+    train = recipe.train
+    steps = (
+        f"{train.epochs:g} epochs, batch {train.batch_size}, {train.scheduler} learning rate {train.learning_rate:g}"
+    )
+    table.add_row("train", f"{branch_count(recipe)} branches, each {steps}, at most {train.max_length} tokens a row")
+    if plan.steps is not None:
+        each = f"; about {plan.steps // recipe.group_count:,} in each of {recipe.group_count} branches"
+        table.add_row("", f"at most {plan.steps:,} optimizer steps in all{each if recipe.group_count > 1 else ''}")
+    if recipe.baselines:
+        table.add_row("baselines", f"{', '.join(recipe.baselines)}, at the same budget")
+    table.add_row("merge", f"{recipe.merge.operator}, weights: {recipe.merge.weights}, scale: {recipe.merge.scale}")
+    if plan.disk_bytes is not None and plan.memory_bytes is not None:
+        need = f"{size(plan.disk_bytes)} of disk; {size(plan.memory_bytes)} of memory per branch, activations aside"
+        table.add_row("needs", need)
+    return [table, *(f"[yellow]note:[/] {note}" for note in plan.notes)]

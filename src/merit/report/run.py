@@ -1,0 +1,40 @@
+"""What `merit run` prints at its end: the results and the verdict, as far as the run has come."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+
+from merit.evaluation.stage import Evaluation
+from merit.files import read_json, write_text
+from merit.recipe.schema import Recipe
+from merit.report import evaluation
+from merit.run.status import run_status
+from merit.run.store import Stage
+
+
+def render(run: Path) -> list[RenderableType]:
+    """Tables and verdict (also as evaluation/table.md), and where the merged model lies."""
+    shown: list[RenderableType] = []
+    if Stage("evaluation", run / "evaluation").begun:
+        result = Evaluation.load(run / "evaluation")
+        write_text(run / "evaluation" / "table.md", evaluation.markdown(result))
+        shown += evaluation.terminal(result)
+    merged = run / "merged" / "model"
+    if merged.is_dir():
+        shown.append(f"Merged model: {merged}")
+    return [*shown, f"Run folder: {run}  (`merit status {shlex.quote(str(run))}` shows every stage)"]
+
+
+def result_facts(run: Path, recipe: Recipe) -> dict[str, Any]:
+    """The status, and the evaluation's results, as JSON values."""
+    result = run_status(run, recipe).facts()
+    if Stage("evaluation", run / "evaluation").begun:
+        for name in ("results", "kept", "drift", "summary"):
+            file = run / "evaluation" / f"{name}.json"
+            if file.is_file():
+                result[name] = read_json(file)
+    return result

@@ -1,0 +1,120 @@
+"""One way to run a stage: done before, stale, made again, locked, recorded, reported. What a stage computes is its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from merit.progress import Progress, Reporter, duration
+from merit.run.record import StaleStageError
+from merit.run.session import Session
+from merit.run.store import Stage
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step's ``make`` is handed.
+
+    Attributes:
+        folder: The stage's folder: everything it writes goes there.
+        progress: To be called as it goes on.
+        facts: What is put in here stands in the record.
+    """
+
+    folder: Path
+    progress: Progress
+    facts: dict[str, Any]
+
+
+def _nothing(_result: object) -> Iterable[str]:
+    return ()
+
+
+@dataclass(frozen=True)
+class Step(Generic[R]):
+    """A stage that can be made or loaded.
+
+    Attributes:
+        title: What the terminal calls it.
+        stage: Its folder, and what decides its answer.
+        make: Writes the stage's files and returns the result.
+        load: The result of a finished stage's folder.
+        seed: The recipe's seed.
+        begin: Said before it is made; nothing when empty.
+        describe: Said when it is there.
+        notes: What a person should know of the result.
+        keep: Names in the folder that an attempt may go on from.
+        follows_inputs: Made again unasked when only its inputs changed.
+    """
+
+    title: str
+    stage: Stage
+    make: Callable[[Work], R]
+    load: Callable[[Path], R]
+    seed: int
+    describe: Callable[[R], str]
+    begin: str = ""
+    unit: str = ""
+    notes: Callable[[R], Iterable[str]] = field(default=_nothing)
+    keep: tuple[str, ...] = ()
+    follows_inputs: bool = False
+
+
+def run_step(step: Step[R], session: Session) -> R:
+    """Load a stage that stands as asked, or make it.
+
+    Raises:
+        StaleStageError: It stands otherwise, and ``redo`` is off.
+        RunFolderError: It is damaged, or another process is writing it.
+    """
+    reporter = session.reporter
+    if stands(step.stage, session, follows_inputs=step.follows_inputs, keep=step.keep):
+        result = step.load(step.stage.path)
+        reporter.stage(step.title, f"{step.describe(result)} (done before)")
+        _say_notes(step, result, reporter)
+        return result
+    if step.begin:
+        reporter.stage(step.title, step.begin)
+    with (
+        step.stage.writing(step.seed, step.keep) as facts,
+        reporter.progress(step.unit or step.title) as progress,
+    ):
+        result = step.make(Work(step.stage.path, progress, facts))
+    reporter.stage(step.title, f"{step.describe(result)} ({duration(step.stage.record().seconds)})")
+    _say_notes(step, result, reporter)
+    return result
+
+
+def stands(stage: Stage, session: Session, *, follows_inputs: bool = False, keep: tuple[str, ...] = ()) -> bool:
+    """Whether a stage stands as asked and undamaged; a stale one is refused, or removed with ``redo``.
+
+    Raises:
+        StaleStageError: It was made with other settings or inputs.
+        RunFolderError: It is damaged.
+    """
+    if not stage.begun:
+        return False
+    changes = stage.changes()
+    if not changes:
+        stage.verify()
+        return True
+    if follows_inputs and all(change.startswith("input.") for change in changes):
+        stage.clear(keep)
+        return False
+    if not session.redo:
+        stage.is_done()
+    session.reporter.note(f"{stage.name}: made with other settings or inputs; made again (--redo)")
+    stage.clear(keep)
+    return False
+
+
+def _say_notes(step: Step[R], result: R, reporter: Reporter) -> None:
+    for note in step.notes(result):
+        reporter.note(note)
+
+
+__all__ = ["StaleStageError", "Step", "Work", "run_step", "stands"]

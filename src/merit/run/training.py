@@ -1,0 +1,191 @@
+"""Training the branches of a run: which are to be done, in this process or in worker processes, and what is recorded.
+
+It joins :mod:`merit.train.branch` (one group) with :mod:`merit.launch` (processes). It decides no hyperparameters and
+does not merge.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from merit.errors import Interrupted, RecipeError, RunFolderError
+from merit.files import read_json, require_space
+from merit.hf import checkpoint
+from merit.launch.local import BranchJob, ProgressFile, run_branches
+from merit.mixture import load_split, read_counts
+from merit.progress import duration
+from merit.run import key
+from merit.run.needs import estimate
+from merit.run.scope import Scope
+from merit.run.session import Session
+from merit.run.step import stands
+from merit.run.store import Stage
+from merit.train.branch import train_branch
+
+
+@dataclass(frozen=True)
+class BranchId:
+    """One branch of the run (``root`` is None) or of a baseline (``root`` is its split method)."""
+
+    root: str | None
+    k: int
+
+    def __str__(self) -> str:
+        return f"{self.root}/{self.k}" if self.root else str(self.k)
+
+    @classmethod
+    def parse(cls, text: str) -> BranchId:
+        """Read ``3`` or ``random/3``.
+
+        Raises:
+            RecipeError: It is neither.
+        """
+        root, _, k = text.rpartition("/")
+        if not k.isdigit():
+            raise RecipeError(
+                f"--branch {text}: expected a branch number such as 0, or baseline/number such as random/0."
+            )
+        return cls(root or None, int(k))
+
+
+def branch_stages(session: Session, scope: Scope) -> dict[int, Stage]:
+    """The branches of a scope, as asked now."""
+    rows = {item.name: item.fingerprint for item in read_counts(session.run / "mixture")}
+    recipe, base = session.recipe_of(scope), session.base.fingerprint
+    groups = read_json(scope.root / "split" / "split.json")["groups"]
+    return {k: key.branch_stage(recipe, scope, k, group, base=base, rows=rows) for k, group in enumerate(groups)}
+
+
+def scope_of(session: Session, branch: BranchId) -> Scope:
+    """The scope that a branch belongs to.
+
+    Raises:
+        RecipeError: There is no such branch.
+    """
+    baselines = session.recipe.baselines
+    if branch.root is not None and branch.root not in baselines:
+        raise RecipeError(
+            f"--branch {branch}: the recipe has no baseline {branch.root!r}; it has {', '.join(baselines) or 'none'}."
+        )
+    scope = Scope(session.run, branch.root)
+    groups = len(read_json(scope.root / "split" / "split.json")["groups"])
+    if branch.k >= groups:
+        raise RecipeError(f"--branch {branch}: the split has {groups} groups, numbered from 0.")
+    return scope
+
+
+def _stage(session: Session, branch: BranchId) -> Stage:
+    return branch_stages(session, scope_of(session, branch))[branch.k]
+
+
+def _group(session: Session, branch: BranchId) -> list[str]:
+    return list(read_json(scope_of(session, branch).root / "split" / "split.json")["groups"][branch.k])
+
+
+def train_branches(session: Session, branches: Sequence[BranchId]) -> None:
+    """Train what is not done yet, one after another or ``session.jobs`` side by side.
+
+    Raises:
+        ResourceError: The disk does not suffice.
+        UserError: A branch cannot be trained.
+        Interrupted: Stopped from outside; checkpoints stand.
+    """
+    stages = {branch: _stage(session, branch) for branch in branches}
+    waiting = [branch for branch, stage in stages.items() if not stands(stage, session, keep=("checkpoints",))]
+    if not waiting:
+        session.reporter.stage("train", f"{len(branches)} branches (done before)")
+        return
+    need, _ = estimate(
+        session.recipe, session.base, branches=len(waiting), merges=1, at_once=min(session.jobs, len(waiting))
+    )
+    require_space(
+        session.run,
+        need,
+        f"{len(waiting)} branches",
+        "Free space, use another disk (--output DIR), or train fewer branches (split.axes, baselines).",
+    )
+    workers = min(session.jobs, len(waiting))
+    side = f", {workers} side by side" if workers > 1 else ""
+    session.reporter.stage("train", f"{len(waiting)} branches{side}")
+    if workers > 1:
+        _train_side_by_side(session, waiting, workers)
+    else:
+        for branch in waiting:
+            _train_here(session, branch)
+
+
+def _train_here(session: Session, branch: BranchId) -> None:
+    recipe, stage = session.recipe_of(scope_of(session, branch)), _stage(session, branch)
+    rows = load_split(session.run / "mixture", "train")
+    with (
+        stage.writing(recipe.seed, keep=("checkpoints",)) as record,
+        session.reporter.progress(f"branch {branch}") as show,
+    ):
+        progress = ProgressFile(stage.path / "progress.json")
+
+        def tick(done: int, total: int, info: dict[str, Any]) -> None:
+            progress(done, total, info)
+            known = [f"{name} {info[name]:.4g}" for name in ("loss", "tokens_per_second") if info.get(name)]
+            show(done, total, " ".join(known))
+
+        record |= train_branch(
+            recipe,
+            {name: rows[name] for name in _group(session, branch)},
+            stage.path,
+            base=session.base,
+            device=session.device,
+            threads=recipe.train.threads or max(1, (os.cpu_count() or 1) // session.jobs),
+            progress=tick,
+            provenance={"branch": stage.fingerprint},
+        )
+        record["model_fingerprint"] = checkpoint.fingerprint(stage.path / "model")
+        stop_asked = record.pop("stop_asked")
+    _say(session, branch, stage)
+    if stop_asked:  # the branch was in its last step when the signal came: it is finished, and the run stops after it
+        raise Interrupted(f"stopped after branch {branch} was finished")
+
+
+def _say(session: Session, branch: BranchId, stage: Stage) -> None:
+    record = stage.record()
+    facts = record.facts
+    session.reporter.say(
+        f"  branch {branch}: {facts['steps']:,} steps, {facts['target_tokens']:,} target tokens, "
+        f"loss {facts['final_loss']:.4f}, {duration(record.seconds)}"
+    )
+
+
+def _train_side_by_side(session: Session, waiting: Sequence[BranchId], workers: int) -> None:
+    """Worker processes of equal work; each trains its branches one after another, so libraries load once per worker."""
+    counts = {item.name: item.target_tokens for item in read_counts(session.run / "mixture")}
+    work = {branch: sum(counts[name] for name in _group(session, branch)) or 1 for branch in waiting}
+    lists: list[list[BranchId]] = [[] for _ in range(workers)]
+    for branch in sorted(waiting, key=lambda branch: -work[branch]):  # longest first, to the least loaded worker
+        min(lists, key=lambda held: sum(work[one] for one in held)).append(branch)
+    threads = session.recipe.train.threads or max(1, (os.cpu_count() or 1) // workers)
+    jobs = [_job(session, held, sum(work[branch] for branch in held), threads) for held in lists if held]
+    with session.reporter.progress("branches") as tick:
+        run_branches(jobs, workers, progress=tick)
+    for branch in waiting:
+        stage = _stage(session, branch)
+        if not stage.is_done():
+            raise RunFolderError(f"branch {branch} ended without a record.", f"See {session.run / 'logs'}.")
+        _say(session, branch, stage)
+
+
+def _job(session: Session, branches: Sequence[BranchId], work: float, threads: int) -> BranchJob:
+    return BranchJob(
+        name=", ".join(map(str, branches)),
+        argv=[
+            *(sys.executable, "-m", "merit", "train", str(session.run.resolve()), "--quiet"),
+            *(word for branch in branches for word in ("--branch", str(branch))),
+            *("--set", f"train.threads={threads}"),
+            *(("--redo",) if session.redo else ()),
+        ],
+        log_path=session.run / "logs" / f"train-{branches[0]}.txt".replace("/", "-"),
+        work=work,
+        progress_paths=[_stage(session, branch).path / "progress.json" for branch in branches],
+    )
