@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from merit.hf.base import Base, open_base
 from merit.recipe.load import parse_recipe
 from merit.recipe.schema import Recipe
 
@@ -32,15 +33,14 @@ def make_recipe(base: str, mixture: str, max_length: int, **conflict: Any) -> Re
     )
 
 
-def open_mixture(recipe: Recipe, work: Path) -> tuple[Any, dict[str, Any]]:
-    """Tokenizer and encoded training rows, prepared once in ``work/mixture``."""
-    from merit.hf.models import load_tokenizer
-    from merit.mixture import load_split, prepare_mixture
+def open_mixture(recipe: Recipe, work: Path) -> tuple[Base, dict[str, Any]]:
+    """The base and encoded training rows, prepared once in ``work/mixture``."""
+    from merit.mixture.stage import load_split, prepare_mixture
 
-    tokenizer = load_tokenizer(recipe.model)
+    base = open_base(recipe.model)
     if not (work / "mixture" / "datasets.json").exists():
-        prepare_mixture(recipe, tokenizer, work / "mixture")
-    return tokenizer, load_split(work / "mixture", "train")
+        prepare_mixture(recipe, base, work / "mixture")
+    return base, load_split(work / "mixture", "train")
 
 
 def measure_blocks(recipe: Recipe, work: Path, *, only: list[str] | None = None) -> None:
@@ -48,16 +48,16 @@ def measure_blocks(recipe: Recipe, work: Path, *, only: list[str] | None = None)
     import torch
 
     from merit.conflict.gradients import GradientMeter
-    from merit.hf.batches import Batcher
+    from merit.conflict.store import Sums
     from merit.hf.models import load_model
-    from merit.mixture import draw
+    from merit.mixture.calibration import draw
 
     torch.set_num_threads(1)
     cpu = torch.device("cpu")
-    tokenizer, mixture = open_mixture(recipe, work)
+    base, mixture = open_mixture(recipe, work)
     exact = recipe.conflict.model_copy(update={"representation": "exact"})
-    model = load_model(recipe.model, cpu, trainable=True)
-    meter = GradientMeter(model, exact, seed=recipe.seed, batcher=Batcher.of(tokenizer), device=cpu, memory="held")
+    model = load_model(base, cpu, trainable=True)
+    meter = GradientMeter(model, exact, seed=recipe.seed, batcher=base.batcher, device=cpu, memory="held")
     folder = work / "blocks"
     folder.mkdir(exist_ok=True)
     for name, rows in mixture.items():
@@ -72,8 +72,9 @@ def measure_blocks(recipe: Recipe, work: Path, *, only: list[str] | None = None)
         )
         sizes = []
         for block, start in enumerate(starts):
-            facts = meter.measure(name, [rows[int(i)] for i in order[start : start + BLOCK]], out[block])
-            sizes.append(facts["examples"])
+            sums = Sums()
+            meter.measure(name, [rows[int(i)] for i in order[start : start + BLOCK]], out[block], sums)
+            sizes.append(sums.examples)
         out.flush()
         facts_file.write_text(json.dumps({"examples": sizes, "rows": len(order), "dataset_rows": len(rows)}))
         print(f"{name}: {len(order)} rows in {time.perf_counter() - started:.0f} s", flush=True)

@@ -14,10 +14,11 @@ import numpy as np
 from benchmarks.conflict.blocks import BLOCK
 
 from merit.conflict.compare import compress
-from merit.conflict.geometry import cosine_matrix, gram_matrix
+from merit.conflict.geometry import gram_matrix
 from merit.conflict.reliability import HalfSamples, reliability
-from merit.conflict.stability import split_stability
-from merit.split import split_mixture
+from merit.split.components import cosine_matrix
+from merit.split.stability import split_stability
+from merit.split.stage import split_mixture
 
 SIZES = [25, 50, 100, 200, 300, 500, 700, 1000]
 TARGETS = [0.85, 0.9, 0.95, 0.98]

@@ -58,6 +58,7 @@ def time_ratio(model: Any, rows: list[Any], recipe: Any, label: str) -> dict[str
     import torch
 
     from merit.conflict.gradients import GradientMeter
+    from merit.conflict.store import Sums
     from merit.hf.batches import Batcher, iterate_batches, length_sorted_batches, target_losses
 
     cpu = torch.device("cpu")
@@ -80,7 +81,7 @@ def time_ratio(model: Any, rows: list[Any], recipe: Any, label: str) -> dict[str
         model.zero_grad(set_to_none=True)
 
     contestants = {"bare": bare} | {
-        name: (lambda meter=meter: meter.measure("x", rows, out)) for name, meter in meters.items()
+        name: (lambda meter=meter: meter.measure("x", rows, out, Sums())) for name, meter in meters.items()
     }
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
     for number in range(ROUNDS + 1):
@@ -158,8 +159,8 @@ def _memory_child(variant: str, datasets: int, work: Path) -> None:
         meter = GradientMeter(model, settings, seed=0, batcher=Batcher(0), device=torch.device("cpu"), memory=variant)  # type: ignore[arg-type]
         store = GradientStore(work / f"memory-{variant}-{datasets}")
         for index in range(datasets):
-            with store.writing(f"{index:032d}", meter.width) as (vectors, facts):
-                facts |= meter.measure(f"d{index}", rows, vectors)
+            with store.writing(f"{index:032d}", meter.width) as (vectors, sums):
+                meter.measure(f"d{index}", rows, vectors, sums)
     parameters = sum(p.numel() for p in model.parameters())
     largest = max(p.numel() for p in model.parameters())
     print(
@@ -179,7 +180,8 @@ def _memory_child(variant: str, datasets: int, work: Path) -> None:
 
 def gram_and_pca(count: int = 1000, size: int = 2**18) -> dict[str, dict[str, float]]:
     """CPU and wall seconds for the Gram matrix, all components and half-sample products, and for plain products as peers."""
-    from merit.conflict.geometry import cosine_matrix, gram_matrix, principal_components
+    from merit.conflict.geometry import gram_matrix
+    from merit.split.components import cosine_matrix, principal_components
 
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((count, size), dtype=np.float32)

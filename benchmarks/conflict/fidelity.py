@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import numpy as np
 from benchmarks.conflict.blocks import BLOCK
 
 from merit.conflict.compare import agreement, compress
-from merit.conflict.geometry import cosine_matrix, gram_matrix
+from merit.conflict.geometry import gram_matrix
+from merit.split.components import cosine_matrix
 
 SKETCHES = [2**k for k in range(14, 21)]
 STRIDES = [5, 50]
@@ -40,7 +42,7 @@ def fidelity(work: Path, layout: dict[str, int]) -> dict[str, Any]:
             runs = []
             for seed in SEEDS if kind == "sketch" else (0,):
                 rows = [compress(vector, layout, kind, setting, seed) for vector in vectors]
-                runs.append(agreement(cosine_matrix(gram_matrix(rows)), true))
+                runs.append(asdict(agreement(cosine_matrix(gram_matrix(rows)), true)))
             mean = {key: float(np.mean([run[key] for run in runs])) for key in runs[0]}
             table.append(
                 {"representation": kind, "setting": setting, "bytes": 4 * len(rows[0]), "seeds": len(runs), **mean}

@@ -28,20 +28,22 @@ PARTS = ("time", "memory", "gram", "blocks", "fidelity", "calibration")
 def layout_of(recipe: Any) -> dict[str, int]:
     import torch
 
+    from merit.hf.base import open_base
     from merit.hf.models import load_model, trainable_parameters
 
-    model = load_model(recipe.model, torch.device("cpu"), trainable=True)
+    model = load_model(open_base(recipe.model), torch.device("cpu"), trainable=True)
     return {name: parameter.numel() for name, parameter in trainable_parameters(model).items()}
 
 
 def time_part(recipe: Any, work: Path) -> dict[str, Any]:
     import torch
 
+    from merit.hf.base import open_base
     from merit.hf.models import load_model
 
     torch.set_num_threads(1)
     _, mixture = blocks.open_mixture(recipe, work)
-    model = load_model(recipe.model, torch.device("cpu"), trainable=True)
+    model = load_model(open_base(recipe.model), torch.device("cpu"), trainable=True)
     by_length = sorted(mixture.values(), key=lambda d: (float(d.lengths.mean()), d.name))
     table = []
     for share in (0.1, 0.5, 0.9):

@@ -26,6 +26,7 @@ from tests.vision.bases import make_base
 from tests.vision.vision_cases import picture_chats
 
 from merit.conflict.gradients import GradientMeter
+from merit.conflict.store import Sums
 from merit.hf import batches, models
 from merit.hf.base import open_base
 from merit.mixture.encode import ChatEncoder, EncodedDataset
@@ -138,7 +139,8 @@ def run(args: argparse.Namespace, scratch: Path) -> None:
     settings = recipe.conflict.model_copy(update={"batch_tokens": 8 * int(dataset.lengths.max())})
     meter = GradientMeter(model, settings, seed=0, batcher=batcher, device=device, autocast=cast)
     out = np.zeros((2, meter.width), np.float32)
-    ours = best(lambda: meter.measure("pictures", [dataset[i] for i in range(len(rows))], out), args.repeats, device)
+    every = [dataset[i] for i in range(len(rows))]
+    ours = best(lambda: meter.measure("pictures", every, out, Sums()), args.repeats, device)
     found.append(("gradient of one dataset", ours, plain))
 
     plain = best(lambda: bare_branch(model.train(), parts, batcher, device, cast), args.repeats, device)

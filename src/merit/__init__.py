@@ -10,13 +10,14 @@ The public API is loaded lazily, so that ``import merit`` costs milliseconds and
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from merit.conflict.stage import measure_gradients
     from merit.errors import MeritError, UserError
     from merit.merge import Branch, plan_merge, run_merge
     from merit.mixture.found import find_datasets
     from merit.mixture.stage import encode_mixture
     from merit.recipe.load import load_recipe, parse_recipe
     from merit.recipe.schema import Recipe
-    from merit.split import split_mixture
+    from merit.split.stage import split_mixture
 
 __version__ = "0.1.0"
 
@@ -28,10 +29,11 @@ _HOME = {
     "encode_mixture": "merit.mixture.stage",
     "find_datasets": "merit.mixture.found",
     "load_recipe": "merit.recipe.load",
+    "measure_gradients": "merit.conflict.stage",
     "parse_recipe": "merit.recipe.load",
     "plan_merge": "merit.merge",
     "run_merge": "merit.merge",
-    "split_mixture": "merit.split",
+    "split_mixture": "merit.split.stage",
 }
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "encode_mixture",
     "find_datasets",
     "load_recipe",
+    "measure_gradients",
     "parse_recipe",
     "plan_merge",
     "run_merge",

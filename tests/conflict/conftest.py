@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from merit.conflict.result import Geometry
+from merit.conflict.stage import measure_gradients
+from merit.hf.base import open_base
 from merit.hf.models import load_model
 from merit.hf.rows import EncodedRow
 from merit.mixture.encode import EncodedDataset
@@ -16,7 +19,6 @@ from merit.recipe.load import parse_recipe
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
-PAD = SimpleNamespace(pad_token_id=0)
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +37,8 @@ def base(tmp_path_factory):
     )
     folder = tmp_path_factory.mktemp("base")
     LlamaForCausalLM(config).save_pretrained(folder)
+    words = Tokenizer(WordLevel({"<pad>": 0, **{f"w{i}": i for i in range(1, 61)}}, unk_token="<pad>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<pad>", pad_token="<pad>").save_pretrained(folder)
     return folder
 
 
@@ -68,6 +72,13 @@ def make_recipe(base, tmp_path):
     return make
 
 
+def run(recipe, mixture, folder, **options) -> Geometry:
+    """The stage as a recipe asks for it."""
+    return measure_gradients(
+        mixture, open_base(recipe.model), recipe.conflict, recipe.seed, folder, device=CPU, **options
+    )
+
+
 @pytest.fixture
 def model(base, make_recipe):
-    return load_model(make_recipe().model, CPU, trainable=True)
+    return load_model(open_base(make_recipe().model), CPU, trainable=True)

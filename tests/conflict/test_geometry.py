@@ -9,17 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from merit.conflict.assemble import successive_splits
 from merit.conflict.geometry import (
     Concentration,
-    cosine_matrix,
-    doubly_centred,
     gram_matrix,
     norm_concentration,
-    principal_components,
     spectral_concentration,
     suggest_axes,
 )
-from merit.conflict.results import successive_splits
+from merit.split.components import cosine_matrix, doubly_centred, principal_components
 
 
 def random_cosine(count: int, seed: int, width: int = 40) -> np.ndarray:
@@ -236,7 +234,7 @@ def concentration(*pairs):
         ([(3, 0.9), (2, 0.9), (0.7, 0.7)], 60, 2, "random cuts"),
         ([(0.9, 0.9)], 60, 1, "without promise"),
         ([(3, 0.9), (2, 0.9), (2, 0.9)], 8, 2, "fill no more than 4 groups"),
-        ([(3, float("nan")), (0.5, float("nan"))], 60, 1, "random cuts"),
+        ([(3, None), (0.5, None)], 60, 1, "random cuts"),
         ([(1.05, 0.9)], 60, 1, "no room"),
         (
             [(3.14, 0.9), (0.7, 0.9)],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ import torch
 
 from merit.conflict.gradients import GradientMeter, vector_width
 from merit.conflict.sketch import Sketch
+from merit.conflict.store import Sums
 from merit.errors import ConflictError
+from merit.hf.base import open_base
 from merit.hf.batches import Batcher
 from merit.hf.models import load_model, trainable_parameters
 
@@ -24,7 +27,9 @@ def meter(model, recipe, **options) -> GradientMeter:
 def measure(model, recipe, rows, **options) -> tuple[np.ndarray, dict]:
     made = meter(model, recipe, **options)
     out = np.full((2, made.width), np.nan, dtype=np.float32)
-    return out, made.measure("d", rows, out)
+    sums = Sums()
+    made.measure("d", rows, out, sums)
+    return out, asdict(sums)
 
 
 def plain_gradients(model, rows, weighting: str) -> np.ndarray:
@@ -108,7 +113,7 @@ def test_streamed_gradients_are_freed_one_by_one(model, make_recipe, rows):
         inner(name, parameter)
 
     made._take = watching
-    made.measure("d", rows, np.empty((2, made.width), dtype=np.float32))
+    made.measure("d", rows, np.empty((2, made.width), dtype=np.float32), Sums())
     assert max(alive) == 1
 
 
@@ -146,7 +151,7 @@ def test_tied_weights_count_once(model, make_recipe, rows):
 
 def test_frozen_parameters_cost_nothing(make_recipe, rows):
     recipe = make_recipe(representation="exact", model={"trainable": ["model.layers.1.mlp.*"]})
-    model = load_model(recipe.model, CPU, trainable=True)
+    model = load_model(open_base(recipe.model), CPU, trainable=True)
     out, _ = measure(model, recipe, rows, memory="streamed")
     assert out.shape[1] == 3 * 16 * 24
     each = plain_gradients(model, rows, "examples")
@@ -156,11 +161,11 @@ def test_frozen_parameters_cost_nothing(make_recipe, rows):
 
 def test_lora_adapters_are_measured(make_recipe, rows):
     recipe = make_recipe(representation="exact", model={"trainable": "lora", "lora": {"rank": 2}})
-    model = load_model(recipe.model, CPU, trainable=True, seed=3)
+    model = load_model(open_base(recipe.model), CPU, trainable=True, seed=3)
     out, _ = measure(model, recipe, rows)
     parameters = trainable_parameters(model)
     assert all("lora_" in name for name in parameters)
-    assert vector_width(recipe.conflict, parameters) == out.shape[1] == sum(p.numel() for p in parameters.values())
+    assert vector_width(recipe.conflict, sum(p.numel() for p in parameters.values())) == out.shape[1]
     start, found = 0, {}
     for name, parameter in parameters.items():
         found[name] = np.abs(out[:, start : start + parameter.numel()]).max()
@@ -176,7 +181,7 @@ def test_half_precision_parameters_are_folded_in_float32(model, make_recipe, row
     made = meter(half, recipe)
     assert not made.held, "bf16 gradients must not be summed in bf16"
     out = np.empty((2, made.width), dtype=np.float32)
-    made.measure("d", rows, out)
+    made.measure("d", rows, out, Sums())
     cosine = out[0] @ exact / np.linalg.norm(out[0]) / np.linalg.norm(exact)
     assert cosine > 0.99
 
@@ -206,15 +211,16 @@ def test_running_out_of_memory_halves_the_micro_batch(model, make_recipe, rows):
     made = meter(model, recipe)
     inner = made._backward
 
-    def scarce(name, batch, found):
+    def scarce(name, batch):
         if batch["input_ids"].numel() > 64:
             raise torch.OutOfMemoryError("no room")
-        inner(name, batch, found)
+        return inner(name, batch)
 
     made._backward = scarce
     out = np.empty((2, made.width), dtype=np.float32)
-    facts = made.measure("d", rows, out)
+    sums = Sums()
+    made.measure("d", rows, out, sums)
     assert made.batch_tokens <= 64
-    assert facts["examples"] == [7, 6]
-    assert facts["weight"] == [7, 6], "an attempt that failed must not be counted"
+    assert sums.examples == [7, 6]
+    assert sums.weight == [7, 6], "an attempt that failed must not be counted"
     np.testing.assert_allclose(out, expected, rtol=0, atol=3e-6 * np.abs(expected).max())

@@ -16,19 +16,19 @@ import torch
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
-from tests.conflict.conftest import CPU, PAD, make_dataset
+from tests.conflict.conftest import CPU, make_dataset, run
 
 from merit.conflict.compare import compare_representations
-from merit.conflict.geometry import principal_components
-from merit.conflict.stage import measure_conflict
-from merit.errors import ConflictError, ResourceError
+from merit.conflict.gradients import GradientMeter
+from merit.conflict.result import Geometry
+from merit.conflict.sample import Probe
+from merit.conflict.stage import measure_gradients
+from merit.errors import ConflictError, ResourceError, RunFolderError
+from merit.hf.base import open_base
 from merit.hf.rows import EncodedRow
 from merit.mixture.encode import EncodedDataset
-from merit.split import split_mixture
-
-
-def run(recipe, mixture, folder: Path, **options) -> dict:
-    return measure_conflict(recipe, mixture, folder, base_fingerprint="base", tokenizer=PAD, device=CPU, **options)
+from merit.split.components import principal_components
+from merit.split.stage import split_mixture
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -37,10 +37,12 @@ def files(folder: Path) -> dict[str, bytes]:
     return found | {"sketches": (folder / "sketches.safetensors").read_bytes()}
 
 
+def probe(recipe) -> Probe:
+    return Probe(open_base(recipe.model), recipe.conflict, recipe.seed, CPU)
+
+
 def computed(recipe, mixture, folder, monkeypatch, **options) -> list[str]:
     """Names of the datasets whose gradients were computed."""
-    from merit.conflict.gradients import GradientMeter
-
     names: list[str] = []
     inner = GradientMeter.measure
     with monkeypatch.context() as patch:
@@ -53,7 +55,7 @@ def computed(recipe, mixture, folder, monkeypatch, **options) -> list[str]:
 
 def test_files_hold_what_they_promise(make_recipe, mixture, tmp_path):
     told = []
-    extras = run(make_recipe(), mixture, tmp_path / "c", progress=lambda *state: told.append(state))
+    geometry = run(make_recipe(), mixture, tmp_path / "c", progress=lambda *state: told.append(state))
     arrays = np.load(tmp_path / "c" / "geometry.npz")
     assert arrays["names"].tolist() == list(mixture)
     sketches = load_file(tmp_path / "c" / "sketches.safetensors")
@@ -74,19 +76,17 @@ def test_files_hold_what_they_promise(make_recipe, mixture, tmp_path):
     assert table[3]["examples"] == 12
     assert 0 < table[3]["expected_cosine"] <= 1
     summary = json.loads((tmp_path / "c" / "summary.json").read_text())
-    assert summary["suggested_axes"] == extras["suggested_axes"] >= 1
+    assert summary["suggested_axes"] == geometry.summary.suggested_axes >= 1
     assert f"r = {summary['suggested_axes']}" in summary["suggestion"]
     first = summary["spectral_concentration"][0]
     assert first["ratio"] == pytest.approx(first["gain"] / first["random"])
     assert first["sign_cut_ratio"] == pytest.approx(first["sign_cut_gain"] / first["sign_cut_random"])
-    made = split_mixture(
-        "pca", 1, names=list(mixture), weights=[len(d) for d in mixture.values()], cosine=arrays["cosine"]
-    )
+    made = split_mixture("pca", 1, weights={name: len(d) for name, d in mixture.items()}, geometry=geometry)
     s = np.array([1.0 if name in made.groups[0] else -1.0 for name in mixture])
     j = np.eye(6) - 1 / 6
     assert first["gain"] == pytest.approx(s @ j @ arrays["cosine"] @ j @ s), "the cut is the one the split makes"
     assert summary["most_conflicting"][0]["cosine"] == pytest.approx(summary["cosine"]["min"])
-    assert extras["examples"] == 6 * 12
+    assert geometry.summary.examples_in_all == 6 * 12
     assert told[0][:2] == (0, 6)
     assert told[-1][:2] == (6, 6)
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == sorted(
@@ -136,6 +136,47 @@ def test_a_damaged_entry_is_measured_again(make_recipe, mixture, tmp_path, monke
     vectors[1].write_bytes(vectors[1].read_bytes()[:-4])
     assert len(computed(make_recipe(), mixture, tmp_path / "c", monkeypatch)) == 2
     assert files(tmp_path / "c") == before
+
+
+def test_damaged_facts_of_an_entry_are_measured_again(make_recipe, mixture, tmp_path, monkeypatch):
+    """Fails on commit f5727a1: a flip in conflict/partial/*.json gave a KeyError, or a changed figure was believed."""
+    run(make_recipe(), mixture, tmp_path / "c")
+    before = files(tmp_path / "c")
+    facts = sorted((tmp_path / "c" / "partial").glob("*.json"))
+    text = facts[0].read_text()
+    for number, (old, new) in enumerate([("weight", "wEight"), ("6.0", "7.0"), ("[", "{"), ("examples", "exbmples")]):
+        assert old in facts[number].read_text(), text
+        facts[number].write_text(facts[number].read_text().replace(old, new, 1))
+    facts[4].write_text("[" * 100_000)
+    assert len(computed(make_recipe(), mixture, tmp_path / "c", monkeypatch)) == 5
+    assert files(tmp_path / "c") == before
+
+
+@pytest.mark.parametrize("file", ["geometry.npz", "datasets.json", "summary.json"])
+def test_damaged_results_are_named(make_recipe, mixture, tmp_path, file):
+    """Fails on commit f5727a1: a flip in geometry.npz ended in a BadZipFile traceback."""
+    geometry = run(make_recipe(), mixture, tmp_path)
+    again = Geometry.load(tmp_path)
+    assert again.summary == geometry.summary
+    assert again.datasets == geometry.datasets
+    assert np.array_equal(again.cosine, geometry.cosine)
+    content = (tmp_path / file).read_bytes()
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 0xFF]) + content[middle + 1 :]
+    for damaged in (flipped, content[:middle], b"", b"[1]", b"{}", b"PK\x03\x04", b"[" * 100_000):
+        (tmp_path / file).write_bytes(damaged)
+        with pytest.raises(RunFolderError, match=file):
+            Geometry.load(tmp_path)
+    (tmp_path / file).unlink()
+    with pytest.raises(RunFolderError, match=file):
+        Geometry.load(tmp_path)
+
+
+def test_in_a_notebook_nothing_is_left_behind(make_recipe, mixture):
+    recipe = make_recipe()
+    geometry = measure_gradients(mixture, open_base(recipe.model), recipe.conflict, device=CPU)
+    assert geometry.names == tuple(mixture)
+    assert len(geometry.datasets) == 6
 
 
 def _run_until_killed(recipe, mixture, folder):
@@ -232,8 +273,8 @@ def test_a_zero_gradient_is_refused_or_left_out(base, make_recipe, tmp_path):
         with pytest.raises(ConflictError, match="gradient of silent is zero"):
             run(make_recipe(model=queries), mixture, tmp_path / "c")
     assert not (tmp_path / "c" / "geometry.npz").exists()
-    extras = run(make_recipe(model=queries, skip_bad=True), mixture, tmp_path / "c")
-    assert list(extras["left_out"]) == ["silent"]
+    geometry = run(make_recipe(model=queries, skip_bad=True), mixture, tmp_path / "c")
+    assert list(geometry.summary.left_out) == ["silent"]
     arrays = np.load(tmp_path / "c" / "geometry.npz")
     assert arrays["names"].tolist() == ["a", "b", "c"]
     assert np.isfinite(arrays["cosine"]).all()
@@ -252,8 +293,8 @@ def test_a_non_finite_gradient_is_refused_or_left_out(base, make_recipe, mixture
         with pytest.raises(ConflictError, match=r"bad .*non-finite"):
             run(make_recipe(model={"base": broken}), clean | {"bad": bad}, tmp_path / "c")
     recipe = make_recipe(model={"base": broken}, skip_bad=True)
-    extras = run(recipe, clean | {"bad": bad}, tmp_path / "c", jobs=jobs)
-    assert "non-finite" in extras["left_out"]["bad"]
+    geometry = run(recipe, clean | {"bad": bad}, tmp_path / "c", jobs=jobs)
+    assert "non-finite" in geometry.summary.left_out["bad"]
     assert np.load(tmp_path / "c" / "geometry.npz")["names"].tolist() == ["a", "b", "c"]
 
 
@@ -263,11 +304,8 @@ def test_an_empty_dataset_is_named(make_recipe, mixture, tmp_path):
 
 
 def test_a_full_disk_is_noticed_before_the_first_gradient(make_recipe, mixture, tmp_path, monkeypatch):
-    from collections import namedtuple
-
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**9, 10**9, 1000))
-    with pytest.raises(ResourceError, match="GiB free"):
+    monkeypatch.setattr("merit.files.free_bytes", lambda _: 1000)
+    with pytest.raises(ResourceError, match=r"6 gradients .* 1000 B are free"):
         run(make_recipe(representation="exact"), mixture, tmp_path / "c")
     assert not list((tmp_path / "c" / "partial").iterdir())
 
@@ -292,27 +330,23 @@ def test_other_representations_run_the_same_stage(make_recipe, mixture, tmp_path
 
 def test_comparison_reports_every_representation(make_recipe, mixture, tmp_path):
     table = compare_representations(
-        make_recipe(),
         mixture,
+        probe(make_recipe()),
         tmp_path,
-        base_fingerprint="base",
-        tokenizer=PAD,
-        device=CPU,
-        sketch_sizes=[256, 2**16],
-        strides=[1, 5],
+        {"sketch": [256, 2**16], "stride": [1, 5]},
     )
-    assert [(e["representation"], e["setting"]) for e in table] == [
+    assert [(e.representation, e.setting) for e in table] == [
         ("sketch", 256),
         ("sketch", 2**16),
         ("stride", 1),
         ("stride", 5),
     ]
-    small, large, whole, fifth = table
-    assert whole["mae"] < 1e-7
-    assert large["mae"] < small["mae"]
-    assert large["pearson"] > 0.999
-    assert fifth["mae"] > 1e-4
-    assert large["pairs"] == 15
+    small, large, whole, fifth = (entry.agreement for entry in table)
+    assert whole.mae < 1e-7
+    assert large.mae < small.mae
+    assert large.pearson > 0.999
+    assert fifth.mae > 1e-4
+    assert large.pairs == 15
     assert not list(tmp_path.glob("compare-*"))
 
 
@@ -324,13 +358,11 @@ def test_comparison_counts_datasets_that_can_be_used(base, make_recipe, tmp_path
     recipe = make_recipe(model={"base": broken}, skip_bad=True)
     found = rf"three datasets, found {count} after 2 were left out \(conflict: bad"
     with pytest.raises(ConflictError, match=found):
-        compare_representations(recipe, mixture, tmp_path, base_fingerprint="base", tokenizer=PAD, device=CPU)
+        compare_representations(mixture, probe(recipe), tmp_path)
     assert not list(tmp_path.glob("compare-*"))
 
 
 def test_comparison_of_two_datasets_is_refused_before_anything_is_measured(make_recipe, mixture, tmp_path):
     few = {name: mixture[name] for name in ("d0", "d1")}
     with pytest.raises(ConflictError, match="three datasets, found 2"):
-        compare_representations(
-            make_recipe(), few, tmp_path / "nowhere", base_fingerprint="base", tokenizer=PAD, device=CPU
-        )
+        compare_representations(few, probe(make_recipe()), tmp_path / "nowhere")

@@ -1,15 +1,36 @@
 """Every split method: partition, determinism, invariances, and the rules where the paper is silent."""
 
 import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merit.errors import ConflictError, RecipeError
-from merit.split import METHODS, needs_conflict, split_mixture
+from merit.errors import ConflictError, RecipeError, RunFolderError
 from merit.split.balance import bisect
+from merit.split.result import Split
+from merit.split.stage import METHODS, split_mixture
+from merit.split.view import needs_conflict
+
+
+@dataclass(frozen=True)
+class Known:
+    """Gradients that another calibration sample would give alike."""
+
+    names: list[str]
+    cosine: np.ndarray
+    gram: np.ndarray
+
+    def resampled(self, replicates: int, seed: int) -> Iterator[np.ndarray]:
+        return itertools.repeat(self.gram, 1)
+
+
+def cut(method: str, axes: int, names, weights, cosine=None, gram=None, seed: int = 0) -> Split:
+    known = None if cosine is None else Known(names, cosine, cosine if gram is None else gram)
+    return split_mixture(method, axes, weights=dict(zip(names, weights, strict=True)), geometry=known, seed=seed)
 
 
 def geometry(seed: int, count: int) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
@@ -22,7 +43,7 @@ def geometry(seed: int, count: int) -> tuple[list[str], np.ndarray, np.ndarray, 
 
 
 def groups_of(method: str, axes: int, names, weights, cosine, gram, seed=0) -> list[list[str]]:
-    return split_mixture(method, axes, names=names, weights=weights, cosine=cosine, gram=gram, seed=seed).groups
+    return cut(method, axes, names, weights, cosine, gram, seed).groups
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -100,12 +121,12 @@ def test_pca_agrees_with_a_reference_written_from_the_paper() -> None:
     centred = cosine - cosine.mean(axis=0)
     scores = np.linalg.svd(centred)[0][:, :2] * np.linalg.svd(centred)[1][:2]
 
-    def cut(part: list[int], axis: int) -> list[list[int]]:
+    def halve(part: list[int], axis: int) -> list[list[int]]:
         order = sorted(part, key=lambda i: scores[i, axis])
         best = min(range(1, len(order)), key=lambda c: abs(weights[order[:c]].sum() - weights[order[c:]].sum()))
         return [order[:best], order[best:]]
 
-    wanted = [sorted(names[i] for i in leaf) for side in cut(list(range(21)), 0) for leaf in cut(side, 1)]
+    wanted = [sorted(names[i] for i in leaf) for side in halve(list(range(21)), 0) for leaf in halve(side, 1)]
     assert sorted(groups_of("pca", 2, names, weights, cosine, gram)) == sorted(wanted)
 
 
@@ -136,7 +157,7 @@ def test_conflict_induced_groups_conflict_more_inside_than_pca_groups() -> None:
 def test_fewer_datasets_than_groups_is_refused() -> None:
     names, weights, cosine, gram = geometry(0, 3)
     with pytest.raises(RecipeError, match=r"3 datasets cannot fill 4 groups"):
-        split_mixture("pca", 2, names=names, weights=weights, cosine=cosine, gram=gram)
+        cut("pca", 2, names, weights, cosine, gram)
 
 
 def test_exactly_as_many_datasets_as_groups() -> None:
@@ -147,7 +168,7 @@ def test_exactly_as_many_datasets_as_groups() -> None:
 def test_a_dataset_heavier_than_half_stays_whole_and_is_named() -> None:
     names, weights, cosine, gram = geometry(2, 9)
     weights[4] = 10 * weights.sum()
-    split = split_mixture("pca", 1, names=names, weights=weights, cosine=cosine, gram=gram)
+    split = cut("pca", 1, names, weights, cosine, gram)
     assert any("d04 alone holds" in warning for warning in split.warnings)
     assert sorted(itertools.chain(*split.groups)) == names
 
@@ -161,9 +182,30 @@ def test_equal_scores_are_cut_by_name() -> None:
 def test_geometry_that_is_missing_or_not_finite_is_refused() -> None:
     names, weights, cosine, gram = geometry(0, 4)
     with pytest.raises(RecipeError, match="merit gradients"):
-        split_mixture("pca", 1, names=names, weights=weights)
+        cut("pca", 1, names, weights)
     cosine[2, 1] = np.nan
     with pytest.raises(ConflictError, match="d02"):
-        split_mixture("pca", 1, names=names, weights=weights, cosine=cosine, gram=gram)
+        cut("pca", 1, names, weights, cosine, gram)
     with pytest.raises(RecipeError, match="positive weight"):
-        split_mixture("random", 1, names=names, weights=[1, 0, 1, 1])
+        cut("random", 1, names, [1, 0, 1, 1])
+
+
+def test_datasets_without_a_gradient_are_left_out_by_name() -> None:
+    names, weights, cosine, gram = geometry(0, 8)
+    mixture = dict(zip(names, weights, strict=True)) | {"silent": 5.0}
+    split = split_mixture("pca", 1, weights=mixture, geometry=Known(names, cosine, gram))
+    assert split.left_out == ["silent"]
+    assert sorted(itertools.chain(*split.groups)) == names
+    assert split_mixture("random", 1, weights=mixture).left_out == []
+
+
+def test_a_damaged_split_is_named(tmp_path) -> None:
+    """Fails on commit f5727a1: a cut or flipped split.json was taken for other settings of a branch."""
+    split = cut("pca", 2, *geometry(0, 8))
+    split.save(tmp_path)
+    assert Split.load(tmp_path) == split
+    text = (tmp_path / "split.json").read_text()
+    for damaged in (text[:40], text.replace("groups", "grovps"), text.replace('"d03"', "3"), "[]", "", "[" * 100_000):
+        (tmp_path / "split.json").write_text(damaged)
+        with pytest.raises(RunFolderError, match=r"split\.json"):
+            Split.load(tmp_path)

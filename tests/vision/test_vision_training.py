@@ -15,6 +15,7 @@ from tests.vision.vision_cases import picture_chats
 
 from merit.conflict.gradients import GradientMeter
 from merit.conflict.sketch import Sketch
+from merit.conflict.store import Sums
 from merit.hf.batches import Batcher, target_losses
 from merit.hf.checkpoint import read_headers
 from merit.hf.families import FAMILIES as KNOWN
@@ -148,7 +149,7 @@ def test_gradient_sums_equal_autograd_row_by_row(folder: Path, family: str, memo
     model, batcher = load_model(recipe.model, CPU, trainable=True), Batcher.of(tokenizer)
     found = np.zeros((2, 1024), np.float32)
     meter = GradientMeter(model, recipe.conflict, seed=7, batcher=batcher, device=CPU, memory=memory)
-    meter.measure("apple", rows, found)
+    meter.measure("apple", rows, found, Sums())
     for half in (0, 1):
         sketch = Sketch(1024, 7, CPU)
         for row in rows[half::2]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,6 @@ import typer
 from merit.cli.options import AsJson, Jobs, Output, Overrides, Quiet, Redo, Target, open_session, out, print_json
 from merit.cli.whole import show_results
 from merit.errors import RecipeError
-from merit.files import read_json
 
 
 def prepare(
@@ -59,12 +59,12 @@ def gradients(
     from merit.run.chain import gradients_alone
 
     session = open_session(target, output, overrides, quiet=quiet, jobs=jobs, redo=redo)
-    record, folder, comparison = gradients_alone(session, compare=compare)
+    record, geometry, comparison = gradients_alone(session, compare=compare)
     if as_json:
-        summary = read_json(folder / "summary.json")
-        print_json({"record": record.model_dump(), "summary": summary, "comparison": comparison})
+        rows = None if comparison is None else [asdict(item) for item in comparison]
+        print_json({"record": record.model_dump(), "summary": geometry.summary_json(), "comparison": rows})
     else:
-        out(*report.render(folder, comparison))
+        out(*report.render(geometry, comparison))
 
 
 def split(
@@ -84,7 +84,7 @@ def split(
 
     result = split_alone(open_session(target, output, overrides, quiet=quiet, redo=redo))
     if as_json:
-        print_json(result)
+        print_json(asdict(result))
     else:
         out(*render(result))
 

@@ -8,23 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
+from scipy.linalg.blas import dsyrk, ssyrk
 
-__all__ = [
-    "Concentration",
-    "PrincipalComponents",
-    "cosine_matrix",
-    "doubly_centred",
-    "gram_matrix",
-    "norm_concentration",
-    "principal_components",
-    "spectral_concentration",
-    "suggest_axes",
-]
-
-Centring = Literal["columns", "double"]
+from merit.split.components import doubly_centred
 
 
 class Sliceable(Protocol):
@@ -52,8 +41,6 @@ def gram_matrix(rows: Sequence[Sliceable], dtype: type = np.float64) -> np.ndarr
     Returns:
         (T, T) float64, exactly symmetric.
     """
-    from scipy.linalg.blas import dsyrk, ssyrk
-
     count, width = len(rows), len(rows[0])
     syrk = dsyrk if dtype is np.float64 else ssyrk
     columns = max(256, min(width, _BLOCK_BYTES // (count * np.dtype(dtype).itemsize)))
@@ -65,64 +52,6 @@ def gram_matrix(rows: Sequence[Sliceable], dtype: type = np.float64) -> np.ndarr
         gram += syrk(1.0, block.T, trans=1, lower=1)
     lower = np.tril(gram)
     return lower + np.tril(gram, -1).T
-
-
-def cosine_matrix(gram: np.ndarray) -> np.ndarray:
-    """C_ij = G_ij / √(G_ii G_jj), (T, T), with an exact unit diagonal. Source: paper §4 step 2."""
-    norms = np.sqrt(np.diag(gram))
-    cosine = gram / np.outer(norms, norms)
-    np.fill_diagonal(cosine, 1.0)
-    return cosine
-
-
-def doubly_centred(matrix: np.ndarray) -> np.ndarray:
-    """J A J with J = I − 11ᵀ/T: rows and columns of a symmetric matrix centred."""
-    return matrix - matrix.mean(axis=0)[None, :] - matrix.mean(axis=1)[:, None] + matrix.mean()
-
-
-@dataclass(frozen=True)
-class PrincipalComponents:
-    """Result of :func:`principal_components`.
-
-    Attributes:
-        scores: (T, R): coordinates of every dataset on the leading axes.
-        explained_variance: (R,): share of the centred matrix's variance on each axis; in [0, 1], descending.
-        axes: (T, R): unit right singular vectors.
-    """
-
-    scores: np.ndarray
-    explained_variance: np.ndarray
-    axes: np.ndarray
-
-
-def principal_components(matrix: np.ndarray, components: int, centring: Centring = "columns") -> PrincipalComponents:
-    """PCA of a symmetric (T, T) matrix whose rows are observations.
-
-    The sign of an axis is chosen so that its score of largest magnitude is positive (the first such in row order); scores of
-    axes without variance are exactly zero.
-
-    Args:
-        matrix: Cosines (the paper's choice) or a Gram matrix (its raw-gradient PCA).
-        components: Axes wanted; at most T − 1 come back.
-        centring: ``columns`` as in the paper's method; ``double`` as in its curvature study.
-
-    Source: paper §4 step 3, Appendix F.3.
-    """
-    matrix = np.asarray(matrix, dtype=np.float64)
-    centred = doubly_centred(matrix) if centring == "double" else matrix - matrix.mean(axis=0)
-    left, singular, right = np.linalg.svd(centred, full_matrices=False)
-    count = max(0, min(components, len(matrix) - 1))
-    variance = singular**2
-    total = float(variance.sum())
-    empty = singular <= np.finfo(np.float64).eps * len(matrix) * max(float(np.abs(matrix).max(initial=0.0)), 1e-300)
-    singular = np.where(empty, 0.0, singular)
-    scores = left[:, :count] * singular[:count]
-    axes = right[:count].T
-    if count:
-        flip = np.where(scores[np.abs(scores).argmax(axis=0), np.arange(count)] < 0, -1.0, 1.0)
-        scores, axes = scores * flip, axes * flip
-    shares = np.where(empty, 0.0, variance)[:count] / total if total > 0 else np.zeros(count)
-    return PrincipalComponents(scores, shares, axes)
 
 
 @dataclass(frozen=True)
@@ -137,7 +66,7 @@ class Concentration:
         sign_cut_gain: μ_k‖v_k‖₁², a lower bound on sᵀMs for the cut s = sign(v_k), whose sides may be of any size.
         sign_cut_random: T/(T−1) tr(M), the mean of sᵀMs over random splits into equal halves.
         sign_cut_ratio: sign_cut_gain / sign_cut_random: the paper's condition. The split does not make this cut.
-        signal: Share of μ_k that the two half-samples agree on; NaN where it was not measured.
+        signal: Share of μ_k that the two half-samples agree on; None where it was not measured.
     """
 
     axis: int
@@ -147,7 +76,7 @@ class Concentration:
     sign_cut_gain: float
     sign_cut_random: float
     sign_cut_ratio: float
-    signal: float
+    signal: float | None
 
 
 def spectral_concentration(
@@ -191,7 +120,7 @@ def spectral_concentration(
         cuts = [_cut_gain(cosine, *groups[i : i + 2]) for i in range(0, len(groups), 2)]
         gain, random = sum(cut[0] for cut in cuts), sum(cut[1] for cut in cuts)
         sign_gain = value * float(np.abs(vector).sum()) ** 2
-        signal = float("nan") if agreed is None or value == 0 else float(vector @ agreed @ vector) / value
+        signal = None if agreed is None or value == 0 else float(vector @ agreed @ vector) / value
         ratio, sign_ratio = gain / random if random > 0 else 0.0, sign_gain / halves if halves > 0 else 0.0
         found.append(Concentration(place, gain, random, ratio, sign_gain, halves, sign_ratio, signal))
     return found
@@ -248,7 +177,7 @@ def suggest_axes(concentration: Sequence[Concentration], datasets: int) -> tuple
                 f"(ratio {item.ratio:.2f}, needs {_LEAST_RATIO})"
             )
             break
-        if item.signal < 0.5:
+        if item.signal is not None and item.signal < 0.5:
             why = f"axis {item.axis} is mostly sampling noise ({item.signal:.0%} agreed between half-samples)"
             break
         passed += 1

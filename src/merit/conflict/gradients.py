@@ -12,22 +12,20 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
+import psutil
 import torch
+from transformers import PreTrainedModel
 
 from merit.conflict.sketch import Sketch
+from merit.conflict.store import Sums
 from merit.errors import ConflictError, ResourceError
 from merit.hf.batches import Batcher, iterate_batches, length_sorted_batches, target_losses
 from merit.hf.models import trainable_parameters
+from merit.hf.rows import EncodedRow
 from merit.recipe.schema import ConflictSettings
-
-if TYPE_CHECKING:
-    from merit.hf.rows import EncodedRow
-
-__all__ = ["GradientMeter", "Memory", "default_batch_tokens", "vector_width"]
 
 Memory = Literal["auto", "held", "streamed"]
 
@@ -92,12 +90,11 @@ class StrideRepresentation:
         """The row is complete."""
 
 
-def vector_width(settings: ConflictSettings, parameters: Mapping[str, torch.nn.Parameter]) -> int:
-    """D: float32 entries kept of one gradient."""
+def vector_width(settings: ConflictSettings, parameters: int) -> int:
+    """D: float32 entries kept of one gradient of so many trainable parameters."""
     if settings.representation == "sketch":
         return settings.sketch_size
-    stride = settings.stride if settings.representation == "stride" else 1
-    return -(-sum(parameter.numel() for parameter in parameters.values()) // stride)
+    return -(-parameters // (settings.stride if settings.representation == "stride" else 1))
 
 
 def make_representation(
@@ -109,24 +106,12 @@ def make_representation(
     return StrideRepresentation(parameters, settings.stride if settings.representation == "stride" else 1)
 
 
-def default_batch_tokens(model: Any, device: torch.device) -> int:
+def default_batch_tokens(model: PreTrainedModel, device: torch.device) -> int:
     """Padded tokens per micro-batch: on a CPU, float32 logits stay under 128 MiB; on CUDA a start that may be halved."""
     if device.type == "cuda":
         return 65536
     vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 32768))
     return max(256, min(4096, 2**25 // vocabulary))
-
-
-@dataclass
-class HalfStatistics:
-    """Sums over one half-sample: Σ1, Σw, Σw², Σ example-mean loss, Σ token loss (nats), Σ target tokens."""
-
-    examples: int = 0
-    weight: float = 0.0
-    weight_squared: float = 0.0
-    example_loss: float = 0.0
-    token_loss: float = 0.0
-    tokens: int = 0
 
 
 class GradientMeter:
@@ -145,25 +130,26 @@ class GradientMeter:
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         settings: ConflictSettings,
         *,
         seed: int,
         batcher: Batcher,
         device: torch.device,
-        autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+        autocast: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
         memory: Memory = "auto",
     ) -> None:
-        self.model = model.eval()
+        self.model: PreTrainedModel = model
+        model.train(False)
         self.parameters = trainable_parameters(model)
-        self.width = vector_width(settings, self.parameters)
+        self.width = vector_width(settings, sum(p.numel() for p in self.parameters.values()))
         self.held = _can_hold(self.parameters, device) if memory == "auto" else memory == "held"
         self.batch_tokens = settings.batch_tokens or default_batch_tokens(model, device)
         self._settings, self._batcher, self._device, self._autocast = settings, batcher, device, autocast
         self._representation = make_representation(settings, self.parameters, seed, device)
         self._sums: dict[str, torch.Tensor] = {}
 
-    def measure(self, name: str, rows: Sequence[EncodedRow], out: np.ndarray) -> dict[str, Any]:
+    def measure(self, name: str, rows: Sequence[EncodedRow], out: np.ndarray, sums: Sums) -> None:
         """Fill ``out`` with the weighted gradient *sums* of the rows at even and at odd places.
 
         Args:
@@ -171,22 +157,25 @@ class GradientMeter:
             rows: The sample in the order drawn; every row has at least one target.
             out: (2, D) float32. Row 0: Σ w_i ∇L_i over even i, row 1 over odd i, where L_i is example i's mean
                 target-token loss; w_i = 1 with weighting ``examples``, its number of targets with ``tokens``.
-
-        Returns:
-            Facts: per half the sums of :class:`HalfStatistics`, and seconds.
+            sums: Filled with the same rows' counts, weights and losses.
 
         Raises:
             ConflictError: A loss or gradient is not finite; the parameter is named.
             ResourceError: Not even one row fits in memory.
         """
         started = time.perf_counter()
-        halves = [self._half(name, rows[parity::2], out[parity]) for parity in (0, 1)]
-        return {
-            **{field: [getattr(half, field) for half in halves] for field in HalfStatistics.__dataclass_fields__},
-            "seconds": time.perf_counter() - started,
-        }
+        for parity in (0, 1):
+            part = rows[parity::2]
+            weight, squared, example_loss, token_loss, tokens = self._half(name, part, out[parity]).tolist()
+            sums.examples.append(len(part))
+            sums.weight.append(weight)
+            sums.weight_squared.append(squared)
+            sums.example_loss.append(example_loss)
+            sums.token_loss.append(token_loss)
+            sums.tokens.append(int(tokens))
+        sums.seconds = time.perf_counter() - started
 
-    def _half(self, name: str, rows: Sequence[EncodedRow], row: np.ndarray) -> HalfStatistics:
+    def _half(self, name: str, rows: Sequence[EncodedRow], row: np.ndarray) -> np.ndarray:
         while True:
             try:
                 return self._attempt(name, rows, row)
@@ -199,20 +188,24 @@ class GradientMeter:
                 self.batch_tokens //= 2
             torch.cuda.empty_cache()
 
-    def _attempt(self, name: str, rows: Sequence[EncodedRow], row: np.ndarray) -> HalfStatistics:
-        found = HalfStatistics(examples=len(rows))
+    def _attempt(self, name: str, rows: Sequence[EncodedRow], row: np.ndarray) -> np.ndarray:
+        """Fill one row; Σw, Σw², Σ example-mean loss, Σ token loss, Σ targets."""
+        total = np.zeros(5)
         self._sums = {}
         self._representation.begin(row)
         self.model.zero_grad(set_to_none=True)
         hooks = (
             []
             if self.held
-            else [p.register_post_accumulate_grad_hook(self._hook(n)) for n, p in self.parameters.items()]
+            else [
+                p.register_post_accumulate_grad_hook(self._hook(n))  # type: ignore[no-untyped-call]
+                for n, p in self.parameters.items()
+            ]
         )
         try:
             batches = length_sorted_batches([len(r.input_ids) for r in rows], self.batch_tokens)
             for _, batch in iterate_batches(rows, batches, self._batcher, self._device):
-                self._backward(name, batch, found)
+                total += self._backward(name, batch)
             for parameter_name, parameter in self.parameters.items() if self.held else ():
                 if parameter.grad is not None:
                     self._take(parameter_name, parameter)
@@ -222,27 +215,25 @@ class GradientMeter:
             self.model.zero_grad(set_to_none=True)
         self._check_finite(name)
         self._representation.end()
-        return found
+        return total
 
-    def _backward(self, name: str, batch: Mapping[str, torch.Tensor], found: HalfStatistics) -> None:
+    def _backward(self, name: str, batch: Mapping[str, torch.Tensor]) -> np.ndarray:
         with self._autocast():
             losses, counts = target_losses(self.model, batch)
         means = losses / counts.clamp(min=1)
         total = (means if self._settings.weighting == "examples" else losses).sum()
         if total.requires_grad:  # not so for rows without an image, where the projector alone is trained
-            total.backward()
+            torch.autograd.backward(total)
         weights = torch.ones_like(means) if self._settings.weighting == "examples" else counts.double()
-        sums = torch.stack([x.detach().double().sum() for x in (weights, weights**2, means, losses, counts)]).tolist()
+        sums = (
+            torch.stack([x.detach().double().sum() for x in (weights, weights**2, means, losses, counts)]).cpu().numpy()
+        )
         if not np.isfinite(sums).all():
             raise ConflictError(
                 f"conflict: {name} has a non-finite loss at the base.",
-                "Look for damaged weights (`merit check`), or leave the dataset out (conflict.skip_bad, --skip-bad).",
+                "Look for damaged weights (`merit check`), or leave the dataset out (conflict.skip_bad: true).",
             )
-        found.weight += sums[0]
-        found.weight_squared += sums[1]
-        found.example_loss += sums[2]
-        found.token_loss += sums[3]
-        found.tokens += int(sums[4])
+        return sums
 
     def _hook(self, name: str) -> Callable[[torch.Tensor], None]:
         return lambda parameter: self._take(name, parameter)
@@ -265,8 +256,8 @@ class GradientMeter:
         first = next(parameter for parameter, good in zip(self._sums, finite, strict=True) if not good)
         raise ConflictError(
             f"conflict: the gradient of {name} is not finite; first in {first}.",
-            "Look for damaged weights or rows, use model.dtype float32, or leave the dataset out (conflict.skip_bad, "
-            "--skip-bad).",
+            "Look for damaged weights or rows, use model.dtype float32, or leave the dataset out "
+            "(conflict.skip_bad: true).",
         )
 
 
@@ -277,7 +268,5 @@ def _can_hold(parameters: Mapping[str, torch.nn.Parameter], device: torch.device
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
     else:
-        import psutil
-
         free = psutil.virtual_memory().available
     return needed * 4 < free

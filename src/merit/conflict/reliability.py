@@ -21,15 +21,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = [
-    "HalfSamples",
-    "Reliability",
-    "calibration_steps",
-    "cross_half_cosine",
-    "noise_corrected_cosine",
-    "reliability",
-]
-
 
 @dataclass(frozen=True)
 class HalfSamples:
@@ -57,7 +48,8 @@ class HalfSamples:
 
     def gram(self) -> np.ndarray:
         """⟨g_i, g_j⟩ (T, T), from the full matrices of the halves."""
-        return self.even_even + self.odd_odd + self.even_odd + self.even_odd.T
+        gram: np.ndarray = self.even_even + self.odd_odd + self.even_odd + self.even_odd.T
+        return gram
 
 
 @dataclass(frozen=True)
@@ -112,7 +104,7 @@ def noise_corrected_cosine(gram: np.ndarray, found: Reliability) -> np.ndarray:
         (T, T) float64 with unit diagonal; rows and columns of datasets with u ≤ 0 (or unknown) are NaN, diagonal too.
     """
     u = np.where(found.unbiased_squared_norm > 0, found.unbiased_squared_norm, np.nan)
-    corrected = gram / np.sqrt(np.outer(u, u))
+    corrected: np.ndarray = gram / np.sqrt(np.outer(u, u))
     np.fill_diagonal(corrected, np.where(np.isnan(u), np.nan, 1.0))
     return corrected
 
@@ -127,8 +119,8 @@ def cross_half_cosine(halves: HalfSamples) -> np.ndarray | None:
     if np.any(a <= 0) or np.any(b <= 0):
         return None
     norms = np.sqrt(np.diag(halves.gram()))
-    product = halves.even_odd / np.outer(a, b) / np.outer(norms, norms)
-    return (product + product.T) / 2
+    product: np.ndarray = halves.even_odd / np.outer(a, b) / np.outer(norms, norms)
+    return np.asarray((product + product.T) / 2)
 
 
 def calibration_steps(rows: int, limit: int, first: int = 48) -> list[int]:

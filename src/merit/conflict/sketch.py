@@ -21,8 +21,8 @@ Steele, Lea & Flood 2014 (SplitMix).
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import torch
 
@@ -147,7 +147,7 @@ def _add_on_cpu(total: torch.Tensor, part: torch.Tensor, words: torch.Tensor, of
 
 
 @lru_cache(maxsize=1)
-def _compiled() -> Any:
+def _compiled() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]:
     return torch.compile(_add, dynamic=True)
 
 

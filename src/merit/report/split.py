@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rich.console import RenderableType
 from rich.table import Table
 
+from merit.split.result import Split
 
-def render(facts: dict[str, Any]) -> list[RenderableType]:
+
+def render(split: Split) -> list[RenderableType]:
     """The groups of a split."""
-    table = Table("group", facts["balance"], "datasets", title=f"{facts['method']} split", title_justify="left")
-    for k, (group, weight) in enumerate(zip(facts["groups"], facts["weights"], strict=True)):
+    table = Table("group", split.balance, "datasets", title=f"{split.method} split", title_justify="left")
+    for k, (group, weight) in enumerate(zip(split.groups, split.weights, strict=True)):
         table.add_row(str(k), f"{weight:,.0f}", ", ".join(group))
     return [table]

@@ -7,18 +7,15 @@ do not know each other and holds no maths. The functions that end in ``_alone`` 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from merit.conflict.compare import compare_representations
-from merit.conflict.stability import split_stability
-from merit.conflict.stage import measure_conflict
-from merit.errors import ConflictError, RecipeError, RunFolderError
-from merit.files import differences, read_json, write_json
+from merit.conflict.compare import Comparison, compare_representations
+from merit.conflict.result import Geometry
+from merit.conflict.sample import Probe
+from merit.conflict.stage import measure_gradients
+from merit.errors import RecipeError, RunFolderError
+from merit.files import differences
 from merit.mixture import Mixture
 from merit.mixture.stage import encode_mixture
 from merit.run import key
@@ -33,7 +30,9 @@ from merit.run.status import ORDER, Known, Row, run_status
 from merit.run.step import Step, Work, run_step, stands
 from merit.run.store import Stage, claim, lock, stale
 from merit.run.training import BranchId, train_branches
-from merit.split import Split, needs_conflict, split_mixture
+from merit.split.result import Split
+from merit.split.stage import split_mixture
+from merit.split.view import needs_conflict
 
 STAGES = ("prepare", "mixture", "gradients", "split", "train", "merge", "evaluate")
 """Names of the stages as commands, in order."""
@@ -156,109 +155,69 @@ def conflict_stage(session: Session, mixture: Mixture) -> Stage:
     return key.conflict_stage(session.recipe, session.run, base=session.base.fingerprint, rows=mixture.fingerprints)
 
 
-def gradients(session: Session, mixture: Mixture) -> Stage:
+def gradients(session: Session, mixture: Mixture) -> Geometry:
     """One gradient per dataset at the base, and their geometry."""
     recipe, stage = session.recipe, conflict_stage(session, mixture)
     count = f"{len(mixture.counts)} datasets"
 
-    def make(work: Work) -> Path:
-        work.facts.update(
-            measure_conflict(
-                recipe,
-                mixture.train,
-                work.folder,
-                base=session.base,
-                device=session.device,
-                jobs=session.jobs,
-                progress=work.progress,
-            )
+    def make(work: Work) -> Geometry:
+        geometry = measure_gradients(
+            mixture.train,
+            session.base,
+            recipe.conflict,
+            recipe.seed,
+            work.folder,
+            device=session.device,
+            jobs=session.jobs,
+            progress=work.progress,
         )
-        return work.folder
+        work.facts.update(geometry.facts(), device=str(session.device), jobs=session.jobs)
+        return geometry
 
     step = Step(
-        "gradients", stage, make, load=lambda folder: folder, seed=recipe.seed,
-        describe=lambda _folder: f"{count}, {recipe.conflict.representation}",
+        "gradients", stage, make, Geometry.load, recipe.seed,
+        describe=lambda _geometry: f"{count}, {recipe.conflict.representation}",
         begin=f"{count} at the base", keep=("partial",),
     )  # fmt: skip
-    run_step(step, session)
-    return stage
+    return run_step(step, session)
 
 
 # ---- split ------------------------------------------------------------------------------------------------------------
 
 
-def split(session: Session, scope: Scope, mixture: Mixture) -> list[list[str]]:
-    """Groups of datasets of the run, or of a baseline; dataset names per group."""
+def split(session: Session, scope: Scope, mixture: Mixture) -> Split:
+    """Groups of datasets of the run, or of a baseline."""
     recipe = session.recipe_of(scope)
     method = recipe.split.method
     measured = conflict_stage(session, mixture) if needs_conflict(method) else None
     if measured is not None and not stands(measured, session):
         raise RunFolderError(f"split.method {method} needs the gradients, which are not measured yet.", _NEXT)
-    geometry = measured.record().outputs["geometry.npz"].xxh3 if measured is not None else None
-    stage = key.split_stage(recipe, scope, rows=mixture.fingerprints, geometry=geometry)
+    content = measured.record().outputs["geometry.npz"].xxh3 if measured is not None else None
+    stage = key.split_stage(recipe, scope, rows=mixture.fingerprints, geometry=content)
 
-    def make(work: Work) -> Path:
-        weights = mixture.rows if recipe.split.balance == "samples" else mixture.target_tokens
-        arrays: Mapping[str, Any] = np.load(measured.path / "geometry.npz") if measured is not None else {}
-        names = [str(name) for name in arrays["names"]] if measured is not None else list(weights)
-        cut = partial(
-            split_mixture,
+    def make(work: Work) -> Split:
+        result = split_mixture(
             method,
             recipe.split.axes,
-            names=names,
-            weights=[weights[name] for name in names],
+            weights=mixture.rows if recipe.split.balance == "samples" else mixture.target_tokens,
+            geometry=Geometry.load(measured.path) if measured is not None else None,
             balance=recipe.split.balance,
             seed=recipe.seed,
         )
-        found = cut(cosine=arrays["cosine"], gram=arrays["gram"]) if measured is not None else cut()
-        left_out = sorted(set(weights) - set(names))
-        stability = _stability(session, cut, arrays) if measured is not None else None
-        write_json(
-            work.folder / "split.json",
-            {
-                "method": found.method,
-                "axes": found.axes,
-                "balance": found.balance,
-                "groups": found.groups,
-                "weights": found.weights,
-                "left_out": left_out,
-                "warnings": found.warnings,
-                "stability": stability,
-            },
-        )
-        work.facts["left_out"] = left_out
-        return work.folder
+        result.save(work.folder)
+        work.facts["left_out"] = result.left_out
+        return result
 
-    def describe(folder: Path) -> str:
-        found = read_json(folder / "split.json")["groups"]
-        word = "group" if len(found) == 1 else "groups"
-        return f"{method}: {len(found)} {word} of {' + '.join(str(len(group)) for group in found)} datasets"
+    def describe(split: Split) -> str:
+        word = "group" if len(split.groups) == 1 else "groups"
+        return (
+            f"{method}: {len(split.groups)} {word} of {' + '.join(str(len(group)) for group in split.groups)} datasets"
+        )
 
     step = Step(
-        "split", stage, make, load=lambda folder: folder, seed=recipe.seed, describe=describe,
-        notes=lambda folder: read_json(folder / "split.json")["warnings"],
+        "split", stage, make, Split.load, recipe.seed, describe=describe, notes=lambda split: split.warnings
     )  # fmt: skip
-    return groups_of(run_step(step, session))
-
-
-def groups_of(folder: Path) -> list[list[str]]:
-    """Dataset names per group, from a split's folder."""
-    return [list(group) for group in read_json(folder / "split.json")["groups"]]
-
-
-def _stability(session: Session, cut: Callable[..., Split], arrays: Mapping[str, Any]) -> dict[str, float] | None:
-    """Probability of every dataset to land in its group, had another calibration sample been drawn."""
-    replicates = 100 if len(arrays["names"]) <= 200 else 20
-    try:
-        return split_stability(
-            arrays,
-            lambda cosine, gram: cut(cosine=cosine, gram=gram).groups,
-            replicates=replicates,
-            seed=session.recipe.seed,
-        ).probability
-    except ConflictError as error:
-        session.reporter.note(f"how stable the split is cannot be said: {error.message}")
-        return None
+    return run_step(step, session)
 
 
 def splits(session: Session, mixture: Mixture) -> None:
@@ -306,7 +265,11 @@ def run_chain(session: Session, until: str = "evaluate") -> None:
 
 def all_branches(session: Session) -> list[BranchId]:
     """Every branch of the run and of its baselines."""
-    return [BranchId(scope.method, k) for scope in session.scopes for k in range(len(groups_of(scope.root / "split")))]
+    return [
+        BranchId(scope.method, k)
+        for scope in session.scopes
+        for k in range(len(Split.load(scope.root / "split").groups))
+    ]
 
 
 def merges(session: Session) -> None:
@@ -336,32 +299,26 @@ def prepare_alone(session: Session) -> Path:
         return prepare(session, run_chain)
 
 
-def gradients_alone(session: Session, *, compare: bool) -> tuple[Record, Path, list[dict[str, Any]] | None]:
-    """`merit gradients`: the record, the stage's folder, and cosines by sketch and stride against exact ones."""
+def gradients_alone(session: Session, *, compare: bool) -> tuple[Record, Geometry, list[Comparison] | None]:
+    """`merit gradients`: the record, the geometry, and cosines by sketch and stride against exact ones."""
     make_plan(session)
     comparison = None
     with begun(session, "gradients"):
         encoded = mixture(session)
-        stage = gradients(session, encoded)
+        geometry = gradients(session, encoded)
+        stage = conflict_stage(session, encoded)
         if compare:
+            probe = Probe(session.base, session.recipe.conflict, session.recipe.seed, session.device)
             with session.reporter.progress("exact gradients") as tick:
-                comparison = compare_representations(
-                    session.recipe,
-                    encoded.train,
-                    stage.path,
-                    base=session.base,
-                    device=session.device,
-                    jobs=session.jobs,
-                    progress=tick,
-                )
-    return stage.record(), stage.path, comparison
+                comparison = compare_representations(encoded.train, probe, stage.path, jobs=session.jobs, progress=tick)
+    return stage.record(), geometry, comparison
 
 
-def split_alone(session: Session) -> dict[str, Any]:
-    """`merit split`: what split.json says."""
+def split_alone(session: Session) -> Split:
+    """`merit split`: the run's split, and every baseline's."""
     with begun(session, "split"):
         splits(session, mixture(session))
-    return dict(read_json(session.run / "split" / "split.json"))
+    return Split.load(session.run / "split")
 
 
 def train_alone(session: Session, branches: Sequence[BranchId] | None) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from merit.evaluation.stage import About, Candidate, Evaluation, HeldOut, ModelSet, evaluate
-from merit.files import read_json
 from merit.hf import checkpoint
 from merit.mixture import load_split
 from merit.run import key
@@ -19,6 +18,7 @@ from merit.run.session import Session
 from merit.run.step import Step, Work, run_step
 from merit.run.store import Stage
 from merit.run.training import branch_stages
+from merit.split.result import Split
 
 
 def evaluate_run(session: Session) -> Evaluation:
@@ -68,7 +68,7 @@ def evaluate_run(session: Session) -> Evaluation:
 
 def model_set(session: Session, models: Mapping[str, tuple[Path | None, str]]) -> ModelSet:
     """The models of a run as the evaluation takes them, with how they were made."""
-    method = read_json(session.run / "split" / "split.json")["method"]
+    method = Split.load(session.run / "split").method
     about = About(method=method, trained_tokens=trained_tokens(session), remarks=remarks(session))
     return ModelSet(session.base, {name: Candidate(*facts) for name, facts in models.items()}, about)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from merit.errors import RunFolderError
-from merit.files import differences, read_json
+from merit.files import differences
 from merit.launch.local import read_progress
 from merit.mixture import read_counts
 from merit.prepare import stage_folder, stage_recipe
@@ -24,6 +24,7 @@ from merit.run import key
 from merit.run.record import Record
 from merit.run.scope import Scope, recipe_of, scopes_of
 from merit.run.store import Stage, is_locked
+from merit.split.result import Split
 
 State = Literal["done", "stale", "running", "partial", "damaged", "missing"]
 ORDER = ("assemble", "prepared", "mixture", "gradients", "split", "branch", "merged", "evaluation")
@@ -124,8 +125,8 @@ def _scope_rows(recipe: Recipe, scope: Scope, rows: Mapping[str, str], base: str
         lambda: key.split_stage(recipe, scope, rows=rows, geometry=None),
     )
     groups: list[list[str]] = [[] for _ in range(recipe.group_count)]
-    with contextlib.suppress(RunFolderError, KeyError, TypeError):
-        groups = read_json(scope.root / "split" / "split.json")["groups"]
+    with contextlib.suppress(RunFolderError):
+        groups = Split.load(scope.root / "split").groups
     branches: dict[int, Stage] = {}
     for k, group in enumerate(groups):
         branches[k] = Stage("branch", scope.root / "branches" / str(k), title=scope.name(f"branch {k}"))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from merit.errors import Interrupted, RecipeError, RunFolderError
-from merit.files import read_json, require_space
+from merit.files import require_space
 from merit.hf import checkpoint
 from merit.launch.local import BranchJob, ProgressFile, run_branches
 from merit.mixture import load_split, read_counts
@@ -24,6 +24,7 @@ from merit.run.scope import Scope
 from merit.run.session import Session
 from merit.run.step import stands
 from merit.run.store import Stage
+from merit.split.result import Split
 from merit.train.branch import train_branch
 
 
@@ -56,7 +57,7 @@ def branch_stages(session: Session, scope: Scope) -> dict[int, Stage]:
     """The branches of a scope, as asked now."""
     rows = {item.name: item.fingerprint for item in read_counts(session.run / "mixture")}
     recipe, base = session.recipe_of(scope), session.base.fingerprint
-    groups = read_json(scope.root / "split" / "split.json")["groups"]
+    groups = Split.load(scope.root / "split").groups
     return {k: key.branch_stage(recipe, scope, k, group, base=base, rows=rows) for k, group in enumerate(groups)}
 
 
@@ -72,7 +73,7 @@ def scope_of(session: Session, branch: BranchId) -> Scope:
             f"--branch {branch}: the recipe has no baseline {branch.root!r}; it has {', '.join(baselines) or 'none'}."
         )
     scope = Scope(session.run, branch.root)
-    groups = len(read_json(scope.root / "split" / "split.json")["groups"])
+    groups = len(Split.load(scope.root / "split").groups)
     if branch.k >= groups:
         raise RecipeError(f"--branch {branch}: the split has {groups} groups, numbered from 0.")
     return scope
@@ -83,7 +84,7 @@ def _stage(session: Session, branch: BranchId) -> Stage:
 
 
 def _group(session: Session, branch: BranchId) -> list[str]:
-    return list(read_json(scope_of(session, branch).root / "split" / "split.json")["groups"][branch.k])
+    return Split.load(scope_of(session, branch).root / "split").groups[branch.k]
 
 
 def train_branches(session: Session, branches: Sequence[BranchId]) -> None:

@@ -48,10 +48,10 @@ def bisect(scores: np.ndarray, weights: np.ndarray, names: Sequence[str]) -> Gro
 
 
 def _orient(column: np.ndarray) -> np.ndarray:
-    largest = np.abs(column).max(initial=0.0)
+    largest = float(np.abs(column).max(initial=0.0))
     if largest == 0.0:
         return np.zeros_like(column)
-    rounded = np.round(column / (largest * _TIE)) * _TIE
+    rounded: np.ndarray = np.round(column / (largest * _TIE)) * _TIE
     first = int(np.flatnonzero(np.abs(rounded) >= np.abs(rounded).max() - _TIE)[0])
     return rounded if rounded[first] > 0 else -rounded
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from merit.conflict.geometry import principal_components
 from merit.split.balance import bisect
+from merit.split.components import principal_components
 from merit.split.view import Groups, MixtureView
 
 

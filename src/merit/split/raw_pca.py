@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from merit.conflict.geometry import principal_components
 from merit.errors import RecipeError
 from merit.split.balance import bisect
+from merit.split.components import principal_components
 from merit.split.view import Groups, MixtureView
 
 

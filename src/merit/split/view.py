@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -10,6 +12,30 @@ from merit.errors import ConflictError, RecipeError
 
 Groups = list[list[int]]
 """Indices into a :class:`MixtureView`, one list per group."""
+
+
+class GradientGeometry(Protocol):
+    """What a split reads of measured gradients (:class:`merit.conflict.result.Geometry` has it)."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Dataset names (T,); row i of every matrix is dataset i."""
+
+    @property
+    def gram(self) -> np.ndarray:
+        """Inner products (T, T)."""
+
+    @property
+    def cosine(self) -> np.ndarray:
+        """Cosines (T, T)."""
+
+    def resampled(self, replicates: int, seed: int) -> Iterator[np.ndarray]:
+        """Gram matrices as other calibration samples would have given them."""
+
+
+def needs_conflict(method: str) -> bool:
+    """Whether a method reads the gradients' geometry (random and joint do not)."""
+    return method not in ("random", "joint")
 
 
 @dataclass(frozen=True)
@@ -28,16 +54,16 @@ class MixtureView:
     cosine: np.ndarray | None = None
     gram: np.ndarray | None = None
 
-    def check(self, method: str, needs_cosine: bool) -> None:
-        """Refuse what no method could use: repeated names, weights that are not positive, missing or non-finite geometry."""
-        if len(set(self.names)) != len(self.names):
-            raise RecipeError("split: dataset names must differ.")
+    def check(self, method: str) -> None:
+        """Refuse what no method could use: weights that are not positive, missing or non-finite geometry."""
         if not np.all(np.isfinite(self.weights)) or np.any(self.weights <= 0):
             bad = self.names[int(np.argmin(np.where(np.isfinite(self.weights), self.weights, -1)))]
             raise RecipeError(f"split: every dataset needs a positive weight; {bad} has none.")
-        if needs_cosine and self.cosine is None:
+        if not needs_conflict(method):
+            return
+        if self.cosine is None:
             raise RecipeError(f"split.method {method} needs the gradients' geometry; run `merit gradients` first.")
         for matrix in (self.cosine, self.gram):
-            if needs_cosine and matrix is not None and not np.all(np.isfinite(matrix)):
+            if matrix is not None and not np.all(np.isfinite(matrix)):
                 bad = self.names[int(np.argmin(np.isfinite(matrix).all(axis=1)))]
                 raise ConflictError(f"split: the gradient geometry of {bad} is not finite.")

@@ -1,0 +1,163 @@
+"""From measured gradients to a :class:`merit.conflict.result.Geometry`: figures computed elsewhere, put together here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from merit.conflict import geometry
+from merit.conflict.reliability import cross_half_cosine, noise_corrected_cosine, reliability
+from merit.conflict.result import Arrays, DatasetFacts, Geometry, Pair, Spread, Summary
+from merit.conflict.sample import Measured, half_samples
+from merit.conflict.store import GradientStore
+from merit.recipe.schema import ConflictSettings
+from merit.split.balance import bisect
+from merit.split.components import cosine_matrix, principal_components
+from merit.split.view import Groups
+
+COMPONENTS = 6
+"""R: principal axes that are kept (fewer with fewer datasets); recipes ask for at most as many."""
+
+_DOUBLE_LIMIT = 256
+"""Up to so many datasets half-sample products are computed in float64; above, blocks in float32 added in float64."""
+
+
+def build_geometry(
+    measured: Sequence[Measured], left_out: Sequence[Measured], store: GradientStore, settings: ConflictSettings
+) -> Geometry:
+    """Compare the gradients of ``measured``; computed in name order, so that the order of datasets changes no figure."""
+    order = sorted(range(len(measured)), key=lambda i: measured[i].name)
+    items = [measured[i] for i in order]
+    count = len(items)
+    gram = geometry.gram_matrix([item.vector(store, 0, 1) for item in items])
+    parts = [item.vector(store, half) for half in (0, 1) for item in items]
+    half_gram = geometry.gram_matrix(parts, np.float64 if count <= _DOUBLE_LIMIT else np.float32)
+    halves = half_samples(items, half_gram)
+    noise = reliability(halves)
+    cosine = cosine_matrix(gram)
+    column, double = (principal_components(cosine, COMPONENTS, centring) for centring in ("columns", "double"))
+    raw = principal_components(gram, COMPONENTS)
+    splits = successive_splits(column.scores, [item.dataset_rows for item in items], [item.name for item in items])
+    concentration = geometry.spectral_concentration(cosine, splits, cross_half_cosine(halves))
+    back = np.argsort(order)
+    grid = np.ix_(back, back)
+    twice = np.concatenate([back, back + count])
+    arrays = Arrays(
+        names=np.array([item.name for item in measured]),
+        gram=gram[grid],
+        cosine=cosine[grid],
+        cosine_corrected=noise_corrected_cosine(gram, noise)[grid],
+        half_gram=half_gram[np.ix_(twice, twice)],
+        examples=np.array([item.examples for item in measured], dtype=np.int64),
+        rows=np.array([item.dataset_rows for item in measured], dtype=np.int64),
+        norm=np.sqrt(np.diag(gram))[back],
+        scores=column.scores[back],
+        explained_variance=column.explained_variance,
+        scores_doubly_centred=double.scores[back],
+        explained_variance_doubly_centred=double.explained_variance,
+        scores_raw=raw.scores[back],
+        explained_variance_raw=raw.explained_variance,
+        **{
+            key: getattr(noise, key)[back]
+            for key in ("unbiased_squared_norm", "noise", "reliability", "expected_cosine")
+        },
+        **{key: getattr(halves, key)[back] for key in ("share_even", "q_even", "q_odd", "q", "q_all")},
+    )
+    table = [_facts(item, arrays, i) for i, item in enumerate(measured)]
+    table += [DatasetFacts(item.name, item.dataset_rows, left_out=item.bad) for item in left_out]
+    return Geometry(arrays, table, _summary(arrays, table, concentration, settings))
+
+
+def successive_splits(scores: np.ndarray, weights: Sequence[float], names: Sequence[str]) -> list[Groups]:
+    """The split's own groups along 1, 2, ... axes, for as many as T datasets can fill; none where an axis is empty.
+
+    Args:
+        scores: (T, R), as :func:`merit.split.components.principal_components` gives them.
+        weights: (T,) what the cuts balance.
+        names: (T,) sorted.
+    """
+    most = min(scores.shape[1], len(names).bit_length() - 1)
+    heavy = np.asarray(weights, dtype=np.float64)
+    return [bisect(scores[:, :k], heavy, names) if scores[:, k - 1].any() else [] for k in range(1, most + 1)]
+
+
+def _facts(item: Measured, arrays: Arrays, i: int) -> DatasetFacts:
+    unbiased = float(arrays.unbiased_squared_norm[i])
+    return DatasetFacts(
+        name=item.name,
+        rows=item.dataset_rows,
+        examples=item.examples,
+        target_tokens=item.tokens,
+        loss_per_example=item.example_loss / item.examples,
+        loss_per_token=item.token_loss / max(1, item.tokens),
+        norm=float(arrays.norm[i]),
+        unbiased_norm=math.sqrt(unbiased) if unbiased > 0 else None,
+        reliability=float(arrays.reliability[i]),
+        expected_cosine=float(arrays.expected_cosine[i]),
+        seconds=round(item.seconds, 3),
+        reused=item.reused,
+        keys=list(item.keys),
+    )
+
+
+def _summary(
+    arrays: Arrays,
+    table: Sequence[DatasetFacts],
+    concentration: list[geometry.Concentration],
+    settings: ConflictSettings,
+) -> Summary:
+    names, cosine = arrays.names, arrays.cosine
+    count = len(names)
+    suggested, why = geometry.suggest_axes(concentration, count)
+    pairs = sorted((float(cosine[i, j]), str(names[i]), str(names[j])) for i in range(count) for j in range(i))
+    off = np.array([pair[0] for pair in pairs])
+    return Summary(
+        datasets=count,
+        left_out={item.name: item.left_out for item in table if item.left_out},
+        suggested_axes=suggested,
+        suggestion=why,
+        spectral_concentration=concentration,
+        explained_variance=arrays.explained_variance.tolist(),
+        explained_variance_doubly_centred=arrays.explained_variance_doubly_centred.tolist(),
+        explained_variance_raw=arrays.explained_variance_raw.tolist(),
+        norms=dict(geometry.norm_concentration(arrays.norm)),
+        cosine=Spread.of(off),
+        negative_share=float((off < 0).mean()) if len(off) else None,
+        most_conflicting=[Pair(a, b, value) for value, b, a in pairs[:10]],
+        most_aligned=[Pair(a, b, value) for value, b, a in pairs[::-1][:5]],
+        expected_cosine=Spread.of(arrays.expected_cosine[np.isfinite(arrays.expected_cosine)]),
+        examples=Spread.of(arrays.examples.astype(float)),
+        examples_in_all=int(arrays.examples.sum()),
+        representation=settings.representation,
+        warnings=_warnings(arrays, settings),
+    )
+
+
+def _warnings(arrays: Arrays, settings: ConflictSettings) -> list[str]:
+    names, warnings = arrays.names, []
+    drowned = names[~(arrays.unbiased_squared_norm > 0)]
+    if len(drowned):
+        warnings.append(
+            f"sampling noise drowns the gradient of {len(drowned)} dataset(s), first {drowned[0]}: no corrected cosine "
+            "there; take more examples (conflict.examples: auto)."
+        )
+    faint = names[arrays.norm < 1e-6 * np.median(arrays.norm)]
+    if len(faint):
+        warnings.append(
+            f"the gradient of {len(faint)} dataset(s), first {faint[0]}, is a millionth of the median: rounding, not a "
+            "direction."
+        )
+    short = names[arrays.expected_cosine < settings.target_reliability]
+    if settings.examples == "auto" and len(short):
+        warnings.append(
+            f"{len(short)} dataset(s) stay under conflict.target_reliability {settings.target_reliability} at "
+            f"conflict.max_examples, first {short[0]}."
+        )
+    single = names[arrays.examples == 1]
+    if len(single):
+        warnings.append(
+            f"{len(single)} dataset(s) have a single example, first {single[0]}: no half-samples, no error bar."
+        )
+    return warnings

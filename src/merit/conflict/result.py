@@ -1,0 +1,300 @@
+"""What the conflict stage hands on: arrays, a table of datasets, a summary, and their files.
+
+The keys of the stage's files are the fields below.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import zipfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from merit.conflict.geometry import Concentration
+from merit.conflict.reliability import HalfSamples
+from merit.conflict.resampling import resampled_grams
+from merit.errors import RunFolderError
+from merit.files import read_as, write_bytes, write_json
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """One dataset's line in ``datasets.json``; unknown figures are None.
+
+    Attributes:
+        name: The dataset.
+        rows: s_t.
+        examples: Size of its calibration sample; 0 where it was left out.
+        target_tokens: Target tokens of the sample.
+        loss_per_example: Mean over examples of the example's mean loss (nats).
+        loss_per_token: Mean loss over target tokens (nats).
+        norm: ‖g‖.
+        unbiased_norm: ‖G‖ estimated without the noise's share.
+        reliability: Expected cosine of g with that of another such sample.
+        expected_cosine: Expected cosine of g with the gradient of all rows.
+        seconds: Time it took when it was measured.
+        reused: It was not measured anew.
+        keys: Its entries in the store of gradients.
+        left_out: Why it is not in the geometry; None where it is.
+    """
+
+    name: str
+    rows: int
+    examples: int = 0
+    target_tokens: int = 0
+    loss_per_example: float | None = None
+    loss_per_token: float | None = None
+    norm: float | None = None
+    unbiased_norm: float | None = None
+    reliability: float | None = None
+    expected_cosine: float | None = None
+    seconds: float = 0.0
+    reused: bool = False
+    keys: list[str] = field(default_factory=list)
+    left_out: str | None = None
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Least, mean and largest of some figures; None where there are none."""
+
+    min: float | None
+    mean: float | None
+    max: float | None
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> Self:
+        """The spread of (n,) figures."""
+        return cls(float(values.min()), float(values.mean()), float(values.max())) if len(values) else cls(*3 * (None,))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two datasets and the cosine of their gradients."""
+
+    a: str
+    b: str
+    cosine: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the geometry says, in figures and words: ``summary.json``.
+
+    Attributes:
+        datasets: T.
+        left_out: Why, by name of the dataset.
+        suggested_axes: r.
+        suggestion: The same in words, with the reason.
+        spectral_concentration: Per axis, how far its cut pulls gradients apart.
+        explained_variance: Shares of variance on the axes of ``scores``.
+        explained_variance_doubly_centred: The same of the doubly centred cosines.
+        explained_variance_raw: The same of the inner products.
+        norms: :func:`merit.conflict.geometry.norm_concentration`.
+        cosine: Over all pairs.
+        negative_share: Share of pairs with a negative cosine.
+        most_conflicting: Up to ten pairs, lowest cosine first.
+        most_aligned: Up to five pairs, highest cosine first.
+        expected_cosine: Over datasets.
+        examples: Sample sizes.
+        examples_in_all: Their sum.
+        representation: As set.
+        warnings: Plain sentences.
+    """
+
+    datasets: int
+    left_out: dict[str, str]
+    suggested_axes: int
+    suggestion: str
+    spectral_concentration: list[Concentration]
+    explained_variance: list[float]
+    explained_variance_doubly_centred: list[float]
+    explained_variance_raw: list[float]
+    norms: dict[str, float | None]
+    cosine: Spread
+    negative_share: float | None
+    most_conflicting: list[Pair]
+    most_aligned: list[Pair]
+    expected_cosine: Spread
+    examples: Spread
+    examples_in_all: int
+    representation: str
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """What ``geometry.npz`` holds; row t = dataset t of ``names``, in the mixture's order; float64 unless said.
+
+    Attributes:
+        names: (T,) text.
+        gram: (T, T) inner products ⟨g_i, g_j⟩.
+        cosine: (T, T).
+        cosine_corrected: (T, T) without the norms' noise; NaN where a dataset's noise drowns its gradient.
+        half_gram: (2T, 2T): even halves, then odd halves, whose pairwise sums are the gradients.
+        examples: (T,) int64 sample sizes.
+        rows: (T,) int64 s_t.
+        norm: (T,) ‖g‖.
+        scores: (T, R): PCA of the column-centred cosine.
+        explained_variance: (R,) shares.
+        scores_doubly_centred: (T, R): PCA of the doubly centred cosine.
+        explained_variance_doubly_centred: (R,).
+        scores_raw: (T, R): PCA of the column-centred Gram matrix.
+        explained_variance_raw: (R,).
+        unbiased_squared_norm: (T,), as ``noise``, ``reliability`` and ``expected_cosine``:
+            :class:`merit.conflict.reliability.Reliability`.
+        noise: (T,).
+        reliability: (T,).
+        expected_cosine: (T,).
+        share_even: (T,), as ``q_even``, ``q_odd``, ``q`` and ``q_all``: :class:`merit.conflict.reliability.HalfSamples`.
+        q_even: (T,).
+        q_odd: (T,).
+        q: (T,).
+        q_all: (T,).
+    """
+
+    names: np.ndarray
+    gram: np.ndarray
+    cosine: np.ndarray
+    cosine_corrected: np.ndarray
+    half_gram: np.ndarray
+    examples: np.ndarray
+    rows: np.ndarray
+    norm: np.ndarray
+    scores: np.ndarray
+    explained_variance: np.ndarray
+    scores_doubly_centred: np.ndarray
+    explained_variance_doubly_centred: np.ndarray
+    scores_raw: np.ndarray
+    explained_variance_raw: np.ndarray
+    unbiased_squared_norm: np.ndarray
+    noise: np.ndarray
+    reliability: np.ndarray
+    expected_cosine: np.ndarray
+    share_even: np.ndarray
+    q_even: np.ndarray
+    q_odd: np.ndarray
+    q: np.ndarray
+    q_all: np.ndarray
+
+    @classmethod
+    def load(cls, file: Path) -> Self:
+        """Read ``geometry.npz``.
+
+        Raises:
+            RunFolderError: It is missing, damaged, or of another version.
+        """
+        try:
+            with np.load(file, allow_pickle=False) as stored:
+                arrays = cls(**{item.name: stored[item.name] for item in fields(cls)})
+            count = len(arrays.names)
+            if arrays.cosine.shape != (count, count) or arrays.gram.shape != (count, count):
+                raise ValueError(f"{count} names, but cosines of shape {arrays.cosine.shape}")
+        except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+            raise RunFolderError(
+                f"{file} is missing or damaged ({str(error).splitlines()[0] if str(error) else type(error).__name__}).",
+                f"Remove {file.parent / 'record.json'} and run `merit gradients` again: gradients that are measured already "
+                "(partial/) are used again.",
+            ) from None
+        return arrays
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The datasets' gradients compared.
+
+    Attributes:
+        arrays: Matrices and figures, row t = dataset t.
+        datasets: One line per dataset, those left out last.
+        summary: What it all says.
+    """
+
+    arrays: Arrays
+    datasets: list[DatasetFacts]
+    summary: Summary
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Dataset names (T,)."""
+        return tuple(map(str, self.arrays.names))
+
+    @property
+    def cosine(self) -> np.ndarray:
+        """Cosines of the gradients (T, T)."""
+        return self.arrays.cosine
+
+    @property
+    def gram(self) -> np.ndarray:
+        """Inner products of the gradients (T, T)."""
+        return self.arrays.gram
+
+    @property
+    def halves(self) -> HalfSamples:
+        """Inner products and weights of the half-samples."""
+        arrays, count = self.arrays, len(self.arrays.names)
+        return HalfSamples(
+            even_even=arrays.half_gram[:count, :count],
+            odd_odd=arrays.half_gram[count:, count:],
+            even_odd=arrays.half_gram[:count, count:],
+            share_even=arrays.share_even,
+            q_even=arrays.q_even,
+            q_odd=arrays.q_odd,
+            q=arrays.q,
+            q_all=arrays.q_all,
+        )
+
+    def resampled(self, replicates: int, seed: int) -> Iterator[np.ndarray]:
+        """Gram matrices as other calibration samples would have given (:mod:`merit.conflict.resampling`)."""
+        return resampled_grams(self.halves, self.names, replicates, seed)
+
+    def facts(self) -> dict[str, object]:
+        """What a record of the stage should say."""
+        return {
+            "datasets": self.summary.datasets,
+            "examples": self.summary.examples_in_all,
+            "reused_datasets": sum(item.reused for item in self.datasets),
+            "left_out": self.summary.left_out,
+            "suggested_axes": self.summary.suggested_axes,
+            "suggestion": self.summary.suggestion,
+            "warnings": self.summary.warnings,
+        }
+
+    def summary_json(self) -> object:
+        """What ``summary.json`` holds."""
+        return _plain(asdict(self.summary))
+
+    def save(self, folder: Path) -> None:
+        """Write ``geometry.npz``, ``datasets.json`` and ``summary.json``."""
+        buffer = io.BytesIO()
+        np.savez(buffer, **{item.name: getattr(self.arrays, item.name) for item in fields(self.arrays)})
+        write_bytes(folder / "geometry.npz", buffer.getvalue())
+        write_json(folder / "datasets.json", _plain([asdict(item) for item in self.datasets]))
+        write_json(folder / "summary.json", self.summary_json())
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            RunFolderError: A file is missing or damaged.
+        """
+        return cls(
+            Arrays.load(folder / "geometry.npz"),
+            read_as(folder / "datasets.json", list[DatasetFacts]),
+            read_as(folder / "summary.json", Summary),
+        )
+
+
+def _plain(value: object) -> object:
+    """The same for JSON: null for NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

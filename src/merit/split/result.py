@@ -1,0 +1,48 @@
+"""A split as the later stages read it, and its file ``split.json``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+from merit.files import read_as, write_json
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split and what is to be said about it; ``split.json`` has the same keys.
+
+    Attributes:
+        method: Its name in ``METHODS``.
+        axes: r; the method made 2^r groups (0 for joint).
+        balance: What the weights count: samples or tokens.
+        groups: Dataset names per group, sorted within each group.
+        weights: Total weight per group.
+        left_out: Datasets of the mixture that the geometry does not hold, sorted.
+        warnings: Plain sentences: imbalance, a dominating dataset.
+        stability: Per dataset, the probability to land in its group, had another calibration sample been drawn; None where
+            no gradient was read, or where nothing tells the noise.
+    """
+
+    method: str
+    axes: int
+    balance: str
+    groups: list[list[str]]
+    weights: list[float]
+    left_out: list[str]
+    warnings: list[str]
+    stability: dict[str, float] | None
+
+    def save(self, folder: Path) -> None:
+        """Write ``split.json``."""
+        write_json(folder / "split.json", asdict(self))
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read ``split.json``.
+
+        Raises:
+            RunFolderError: It is missing or damaged.
+        """
+        return read_as(folder / "split.json", cls)
