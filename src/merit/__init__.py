@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from merit.conflict.stage import measure_gradients
     from merit.errors import MeritError, UserError
+    from merit.hf.base import Base, open_base
     from merit.merge import Branch, plan_merge, run_merge
     from merit.mixture.found import find_datasets
     from merit.mixture.stage import encode_mixture
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Base": "merit.hf.base",
     "Branch": "merit.merge",
     "MeritError": "merit.errors",
     "Recipe": "merit.recipe.schema",
     "UserError": "merit.errors",
     "encode_mixture": "merit.mixture.stage",
     "find_datasets": "merit.mixture.found",
+    "open_base": "merit.hf.base",
     "load_recipe": "merit.recipe.load",
     "measure_gradients": "merit.conflict.stage",
     "parse_recipe": "merit.recipe.load",
@@ -37,6 +40,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Base",
     "Branch",
     "MeritError",
     "Recipe",
@@ -45,6 +49,7 @@ __all__ = [
     "find_datasets",
     "load_recipe",
     "measure_gradients",
+    "open_base",
     "parse_recipe",
     "plan_merge",
     "run_merge",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from merit.errors import CheckpointError
-from merit.hf import checkpoint, dtypes
+from merit.hf import checkpoint, dtypes, side_files
 
 DTYPES = [
     torch.bfloat16,
@@ -155,6 +155,59 @@ def test_wrong_headers_are_refused_by_tensor(folder, change, message):
         checkpoint.read_headers(folder)
 
 
+DEEP = "[" * 200_000
+ENTRY = '{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        *("[]", "null", '{"a": 3}', '{"a": []}', f'{{"__metadata__": [1], "a": {ENTRY}}}'),
+        pytest.param(DEEP, id="deep"),
+        '{"a": {"dtype": ["U8"], "shape": [0], "data_offsets": [0, 0]}}',
+        '{"a": {"dtype": "U8", "shape": "ab", "data_offsets": [0, 0]}}',
+        '{"a": {"dtype": "U8", "shape": [1.0], "data_offsets": [0, 1]}}',
+        pytest.param(f'{{"a": {{"dtype": "U8", "shape": {[10**4000] * 3}, "data_offsets": [0, 0]}}}}', id="huge"),
+        pytest.param(f'{{"a": {{"dtype": "U8", "shape": {[9 * 10**18] * 400}, "data_offsets": [0, 0]}}}}', id="many"),
+    ],
+)
+def test_a_header_of_the_wrong_form_is_refused_by_file(tmp_path, header):
+    """Fails on commit f5727a1 with a traceback for several of these (finding B3)."""
+    text = header.encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+        checkpoint.read_headers(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "3",
+        DEEP,
+        '{"weight_map": []}',
+        '{"weight_map": {"a": ["b"]}}',
+        '{"weight_map": {"a": {}}}',
+        '{"weight_map": {}}',
+    ],
+)
+def test_an_index_of_the_wrong_form_is_refused_by_file(tmp_path, text):
+    """Fails on commit f5727a1 with a traceback for several of these (finding B3)."""
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"index\.json"):
+        checkpoint.read_headers(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["README.md", "merge.json", "config.json"])
+def test_a_shard_is_a_safetensors_file(tmp_path, tensors, name):
+    """Fails on commit f5727a1, where such a shard was overwritten by the model card or the record (finding B4)."""
+    save_file(tensors, tmp_path / name)
+    index = {"weight_map": dict.fromkeys(tensors, name)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"expected \*\.safetensors"):
+        checkpoint.read_headers(tmp_path)
+
+
 def test_a_tensor_named_twice_in_one_header_is_refused(folder):
     entry = '{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
     text = f'{{"a":{entry},"a":{entry}}}'.encode()
@@ -292,7 +345,7 @@ def test_side_files_are_copied_config_last(folder, tmp_path):
         (folder / name).write_text("{}")
     target = tmp_path / "target"
     target.mkdir()
-    names = checkpoint.copy_side_files(folder, target)
+    names = side_files.copy_side_files(folder, target)
     assert names[-1] == "config.json"
     assert set(names) == {
         *("config.json", "tokenizer.json", "generation_config.json", "chat_template.jinja", "LICENSE", "modeling_x.py")
@@ -301,11 +354,11 @@ def test_side_files_are_copied_config_last(folder, tmp_path):
 
 
 def test_chat_template_is_found_in_either_place(folder):
-    assert checkpoint.chat_template(folder) is None
+    assert side_files.chat_template(folder) is None
     (folder / "tokenizer_config.json").write_text('{"chat_template": "old"}')
-    assert checkpoint.chat_template(folder) == "old"
+    assert side_files.chat_template(folder) == "old"
     (folder / "chat_template.jinja").write_text("new")
-    assert checkpoint.chat_template(folder) == "new"
+    assert side_files.chat_template(folder) == "new"
 
 
 def test_load_file_agrees_on_values(folder):

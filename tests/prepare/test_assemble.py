@@ -17,7 +17,9 @@ from merit.hf import checkpoint
 from merit.hf.base import open_base
 from merit.hf.families import FAMILIES
 from merit.hf.models import file_names, load_model
-from merit.prepare.assemble import assemble, parameter_sizes, plan_assembly
+from merit.hf.side_files import chat_template
+from merit.prepare.assemble import assemble
+from merit.prepare.plan import join_configs, parameter_shapes, parameter_sizes, plan_assembly, read_model_config
 from merit.recipe.schema import ModelSettings
 
 IMAGE_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
@@ -75,8 +77,8 @@ def test_every_tensor_on_disk_is_its_sources(givers: Path, tmp_path: Path) -> No
         source = right[name] if name.startswith("visual.") else left[name]
         assert value.dtype == source.dtype, f"{name} keeps the dtype of its file"
         assert np.array_equal(value, source), name
-    assert facts["tensors_drawn"] == []
-    assert facts["tensors_copied"] == len(joined)
+    assert facts.tensors_drawn == ()
+    assert facts.tensors_copied == len(joined)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +101,7 @@ def test_the_joined_model_reads_text_as_its_language_model_does(
     ids = [5, 17, 40, 99, 3, 8, 61, 17, 200, 131]
     alone, joined = logits(language, ids, causal=True), logits(tmp_path / "joined", ids, causal=False)
     assert torch.equal(alone, joined[:, : alone.shape[1]])
-    assert facts["parameters"] == {
+    assert facts.parameters == {
         role: sum(size for name, size in parameter_sizes(plan).items() if plan.family.role(name) == role)
         for role in ("language", "projector", "vision")
     }
@@ -125,7 +127,7 @@ def test_a_new_projector_is_drawn_by_seed_and_nothing_else_is(givers: Path, tmp_
     assert all(np.array_equal(a[name], again[name]) for name in a)
     differ = {name for name in a if not np.array_equal(a[name], b[name])}
     assert differ == {"visual.merger.mlp.0.weight", "visual.merger.mlp.2.weight"}, "biases are 0, the norm is 1"
-    assert all(FAMILIES["qwen2_5_vl"].role(name) == "projector" for name in facts["tensors_drawn"])
+    assert all(FAMILIES["qwen2_5_vl"].role(name) == "projector" for name in facts.tensors_drawn)
     assert np.all(a["visual.merger.ln_q.weight"] == 1)
     assert np.all(a["visual.merger.mlp.0.bias"] == 0)
     std = float(a["visual.merger.mlp.0.weight"].std())
@@ -138,7 +140,7 @@ def test_tokens_that_the_language_model_lacks_are_added_with_seeded_rows(givers:
     assert plan.added == tuple(IMAGE_TOKENS)
     facts = assemble(plan, tmp_path / "a", seed=1)
     assemble(plan, tmp_path / "b", seed=1)
-    assert facts["embedding_rows_added"] == 5
+    assert facts.embedding_rows_added == 5
     old, new = tensors(language), tensors(tmp_path / "a")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         assert new[name].shape[0] == old[name].shape[0] + 5
@@ -156,7 +158,7 @@ def test_unused_embedding_rows_are_taken_before_new_ones(givers: Path, tmp_path:
     language = make_language_model(tmp_path / "lm", image_tokens=False, unused_rows=9)
     plan = plan_assembly(language, givers / "qwen2_5_vl")
     facts = assemble(plan, tmp_path / "joined", seed=0)
-    assert (facts["embedding_rows_added"], len(facts["tokens_added"])) == (0, 5)
+    assert (facts.embedding_rows_added, len(facts.tokens_added)) == (0, 5)
     assert np.array_equal(tensors(tmp_path / "joined")["lm_head.weight"], tensors(language)["lm_head.weight"])
 
 
@@ -166,7 +168,7 @@ def test_the_joined_folder_is_an_ordinary_base(givers: Path, tmp_path: Path) -> 
     settings = ModelSettings(base=str(tmp_path / "joined"))
     base = open_base(settings)
     assert base.family is FAMILIES["qwen2_5_vl"]
-    assert base.tokenizer.chat_template == checkpoint.chat_template(vision)
+    assert base.tokenizer.chat_template == chat_template(vision)
     assert (tmp_path / "joined" / "tokenizer.json").read_bytes() == (language / "tokenizer.json").read_bytes()
     model = load_model(base, torch.device("cpu"), trainable=True)
     assert set(file_names(model).values()) == set(checkpoint.read_headers(tmp_path / "joined").tensors)
@@ -210,7 +212,7 @@ def test_a_bare_encoder_is_joined_as_llava_does(tmp_path: Path, kind: str, whole
         assert value.dtype == source.dtype
         assert np.array_equal(value, source), name
     assert copied
-    assert facts["tokens_added"] == ["<image>"]
+    assert facts.tokens_added == ("<image>",)
     settings = ModelSettings(base=str(tmp_path / "joined"))
     base = open_base(settings)
     picture = save(Image.new("RGB", (50, 40), (9, 99, 200)), tmp_path / "picture.png")
@@ -284,17 +286,15 @@ PUBLISHED_VISION = {
 
 def test_the_papers_own_pair_fits_by_its_published_configs(tmp_path: Path) -> None:
     """Qwen2.5-VL-7B's flat config of before, and Qwen2.5-7B-Instruct's: no weights, the whole architecture."""
-    from merit.prepare import assemble as module
-
     flat = {"model_type": "qwen2_5_vl", "max_position_embeddings": 128000, "vision_config": PUBLISHED_VISION}
     flat |= {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "image_token_id": 151655}
     for name, values in (("vlm", flat), ("lm", {"model_type": "qwen2", "max_position_embeddings": 32768})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps({**PUBLISHED_TEXT, **values}))
-    vlm, lm = (module._config(tmp_path / name, "key") for name in ("vlm", "lm"))
-    joined, notes = module._join_configs(vlm, lm, {"image_token_id": 151655}, 0)
-    shapes = module._shapes(joined)
-    assert shapes == module._shapes(vlm), "the projector fits as it is, and every layer"
+    vlm, lm = (read_model_config(tmp_path / name, "key") for name in ("vlm", "lm"))
+    joined, notes = join_configs(vlm, lm, {"image_token_id": 151655}, 0)
+    shapes = parameter_shapes(joined)
+    assert shapes == parameter_shapes(vlm), "the projector fits as it is, and every layer"
     assert sum(int(np.prod(shape)) for shape in shapes.values()) == 8_292_166_656
     rope = joined.text_config.rope_parameters
     assert (rope["mrope_section"], rope["rope_theta"], rope["rope_type"]) == ([16, 24, 24], 1e6, "default")

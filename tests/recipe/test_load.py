@@ -164,8 +164,7 @@ def test_the_starter_recipe_loads(tmp_path: Path) -> None:
 
 def test_start_up_imports_no_ml_library() -> None:
     code = (
-        "import sys, merit, merit.cli, merit.recipe.schema, merit.errors, merit.run.chain, merit.run.status\n"
-        "import merit.hf.models\n"
+        "import sys, merit, merit.cli, merit.recipe.schema, merit.errors, merit.files, merit.run.status, merit.merge\n"
         "heavy = {'torch', 'transformers', 'trl', 'datasets', 'peft', 'numba', 'scipy', 'sklearn'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

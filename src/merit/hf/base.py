@@ -6,22 +6,27 @@ here: both fingerprints are functions of files and settings alone. Weights are l
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+from huggingface_hub import snapshot_download
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+from transformers.utils import logging
 
 from merit.errors import CheckpointError, RecipeError
-from merit.hf import checkpoint
+from merit.files import file_hash, fingerprint
+from merit.hf import checkpoint, side_files
+from merit.hf.batches import Batcher
 from merit.hf.families import FAMILIES, Family, ImageInputs, image_inputs
 from merit.recipe.schema import ModelSettings
-
-if TYPE_CHECKING:
-    from merit.hf.batches import Batcher
 
 TemplateOrigin = Literal["recipe", "base", "default"]
 
@@ -75,7 +80,7 @@ class Base(BaseFacts):
     hashes: MutableMapping[str, str] | None = field(default=None, kw_only=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Facts and fingerprints only: another process opens tokenizer and image inputs from the files anew."""
+        """Facts and fingerprints only: another process opens tokenizer and image inputs from the files itself."""
         live = ("tokenizer", "images", "template")
         return {key: value for key, value in self.__dict__.items() if key not in live}
 
@@ -85,6 +90,7 @@ class Base(BaseFacts):
 
         Raises:
             RecipeError: The recipe's file cannot be read.
+            CheckpointError: One of the base's cannot.
         """
         if self.settings.chat_template:
             try:
@@ -93,21 +99,19 @@ class Base(BaseFacts):
                 raise RecipeError(
                     f"model.chat_template: {self.settings.chat_template} cannot be read ({error})."
                 ) from None
-        # Published processors keep it in a file that the tokenizer does not read.
-        own = _tokenizer(self.folder, self.settings).chat_template or checkpoint.chat_template(self.folder)
-        if own:
+        if own := side_files.chat_template(self.folder):
             return Template(own, "base")
         default = resources.files("merit.mixture").joinpath("default_chat_template.jinja")
         return Template(default.read_text(encoding="utf-8"), "default")
 
     @cached_property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerFast:
         """Its tokenizer, with a pad token, right padding and :attr:`template` set.
 
         Raises:
             CheckpointError: The folder holds no usable tokenizer.
         """
-        tokenizer = _tokenizer(self.folder, self.settings)
+        tokenizer = load_tokenizer(self.folder, "model.base", trust_remote_code=self.settings.trust_remote_code)
         tokenizer.chat_template = self.template.text
         if tokenizer.eos_token_id is None:
             raise CheckpointError(f"model.base: the tokenizer in {self.folder} has no end-of-sequence token.")
@@ -123,14 +127,12 @@ class Base(BaseFacts):
         Raises:
             CheckpointError: Its image processor or image token is missing.
         """
-        config = checkpoint.read_config(self.folder)
+        config = side_files.read_config(self.folder)
         return image_inputs(self.folder, config, self.tokenizer, self.settings.max_pixels)
 
     @property
     def batcher(self) -> Batcher:
         """Makes batches of encoded rows."""
-        from merit.hf.batches import Batcher
-
         return Batcher(int(self.tokenizer.pad_token_id), self.images)
 
     @cached_property
@@ -142,49 +144,44 @@ class Base(BaseFacts):
     def input_fingerprint(self) -> str:
         """Content of what turns rows into model inputs: tokenizer and image processor files, template, pixel limit.
 
-        A hash of bytes on disk and of settings; no tokenizer is loaded for it where the template is in a file.
+        A hash of bytes on disk and of settings; nothing is loaded for it.
         """
-        names = {path.name: path for path in checkpoint.side_files(self.folder)}
-        inputs = [name for name in names if name in checkpoint.TEXT_FILES]
-        inputs += ["config.json"] if self.family is not None else []  # image token, patch size
+        files = side_files.input_files(self.folder)
+        if self.family is not None:  # image token, patch size
+            files["config.json"] = self.folder / "config.json"
+        if self.settings.trust_remote_code:
+            files |= {path.name: path for path in self.folder.glob("*.py")}
         content = {
-            "files": {name: hashlib.sha256(names[name].read_bytes()).hexdigest() for name in sorted(inputs)},
+            "files": {name: file_hash(path) for name, path in files.items()},
             "template": self.template.text,
             "max_pixels": self.settings.max_pixels if self.family is not None else None,
         }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return fingerprint(content)
 
 
 def resolve_base(settings: ModelSettings) -> Path:
     """Folder of the base's files: the given folder, or a hub snapshot (safetensors and side files only).
 
     Raises:
-        CheckpointError: It is neither a folder nor a hub id that can be had.
+        CheckpointError: It is not a folder, and not a hub id that can be downloaded.
     """
     folder = Path(settings.base)
     if folder.is_dir():
         return folder
     if folder.is_absolute() or settings.base.count("/") > 1 or settings.base.startswith("."):
         raise CheckpointError(
-            f"model.base: {settings.base} is no folder on this machine.",
+            f"model.base: {settings.base} is not a folder on this machine.",
             "Give the folder of a Hugging Face checkpoint (config.json, *.safetensors, tokenizer), or a hub id.",
         )
-    from huggingface_hub import snapshot_download
-
     try:
         return Path(
-            snapshot_download(
-                settings.base,
-                revision=settings.revision,
-                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*"],
-                tqdm_class=None,
-            )
+            snapshot_download(settings.base, revision=settings.revision, allow_patterns=list(side_files.DOWNLOADED))
         )
-    except Exception as error:
+    except Exception as error:  # the network errors of the libraries below have no root in common
         raise CheckpointError(
-            f"model.base: {settings.base} is no folder here, and as a hub id it could not be had: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}",
-            "Check the spelling; a relative folder is looked up beside the recipe, then in the working directory.",
+            f"model.base: {settings.base} is not a folder here, and as a hub id it could not be downloaded: "
+            f"{side_files.reason(error)}",
+            "Check the spelling; a relative folder is looked up next to the recipe, then in the working directory.",
             "Offline: download it elsewhere and give the folder.",
         ) from None
 
@@ -196,34 +193,21 @@ def open_base(settings: ModelSettings | str | Path, hashes: MutableMapping[str, 
         settings: The recipe's ``model`` block, or just a folder or hub id.
         hashes: Known hashes of big files, read and extended (:func:`merit.hf.checkpoint.weights_digest`).
 
-
     Raises:
         CheckpointError: No config, no safetensors weights, neither a causal LM nor of a known vision-language family, or
             already quantized.
     """
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    )
-
     if not isinstance(settings, ModelSettings):
         settings = ModelSettings(base=str(settings))
     folder = resolve_base(settings)
-    config_file = folder / "config.json"
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"model.base: {config_file} cannot be read ({error}).",
-            "Expected the folder of a Hugging Face checkpoint with config.json.",
-        ) from None
-    model_type = str(config.get("model_type", ""))
-    architecture = str((config.get("architectures") or [""])[0])
+    config = side_files.read_config(folder)
+    model_type = config.get("model_type") or ""
+    architecture = (config.get("architectures") or [""])[0]
     family = FAMILIES.get(model_type)
     known = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if family is None else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES).get(
         model_type
     )
-    remote = settings.trust_remote_code and "AutoModelForCausalLM" in config.get("auto_map", {})
+    remote = settings.trust_remote_code and "AutoModelForCausalLM" in (config.get("auto_map") or {})
     names = set(known) if isinstance(known, tuple | list) else {known}
     if not remote and (known is None or (architecture and architecture not in names)):
         raise CheckpointError(
@@ -239,33 +223,39 @@ def open_base(settings: ModelSettings | str | Path, hashes: MutableMapping[str, 
             "Give the unquantized checkpoint.",
         )
     headers = checkpoint.read_headers(folder)
-    # A vision-language config keeps its language model's settings in a block of their own, or (old files) beside its own.
-    context = config.get("text_config", {}).get("max_position_embeddings") or config.get("max_position_embeddings")
+    # A vision-language config keeps its language model's settings in a block of their own, or (old files) next to its own.
+    text = config.get("text_config") or {}
+    context = text.get("max_position_embeddings") or config.get("max_position_embeddings")
     return Base(
         folder=folder,
         model_type=model_type,
         architecture=architecture,
         parameters=sum(header.size for header in headers.tensors.values()),
         dtypes={name: header.dtype.tag for name, header in headers.tensors.items()},
-        context=int(context) if context else None,
+        context=context or None,
         family=family,
         settings=settings,
         hashes=hashes,
     )
 
 
-def _tokenizer(folder: Path, settings: ModelSettings) -> Any:
-    """A fresh tokenizer object from the folder's files."""
-    from transformers import AutoTokenizer
-    from transformers.utils import logging
+def load_tokenizer(folder: Path, key: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
+    """A fresh tokenizer object from a folder's files.
 
-    logging.set_verbosity_error()
+    Raises:
+        CheckpointError: There is none, or only one without character offsets; ``key`` of the recipe named the folder.
+    """
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
-        return AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=settings.trust_remote_code, local_files_only=True
-        )
-    except Exception as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # whatever the library raises on damaged files
         raise CheckpointError(
-            f"model.base: no tokenizer could be loaded from {folder}: {str(error).splitlines()[0]}",
-            "The folder must hold tokenizer.json (or its older forms) beside config.json.",
+            f"{key}: no tokenizer could be loaded from {folder}: {side_files.reason(error)}",
+            "The folder must hold tokenizer.json (or its older forms) next to config.json.",
         ) from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise CheckpointError(
+            f"{key}: {folder} gives a {type(tokenizer).__name__}, which cannot say which token holds which character.",
+            "Save the base once with its fast tokenizer (tokenizer.json).",
+        )
+    return tokenizer

@@ -6,17 +6,15 @@ everywhere. It is handed rows and a model; it loads neither, and draws no rows.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
 
 import numpy as np
+import torch
 
-from merit.hf.families import ImageInputs, token_types
-
-if TYPE_CHECKING:
-    import torch
-
-    from merit.hf.rows import EncodedRow
+from merit.hf.families import ImageInputs
+from merit.hf.rows import EncodedRow
 
 IGNORE = -100
 """Label of a token that is no target."""
@@ -37,18 +35,16 @@ class Batcher:
     def __call__(self, rows: Sequence[EncodedRow], *, left: bool = False) -> dict[str, torch.Tensor]:
         """``input_ids``, ``attention_mask`` and ``labels`` (−100 where no target), each (B, L) int64.
 
-        Vision-language models get their pixels beside (float32, all images of the batch in order, decoded now), where a
+        Vision-language models get their pixels, too (float32, all images of the batch in order, decoded now), where a
         row of the batch has an image, and ``mm_token_type_ids`` (B, L) where the model wants them.
 
         Args:
             rows: The batch.
-            left: Pad on the left (to generate) in place of the right.
+            left: Pad on the left (to generate) instead of the right.
 
         Raises:
             MixtureError: An image cannot be read any more.
         """
-        import torch
-
         longest = max(len(row.input_ids) for row in rows)
         input_ids = np.full((len(rows), longest), self.pad_id, dtype=np.int64)
         mask = np.zeros((len(rows), longest), dtype=np.int64)
@@ -65,11 +61,11 @@ class Batcher:
             return {name: torch.from_numpy(array) for name, array in batch.items()}
         assert self.images is not None, "rows with images were encoded for a vision-language base"
         if self.images.types:
-            batch["mm_token_type_ids"] = token_types(input_ids, self.images) * mask
+            batch["mm_token_type_ids"] = (input_ids == self.images.token_id) * mask
         return {name: torch.from_numpy(array) for name, array in batch.items()} | self.images.tensors(pictures)
 
 
-def target_losses(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def target_losses(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy of every example's target tokens: the loss of training, gradients and evaluation alike.
 
     Logits are computed only at positions where some example of the batch has a target (the vocabulary projection is most
@@ -82,8 +78,6 @@ def target_losses(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.
     Returns:
         Summed loss per example (B,) float32 in nats, and target tokens per example (B,) int64.
     """
-    import torch
-
     labels = batch["labels"][:, 1:]
     positions = (labels != IGNORE).any(dim=0).nonzero().squeeze(1)
     inputs = {key: value for key, value in batch.items() if key != "labels"}
@@ -98,14 +92,12 @@ def target_losses(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.
     return losses.sum(dim=1), (kept != IGNORE).sum(dim=1)
 
 
-def accepts(model: Any, argument: str) -> bool:
+def accepts(model: torch.nn.Module, argument: str) -> bool:
     """Whether the model class's own ``forward`` names this argument (wrappers such as PEFT's and DDP's hide it)."""
-    import inspect
-
-    while hasattr(model, "module"):
-        model = model.module
+    while isinstance(inner := getattr(model, "module", None), torch.nn.Module):
+        model = inner
     if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
+        model = model.get_base_model()  # type: ignore[operator]
     # Trainers wrap `forward` on the instance; the class's own signature is the one that counts.
     return argument in inspect.signature(type(model).forward).parameters
 
@@ -132,8 +124,15 @@ def to_device(batch: Mapping[str, torch.Tensor], device: torch.device) -> dict[s
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
+class Rows(Protocol):
+    """Rows by number: a list, or a dataset on disk."""
+
+    def __getitem__(self, index: int, /) -> EncodedRow:
+        """Row ``index``."""
+
+
 def iterate_batches(
-    rows: Sequence[EncodedRow] | Any, indices: Iterable[np.ndarray], batcher: Batcher, device: torch.device
+    rows: Rows, indices: Iterable[np.ndarray], batcher: Batcher, device: torch.device
 ) -> Iterator[tuple[np.ndarray, dict[str, torch.Tensor]]]:
     """Yield (indices, batch on device) for index groups such as :func:`length_sorted_batches` makes."""
     for group in indices:

@@ -1,8 +1,7 @@
-"""Hugging Face checkpoint folders as they lie on disk: headers, tensors, fingerprint, side files. Storage, no maths.
+"""The weights of a Hugging Face checkpoint folder as they lie on disk: headers, tensors, fingerprint. Storage, no maths.
 
-Everything here works from the safetensors files themselves: no model is built and no ML library is imported. Names, shapes
-and dtypes come from the headers alone. Not covered: pickled weights (``.bin``, ``.pt``: refused), hub downloads, key names
-of modules (they can differ; here a tensor's name is its name on disk), writing tensors (see ``merge.stream``).
+Everything works from the safetensors files themselves: no model is built and no ML library is imported. A tensor's name is
+its name on disk; modules can name it differently. The folder's other files are :mod:`merit.hf.side_files`'.
 
 Format: 8 bytes little-endian header length, a JSON header ``{name: {dtype, shape, data_offsets}}``, then the data.
 Source: https://github.com/huggingface/safetensors#format
@@ -13,33 +12,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
 
 from merit.errors import CheckpointError
 from merit.hf.dtypes import BLOCK, DTYPES, DType
+from merit.hf.side_files import parse_json, read_json, side_files
 from merit.parallel import parallel, threads
 
 MODEL_STEM, ADAPTER_STEM = "model", "adapter_model"
-CONFIG_FILES = ("config.json", "generation_config.json", "adapter_config.json")
-TEXT_FILES = (
-    *(
-        "added_tokens.json",
-        "merges.txt",
-        "special_tokens_map.json",
-        "spiece.model",
-        "tokenizer.json",
-        "tokenizer.model",
-    ),
-    *("tokenizer_config.json", "vocab.json", "vocab.txt", "chat_template.jinja", "chat_template.json"),
-    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
-)
+_LARGEST = 2**63
 _HEADER_LIMIT = 100_000_000  # the limit that the reference implementation sets as well
 
 
@@ -173,12 +159,17 @@ def _refuse_without_weights(folder: Path, stem: str) -> None:
 
 
 def _read_sharded(folder: Path, index: str) -> dict[str, WeightFile]:
-    weight_map = read_json(folder / index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    weight_map = read_json(folder / index, {"weight_map": dict}).get("weight_map")
+    if not weight_map:
         raise CheckpointError(f"{folder / index} has no weight_map.")
-    for name in set(weight_map.values()):
-        if not isinstance(name, str) or Path(name).name != name:
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str):
+            raise CheckpointError(f"{folder / index}: the shard of {tensor} is not a text.")
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name:
             raise CheckpointError(f"{folder / index} names a shard outside the folder: {name!r}.")
+        if not name.endswith(".safetensors"):
+            raise CheckpointError(f"{folder / index} names the shard {name!r}, expected *.safetensors.")
         if not (folder / name).is_file():
             raise CheckpointError(
                 f"{folder}: shard {name}, named by {index}, is missing.", "Copy or download it again."
@@ -208,13 +199,8 @@ def _read_file(folder: Path, name: str) -> WeightFile:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or not 0 < length <= min(size - 8, _HEADER_LIMIT):
             raise bad(f"its header length is {length} bytes, its size {size}")
-        try:
-            header = json.loads(stream.read(length), object_pairs_hook=_unique)
-        except ValueError as error:
-            raise bad(f"its header is not JSON ({error})") from None
-    if not isinstance(header, dict):
-        raise bad("its header is not an object")
-    metadata = header.pop("__metadata__", {}) or {}
+        header = parse_json(stream.read(length), f"{path} is damaged: its header", {"__metadata__": dict})
+    metadata = header.pop("__metadata__", None) or {}
     data = 8 + length
     tensors = sorted(
         (_tensor_info(key, value, name, data, bad) for key, value in header.items()), key=lambda t: (t.start, t.nbytes)
@@ -230,29 +216,22 @@ def _read_file(folder: Path, name: str) -> WeightFile:
     return WeightFile(name, size, {str(k): str(v) for k, v in metadata.items()}, tuple(tensors))
 
 
-def _tensor_info(name: str, entry: Any, file: str, data: int, bad: Callable[[str], CheckpointError]) -> TensorInfo:
-    try:
-        tag, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    except (TypeError, KeyError, ValueError):
-        raise bad(f"tensor {name} lacks dtype, shape or data_offsets") from None
+def _tensor_info(name: str, entry: object, file: str, data: int, bad: Callable[[str], CheckpointError]) -> TensorInfo:
+    fields = entry if isinstance(entry, dict) else {}
+    tag, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not (isinstance(tag, str) and isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2):
+        raise bad(f"tensor {name} lacks dtype, shape or data_offsets")
+    start, stop = offsets
     if tag not in DTYPES:
         raise bad(f"tensor {name} has the unknown dtype {tag!r}")
-    if not all(type(x) is int and x >= 0 for x in (*shape, start, stop)):
-        raise bad(f"tensor {name} has an impossible shape or offset: {list(shape)}, [{start}, {stop}]")
+    if not all(type(x) is int and 0 <= x < _LARGEST for x in (*shape, start, stop)):
+        raise bad(f"tensor {name} has an impossible shape or offset: {shape}, [{start}, {stop}]")
     dtype, nbytes = DTYPES[tag], DTYPES[tag].itemsize
     for length in shape:
-        nbytes *= length
+        nbytes = min(nbytes * length, _LARGEST)
     if stop - start != nbytes:
-        raise bad(f"tensor {name} {tag}{list(shape)} needs {nbytes} bytes, its offsets span {stop - start}")
-    return TensorInfo(name, dtype, shape, file, data + start, nbytes)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} occurs twice")
-    return result
+        raise bad(f"tensor {name} {tag}{shape} needs {nbytes} bytes, its offsets span {stop - start}")
+    return TensorInfo(name, dtype, tuple(shape), file, data + start, nbytes)
 
 
 # ---- tensors -------------------------------------------------------------------------------------------------------
@@ -408,56 +387,5 @@ def fingerprint(folder: str | os.PathLike[str], memo: MutableMapping[str, str] |
 
 def combine_fingerprint(folder: Path, weights: str) -> str:
     """The fingerprint of ``folder`` from its already known weights digest and its side files."""
-    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in side_files(folder)}
+    files = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in side_files(folder).items()}
     return hashlib.sha256(json.dumps({"weights": weights, "files": files}, sort_keys=True).encode()).hexdigest()
-
-
-# ---- side files ----------------------------------------------------------------------------------------------------
-
-
-def side_files(folder: Path) -> list[Path]:
-    """The config, tokenizer, processor and chat template files of a checkpoint folder that are there, sorted by name."""
-    return [folder / name for name in sorted((*CONFIG_FILES, *TEXT_FILES)) if (folder / name).is_file()]
-
-
-def copy_side_files(source: Path, target: Path) -> list[str]:
-    """Copy the base's side files into ``target``; config.json comes last, so that a half-copied folder does not load.
-
-    Also copied: ``*.py`` (code of custom architectures), and licence files. Returns the names copied.
-    """
-    extra = [
-        p for p in sorted(source.iterdir()) if p.is_file() and (p.suffix == ".py" or p.stem.upper().startswith("LICEN"))
-    ]
-    files = sorted([*side_files(source), *extra], key=lambda path: path.name == "config.json")
-    for path in files:
-        shutil.copyfile(path, target / path.name)
-    return [path.name for path in files]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; CheckpointError when it is missing or malformed."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing.") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}.") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is not a JSON object.")
-    return value
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json."""
-    return read_json(folder / "config.json")
-
-
-def chat_template(folder: Path) -> str | None:
-    """The folder's chat template text (chat_template.jinja, or the entry of tokenizer_config.json), or None."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        template: Any = read_json(folder / name).get("chat_template") if (folder / name).is_file() else None
-        if template is not None:
-            return template if isinstance(template, str) else json.dumps(template, sort_keys=True)
-    return None

@@ -15,19 +15,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-import numpy as np
+import torch
+from PIL import Image as pil
+from PIL.Image import Image
+from transformers import AutoImageProcessor, PreTrainedTokenizerFast
+from transformers.image_processing_utils import BaseImageProcessor
 
 from merit.errors import CheckpointError
-from merit.hf.checkpoint import read_json
-from merit.hf.images import read_image
-
-if TYPE_CHECKING:
-    import torch
-    from PIL.Image import Image
-
-    from merit.hf.images import ImageRef
+from merit.hf.images import ImageRef, read_image
+from merit.hf.side_files import PROCESSOR, read_json, reason
 
 MOST_THIN = 200
 """Longest side over shortest. Qwen's processor refuses what is thinner; others would scale it up to any size."""
@@ -47,12 +45,14 @@ class ImageInputs(ABC):
     types: ClassVar[bool] = False
     """The model wants ``mm_token_type_ids`` (1 at image tokens); without them it would number positions as in text."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], tokenizer: Any, max_pixels: int) -> None:
+    def __init__(
+        self, folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, max_pixels: int
+    ) -> None:
         self.token_id = int(config.get("image_token_id", config.get("image_token_index", -1)))
         self.token = _image_token(folder, tokenizer, self.token_id)
         self._config = config
         self._published = _processor_config(folder)
-        self.processor = _image_processor(folder)
+        self.processor: Any = _image_processor(folder)  # each class has its own settings
         self.limit_pixels(max_pixels)
         self._text = lru_cache(maxsize=65536)(self.expand)
         shown = {key: value for key, value in self.processor.to_dict().items() if not key.startswith("_")}
@@ -106,7 +106,7 @@ class QwenImages(ImageInputs):
     def expand(self, width: int, height: int) -> str:
         """As in :class:`ImageInputs`."""
         patches = self.processor.get_number_of_image_patches(height, width)
-        return self.token * (patches // self.processor.merge_size**2)
+        return self.token * int(patches // self.processor.merge_size**2)
 
     def pixels(self, images: Sequence[Image]) -> dict[str, torch.Tensor]:
         """As in :class:`ImageInputs`."""
@@ -117,7 +117,9 @@ class QwenImages(ImageInputs):
 class LlavaImages(ImageInputs):
     """LLaVA: every image is resized and cropped to one size; one token per patch of the vision encoder."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], tokenizer: Any, max_pixels: int) -> None:
+    def __init__(
+        self, folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, max_pixels: int
+    ) -> None:
         vision = str(config.get("vision_config", {}).get("model_type", "clip_vision_model"))
         if vision not in ("clip_vision_model", "siglip_vision_model"):
             raise CheckpointError(
@@ -135,12 +137,10 @@ class LlavaImages(ImageInputs):
         strategy = self._config.get("vision_feature_select_strategy", "default")
         default_extra = 1 if vision.get("model_type") == "clip_vision_model" else 0  # CLIP's class token
         extra = int(self._published.get("num_additional_image_tokens", default_extra))
-        return self.token * ((rows // patch) * (columns // patch) + extra - (strategy == "default"))
+        return self.token * int((rows // patch) * (columns // patch) + extra - (strategy == "default"))
 
     def _size(self, width: int, height: int) -> tuple[int, int]:
         """Height and width after processing, by processing a blank picture (once per size)."""
-        from PIL import Image as pil
-
         return tuple(self.pixels([pil.new("RGB", (width, height))])["pixel_values"].shape[-2:])  # type: ignore[return-value]
 
     def pixels(self, images: Sequence[Image]) -> dict[str, torch.Tensor]:
@@ -154,7 +154,9 @@ class Idefics3Images(ImageInputs):
     The text around the runs is that of the published processors (tile names, line ends, the global tag).
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], tokenizer: Any, max_pixels: int) -> None:
+    def __init__(
+        self, folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, max_pixels: int
+    ) -> None:
         super().__init__(folder, config, tokenizer, max_pixels)
         vision = config["vision_config"]
         side = int(vision["image_size"]) // int(vision["patch_size"])
@@ -177,8 +179,6 @@ class Idefics3Images(ImageInputs):
 
     def expand(self, width: int, height: int) -> str:
         """As in :class:`ImageInputs`."""
-        from PIL import Image as pil
-
         plain = {"do_rescale": False, "do_normalize": False, "do_pad": False, "return_row_col_info": True}
         found = self.processor(images=[[pil.new("RGB", (width, height))]], **plain)
         rows, columns = int(found["rows"][0][0]), int(found["cols"][0][0])
@@ -231,7 +231,9 @@ FAMILIES: dict[str, Family] = {
 """By transformers' ``model_type``."""
 
 
-def image_inputs(folder: Path, config: Mapping[str, Any], tokenizer: Any, max_pixels: int) -> ImageInputs | None:
+def image_inputs(
+    folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, max_pixels: int
+) -> ImageInputs | None:
     """How the base in ``folder`` sees images; None for a text-only base.
 
     Raises:
@@ -241,7 +243,7 @@ def image_inputs(folder: Path, config: Mapping[str, Any], tokenizer: Any, max_pi
     return family.inputs(folder, config, tokenizer, max_pixels) if family else None
 
 
-def positions(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+def positions(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
     """Positions (3, B, L) int64 of a prompt with images, for models that number them in three dimensions; else None.
 
     The next token's position is the last one plus 1 in every dimension, since a prompt ends in text.
@@ -250,16 +252,11 @@ def positions(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor | 
         return None
     inner = next(module for module in model.modules() if hasattr(module, "get_rope_index"))
     wanted = ("input_ids", "image_grid_thw", "attention_mask", "mm_token_type_ids")
-    found, _ = inner.get_rope_index(**{key: inputs[key] for key in wanted})
+    found: torch.Tensor = inner.get_rope_index(**{key: inputs[key] for key in wanted})[0]  # type: ignore[operator]
     return found
 
 
-def token_types(input_ids: np.ndarray, images: ImageInputs) -> np.ndarray:
-    """1 where an image token stands, else 0; int64, the shape of ``input_ids``."""
-    return (input_ids == images.token_id).astype(np.int64)
-
-
-def _image_token(folder: Path, tokenizer: Any, token_id: int) -> str:
+def _image_token(folder: Path, tokenizer: PreTrainedTokenizerFast, token_id: int) -> str:
     token = tokenizer.convert_ids_to_tokens(token_id) if 0 <= token_id < len(tokenizer) else None
     whole = token in tokenizer.get_added_vocab() and tokenizer(token, add_special_tokens=False)["input_ids"] == [
         token_id
@@ -273,16 +270,13 @@ def _image_token(folder: Path, tokenizer: Any, token_id: int) -> str:
     return str(token)
 
 
-def _image_processor(folder: Path) -> Any:
-    from transformers import AutoImageProcessor
-    from transformers.image_processing_utils import BaseImageProcessor
-
+def _image_processor(folder: Path) -> BaseImageProcessor:
     try:
-        found = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+        found = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)  # type: ignore[no-untyped-call]
+    except Exception as error:  # whatever the library raises on damaged files
         raise CheckpointError(
-            f"model.base: no image processor could be loaded from {folder}: {str(error).splitlines()[0]}",
-            "A vision-language base needs its preprocessor_config.json (or processor_config.json) beside config.json.",
+            f"model.base: no image processor could be loaded from {folder}: {reason(error)}",
+            "A vision-language base needs its preprocessor_config.json (or processor_config.json) next to config.json.",
         ) from None
     if not isinstance(found, BaseImageProcessor):
         raise CheckpointError(
@@ -293,6 +287,6 @@ def _image_processor(folder: Path) -> Any:
 
 
 def _processor_config(folder: Path) -> dict[str, Any]:
-    """What the published processor says beside its image processor (``processor_config.json``); empty without it."""
+    """What the published processor says besides its image processor (``processor_config.json``); empty without it."""
     file = folder / "processor_config.json"
-    return read_json(file) if file.is_file() else {}
+    return read_json(file, PROCESSOR) if file.is_file() else {}

@@ -9,9 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+from huggingface_hub import DatasetInfo, HfApi, ModelInfo, constants
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 from merit.errors import RecipeError, nearest
+from merit.hf.side_files import reason
 from merit.recipe.load import is_hub_id
 from merit.recipe.schema import MixtureSettings, Recipe
 
@@ -38,7 +42,7 @@ class HubId:
 
 
 def hub_ids(recipe: Recipe) -> list[HubId]:
-    """Every hub id of a recipe, in its order: what is no file or folder here and reads like an id."""
+    """Every hub id of a recipe, in its order: what is not a file or folder here and reads like an id."""
     found = [HubId("model", recipe.model.base, "model.base", recipe.model.revision)]
     mixtures = [("mixture", recipe.mixture)]
     if recipe.prepare is not None:
@@ -74,9 +78,6 @@ def resolve_ids(recipe: Recipe) -> list[str]:
     Raises:
         RecipeError: Ids that do not exist, revisions or subsets that they do not have: all of them in one message.
     """
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-
     ids, wrong, notes = hub_ids(recipe), [], []
     if constants.HF_HUB_OFFLINE or not ids:
         return [f"{len(ids)} hub ids were not resolved: the hub is switched off (HF_HUB_OFFLINE)."] if ids else []
@@ -96,8 +97,7 @@ def resolve_ids(recipe: Recipe) -> list[str]:
                 f"{item.where}: the hub has no {item.kind} {item.id} (or it is private, and you are not signed in)."
             )
         except Exception as error:  # the network errors of the libraries below have no root in common
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-            notes.append(f"hub ids were not resolved, since the hub could not be reached: {reason}")
+            notes.append(f"hub ids were not resolved, since the hub could not be reached: {reason(error)[:200]}")
             break
         else:
             wrong += _missing_subset(item, known[place])
@@ -106,12 +106,12 @@ def resolve_ids(recipe: Recipe) -> list[str]:
         raise RecipeError(
             wrong[0] if len(wrong) == 1 else f"{len(wrong)} hub ids cannot be used:",
             *(wrong if len(wrong) > 1 else []),
-            "A path that exists nowhere is taken for a hub id: check the spelling of paths as well. Nothing was downloaded.",
+            "A path that does not exist is taken for a hub id: check the spelling of paths, too. Nothing was downloaded.",
         )
     return notes
 
 
-def _missing_subset(item: HubId, info: Any) -> list[str]:
+def _missing_subset(item: HubId, info: ModelInfo | DatasetInfo) -> list[str]:
     """What is wrong with the subset asked for, where the dataset's card lists its own."""
     configs = (getattr(info, "card_data", None) or {}).get("configs") or []
     names = [str(config["config_name"]) for config in configs if isinstance(config, dict) and "config_name" in config]

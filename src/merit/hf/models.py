@@ -9,23 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import json
 import os
-import shutil
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import logging
 
 from merit.errors import CheckpointError, RecipeError, ResourceError
-from merit.hf import checkpoint
+from merit.files import write_json, write_text
+from merit.hf import checkpoint, side_files
+from merit.hf.base import Base
 from merit.hf.families import FAMILIES, ROLES, Family
 from merit.recipe.schema import ModelSettings
 
-if TYPE_CHECKING:
-    import torch
-
-    from merit.hf.base import Base
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -34,8 +36,6 @@ def pick_device(wanted: str) -> torch.device:
     Raises:
         ResourceError: ``cuda`` was asked for and there is none.
     """
-    import torch
-
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ResourceError(
             "train.device: cuda was asked for, but PyTorch sees no CUDA device here.",
@@ -44,10 +44,8 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def autocast(settings: ModelSettings, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def autocast(settings: ModelSettings, device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Arithmetic in ``model.dtype`` on a GPU; float32 on a CPU. Weights stay float32 in both."""
-    import torch
-
     dtype = getattr(torch, settings.dtype)
     if device.type == "cpu" or dtype is torch.float32:
         return contextlib.nullcontext()
@@ -61,65 +59,105 @@ def load_model(
     *,
     trainable: bool = False,
     seed: int = 0,
-) -> Any:
+) -> PreTrainedModel:
     """A causal or vision-language LM in float32 on ``device``, in eval mode.
 
     Args:
         base: The base; its ``settings`` name the trainable subset.
         device: Where to put it.
-        weights: Checkpoint folder to load in place of the base (a branch, a merged model): full, or a LoRA adapter of the
+        weights: Checkpoint folder to load instead of the base's (a branch, a merged model): full, or a LoRA adapter of the
             base.
         trainable: Mark the trainable subset (adding adapters for ``lora``); otherwise every parameter is frozen.
         seed: Seed of new adapters' initial values, so that every branch starts from the same point.
 
+    Returns:
+        The library's own class; PEFT's wrapper around it, which answers to the same calls, where there are adapters.
+
     Raises:
         CheckpointError: Weights are missing, left over, or of another shape.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     settings, family = base.settings, base.family
     folder = Path(weights) if weights is not None else base.folder
     adapter = folder if (folder / "adapter_config.json").is_file() else None
     source = base.folder if adapter else folder
-    kind: Any = AutoModelForCausalLM if family is None else AutoModelForImageTextToText
-    try:
-        loaded: Any = kind.from_pretrained(
-            source,
-            dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=settings.trust_remote_code,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{source} cannot be loaded as a model: {str(error).splitlines()[0]}") from None
-    model, info = loaded
-    for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(what) or ())
-        if names:
-            raise CheckpointError(
-                f"{source}: {len(names)} {what.replace('_', ' ')} between its files and its architecture, first {names[0]}.",
-                "Such weights would be random or ignored; the checkpoint or its config.json is not what it says.",
-            )
+    kind = AutoModelForCausalLM if family is None else AutoModelForImageTextToText
+    model = read_model(kind, source, torch.float32, trust_remote_code=settings.trust_remote_code)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     if trainable and family is not None:
         _check_names(model, source)
     if adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
+        model = cast(PreTrainedModel, PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable))
     elif trainable:
         model = mark_trainable(model, settings, seed)
     model.config.use_cache = True
-    return model.to(device).eval()
+    model.to(device)  # type: ignore[arg-type]
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
 
 
-def mark_trainable(model: Any, settings: ModelSettings, seed: int) -> Any:
+def read_model(
+    kind: type[AutoModelForCausalLM | AutoModelForImageTextToText | AutoModel],
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    where: str = "",
+    trust_remote_code: bool = False,
+    config: PreTrainedConfig | None = None,
+    allow_unused: bool = False,
+) -> PreTrainedModel:
+    """A model with exactly the weights that its files hold.
+
+    Args:
+        kind: The library's class that chooses the model's.
+        folder: Checkpoint folder.
+        dtype: Of the weights in memory.
+        where: What messages begin with, such as a recipe key.
+        trust_remote_code: Run the checkpoint's own code.
+        config: Used instead of the folder's.
+        allow_unused: The files may hold more than the model needs.
+
+    Raises:
+        CheckpointError: Weights are missing, left over, or of another shape, or the library cannot load the folder.
+    """
+    quiet()
+    options = {} if config is None else {"config": config}
+    try:
+        loaded: Any = kind.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever the library raises on a config that does not fit
+        raise CheckpointError(
+            f"{where}{folder} cannot be loaded as a model: {side_files.reason(error)}",
+            "Its config.json and its weights must be those of one checkpoint, of a type that this transformers knows.",
+        ) from None
+    model, info = loaded
+    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys")[: 2 if allow_unused else 3]:
+        names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(problem) or ())
+        if names:
+            raise CheckpointError(
+                f"{where}{folder}: {len(names)} {problem.replace('_', ' ')} between its files and its architecture, "
+                f"first {names[0]}.",
+                "Such weights would be random or ignored; the checkpoint or its config.json is not what it says.",
+            )
+    return cast(PreTrainedModel, model)
+
+
+def quiet() -> None:
+    """No advice and no progress bars from transformers among this package's own."""
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def mark_trainable(model: PreTrainedModel, settings: ModelSettings, seed: int) -> PreTrainedModel:
     """Switch on gradients for the trainable subset; ``lora`` wraps the model in adapters.
 
     Raises:
@@ -170,10 +208,9 @@ def trainable_names(names: Sequence[str], wanted: str | Sequence[str], family: F
     return chosen
 
 
-def _with_adapters(model: Any, settings: ModelSettings, seed: int, family: Family | None) -> Any:
-    import torch
-    from peft import LoraConfig, get_peft_model
-
+def _with_adapters(
+    model: PreTrainedModel, settings: ModelSettings, seed: int, family: Family | None
+) -> PreTrainedModel:
     lora = settings.lora
     torch.manual_seed(seed)
     elsewhere = [name for name, _ in model.named_modules() if family and family.role(f"{name}.weight") != "language"]
@@ -187,12 +224,12 @@ def _with_adapters(model: Any, settings: ModelSettings, seed: int, family: Famil
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, config)
+        return cast(PreTrainedModel, get_peft_model(model, config))
     except ValueError as error:
-        raise RecipeError(f"model.lora: {str(error).splitlines()[0]}") from None
+        raise RecipeError(f"model.lora: {side_files.reason(error)}") from None
 
 
-def file_names(model: Any) -> dict[str, str]:
+def file_names(model: PreTrainedModel) -> dict[str, str]:
     """Name in a checkpoint's files of every entry of the model's state dict, by its name in the model.
 
     They differ for vision-language models, whose modules were rearranged after their files were published.
@@ -200,9 +237,6 @@ def file_names(model: Any) -> dict[str, str]:
     names = list(model.state_dict())
     if model.config.model_type not in FAMILIES:
         return {name: name for name in names}
-    import torch
-    from transformers.core_model_loading import revert_weight_conversion
-
     marks = {
         name: torch.empty(1) for name in names
     }  # the renaming alone is wanted: one mark per tensor goes through it
@@ -210,7 +244,7 @@ def file_names(model: Any) -> dict[str, str]:
     return {back[id(mark)]: file_name for file_name, mark in revert_weight_conversion(model, marks).items()}
 
 
-def _check_names(model: Any, folder: Path) -> None:
+def _check_names(model: PreTrainedModel, folder: Path) -> None:
     """Refuse, before training, a base whose files the library would write back under other names.
 
     Branches and base are merged file by file: their names must be the same.
@@ -225,12 +259,12 @@ def _check_names(model: Any, folder: Path) -> None:
         )
 
 
-def trainable_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
+def trainable_parameters(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
     """Trainable parameters by name, each tied one once, in the model's order."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def save_branch(model: Any, folder: Path, base: Base, *, save_dtype: str) -> None:
+def save_branch(model: PreTrainedModel, folder: Path, base: Base, *, save_dtype: str) -> None:
     """Write a trained model as a Hugging Face checkpoint folder (an adapter folder for LoRA).
 
     Args:
@@ -241,14 +275,10 @@ def save_branch(model: Any, folder: Path, base: Base, *, save_dtype: str) -> Non
         save_dtype: ``base``: every tensor in the base's file dtype, so that frozen tensors stay bit-identical;
             ``float32``: everything in float32.
     """
-    import torch
-
     folder.mkdir(parents=True)
-    if hasattr(model, "peft_config"):
-        model.save_pretrained(folder, safe_serialization=True)
-        for file in checkpoint.side_files(base.folder):
-            if file.name in checkpoint.TEXT_FILES:
-                shutil.copyfile(file, folder / file.name)
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(folder), safe_serialization=True)
+        side_files.copy_files(side_files.input_files(base.folder), folder)
     else:
         names = file_names(model)
         stored = {tensor.data_ptr() for name, tensor in model.state_dict().items() if names[name] in base.dtypes}
@@ -258,35 +288,20 @@ def save_branch(model: Any, folder: Path, base: Base, *, save_dtype: str) -> Non
             if names[name] not in base.dtypes and tensor.data_ptr() in stored:
                 continue  # the other name of a tied tensor, which the base's files do not have
             kept = base.dtypes.get(names[name], fallback)
-            dtype = torch.float32 if save_dtype == "float32" else _torch_dtypes()[kept]
+            dtype = torch.float32 if save_dtype == "float32" else _DTYPES[kept]
             state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
         model.save_pretrained(folder, state_dict=state, safe_serialization=True)
-        checkpoint.copy_side_files(base.folder, folder)
+        side_files.copy_side_files(base.folder, folder)
         if save_dtype == "float32":
-            _set_config_dtype(folder / "config.json", "float32")
+            config = side_files.read_config(folder)
+            write_json(folder / "config.json", side_files.set_config_dtype(config, "float32"))
     # The base's own tokenizer files, never the library's rewriting of them: that can come back with other ids.
     if base.template.origin != "base":
-        (folder / "chat_template.jinja").write_text(base.template.text, encoding="utf-8")
-
-
-@lru_cache(maxsize=1)
-def _torch_dtypes() -> dict[str, Any]:
-    import torch
-
-    return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def _set_config_dtype(config_file: Path, dtype: str) -> None:
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    config.pop("torch_dtype", None)
-    config["dtype"] = dtype
-    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_text(folder / "chat_template.jinja", base.template.text)
 
 
 def limit_threads(threads: int | None) -> int:
     """Set PyTorch's CPU threads (None leaves them) and return the number in force; results depend on it bit for bit."""
-    import torch
-
     if threads:
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)

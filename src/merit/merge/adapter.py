@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from merit.errors import CheckpointError, MergeError
-from merit.hf.checkpoint import Checkpoint, TensorInfo, read_headers, read_json, read_tensor
+from merit.hf.checkpoint import Checkpoint, TensorInfo, read_headers, read_tensor
 from merit.hf.dtypes import to_float
+from merit.hf.side_files import read_json
 from merit.merge.agreement import check_adapter_bases, core_name
 from merit.merge.weights import Branch
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from merit.errors import MergeError
-from merit.hf.checkpoint import Checkpoint, TensorInfo, chat_template, read_config, read_json
+from merit.hf.checkpoint import Checkpoint, TensorInfo
+from merit.hf.side_files import chat_template, read_config, read_json
 
 __all__ = [
     "check_adapter_bases",

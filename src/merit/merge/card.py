@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from merit import __version__
-from merit.hf.checkpoint import read_config
+from merit.hf.side_files import read_config
 from merit.merge.plan import MergePlan
 
 __all__ = ["base_licence", "model_card"]

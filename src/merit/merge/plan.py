@@ -19,8 +19,9 @@ import numpy as np
 
 from merit.errors import CheckpointError, MergeError, ResourceError
 from merit.files import require_space
-from merit.hf.checkpoint import Checkpoint, TensorInfo, WeightFile, read_headers, read_json
+from merit.hf.checkpoint import Checkpoint, TensorInfo, WeightFile, read_headers
 from merit.hf.dtypes import DTYPES, DType
+from merit.hf.side_files import read_json
 from merit.merge import agreement
 from merit.merge.arithmetic import exact_weights
 from merit.merge.operators import Operator, Options, operator_and_options

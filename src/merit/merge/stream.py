@@ -25,13 +25,12 @@ from merit.hf.checkpoint import (
     TensorDigest,
     TensorInfo,
     combine_fingerprint,
-    copy_side_files,
     fingerprint,
     pread_into,
-    read_config,
     read_digest,
 )
 from merit.hf.dtypes import BLOCK
+from merit.hf.side_files import copy_side_files, read_config
 from merit.merge import card, native
 from merit.merge.arithmetic import NonFiniteError
 from merit.merge.plan import MergePlan, OutputFile, TensorPlan, check_output, check_space, index_json

@@ -1,9 +1,8 @@
-"""Basin preparation: making a merge-ready base where none is at hand.
+"""Making a merge-ready base where none is at hand: join a vision encoder and a language model, then train in stages.
 
-``assemble`` joins a vision encoder and a language model into one checkpoint; ``preparation`` runs it and the training stages
-in order. Here: where a preparation's parts lie, and the recipe of a stage. A stage is a run of its own, with one group and
-no gradients, so nothing about training, resuming or records is done a second time. Source: Choi & Kim, arXiv 2606.01717, §4
-(merge-ready initialization); the stages are those of LLaVA (1 align, 1.5 knowledge, 2 instruct).
+Here: where a preparation's parts lie, and the recipe of a stage. A stage is a run of its own, with one group and no
+gradients, so training, resuming and records are those of every branch. Source: Choi & Kim, arXiv 2606.01717, §4 (merge-ready
+initialization); the stages are those of LLaVA (1 align, 1.5 knowledge, 2 instruct).
 """
 
 from __future__ import annotations

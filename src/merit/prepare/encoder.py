@@ -8,13 +8,17 @@ other encoder and writes nothing. Source: Liu et al., arXiv 2304.08485 (architec
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from transformers import AutoModel, LlavaConfig
 
 from merit.errors import CheckpointError
-from merit.hf import checkpoint
+from merit.hf.models import read_model
+from merit.hf.side_files import read_config
 
-if TYPE_CHECKING:
-    import torch
+Config = Any
+"""A transformers config: which settings it has depends on the architecture."""
 
 BARE = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")
 """Model types of encoders that are taken without a vision-language model around them."""
@@ -24,11 +28,10 @@ IMAGE_TOKEN = "<image>"
 
 def is_bare(folder: Path) -> bool:
     """Whether the folder holds such an encoder (alone, or with its text tower, which is left aside)."""
-    file = folder / "config.json"
-    return file.is_file() and checkpoint.read_json(file).get("model_type") in BARE
+    return read_config(folder).get("model_type") in BARE
 
 
-def llava_around(folder: Path, encoder: Any, text: Any) -> Any:
+def llava_around(folder: Path, encoder: Config, text: Config) -> LlavaConfig:
     """Config of the LLaVA that joins an encoder and a language model.
 
     Args:
@@ -39,8 +42,6 @@ def llava_around(folder: Path, encoder: Any, text: Any) -> Any:
     Raises:
         CheckpointError: The folder has no image processor.
     """
-    from transformers import LlavaConfig
-
     if not (folder / "preprocessor_config.json").is_file():
         raise CheckpointError(
             f"prepare.assemble.vision_from: {folder} has no preprocessor_config.json (image processor)."
@@ -54,24 +55,19 @@ def llava_around(folder: Path, encoder: Any, text: Any) -> Any:
     )
 
 
-def encoder_state(folder: Path, vision: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def encoder_state(folder: Path, vision: Config, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The encoder's tensors under the names that they have in a LLaVA.
 
     Raises:
         CheckpointError: Some of its weights are missing.
     """
-    from transformers import AutoModel
-
-    model, info = AutoModel.from_pretrained(
-        folder, config=vision, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+    model = read_model(
+        AutoModel, folder, dtype, where="prepare.assemble.vision_from: ", config=vision, allow_unused=True
     )
-    odd = sorted({*info["missing_keys"], *(str(key[0]) for key in info["mismatched_keys"])})
-    if odd:
-        raise CheckpointError(f"prepare.assemble.vision_from: {folder} lacks {len(odd)} weights, first {odd[0]}.")
     return {f"model.vision_tower.{name}": tensor for name, tensor in model.state_dict().items()}
 
 
-def processor_config(config: Any) -> dict[str, Any]:
+def processor_config(config: Config) -> dict[str, Any]:
     """``processor_config.json`` of the joined model, as LLaVA's published folders have it."""
     return {
         "processor_class": "LlavaProcessor",
@@ -82,5 +78,5 @@ def processor_config(config: Any) -> dict[str, Any]:
     }
 
 
-def _has_class_token(vision: Any) -> bool:
+def _has_class_token(vision: Config) -> bool:
     return str(vision.model_type) == "clip_vision_model"

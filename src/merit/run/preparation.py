@@ -16,7 +16,8 @@ from merit.errors import CheckpointError, RunFolderError
 from merit.hf import checkpoint
 from merit.hf.base import BaseFacts, open_base, resolve_base
 from merit.prepare import prepared_base, stage_folder, stage_recipe
-from merit.prepare.assemble import Assembly, assemble, parameter_sizes, plan_assembly
+from merit.prepare.assemble import assemble
+from merit.prepare.plan import Assembly, parameter_sizes, plan_assembly
 from merit.progress import duration
 from merit.recipe.schema import ModelSettings, Recipe
 from merit.run import key
@@ -89,7 +90,7 @@ def _assemble(session: Session) -> Path:
         return model
     reporter.stage("prepare", f"assemble: {plan.config.model_type} around {recipe.model.base}")
     with stage.writing(recipe.seed) as record:
-        record |= assemble(plan, model, seed=recipe.seed)
+        record |= assemble(plan, model, seed=recipe.seed).facts()
         record["model_fingerprint"] = checkpoint.fingerprint(model)
     for note in plan.notes:
         reporter.note(note)
