@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from merit import cli
 from merit.errors import Interrupted, MeritError
-from merit.report.terminal import Reporter
+from merit.report.terminal import Terminal
 from merit.signals import Stop, deaf_to_interrupts, graceful, stop_if_asked, stop_on_sigterm
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -37,7 +37,7 @@ def fresh() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-REPORTS: list[Callable[[Reporter], None]] = [
+REPORTS: list[Callable[[Terminal], None]] = [
     lambda reporter: reporter.stage("x"),
     lambda reporter: reporter.say("x"),
     lambda reporter: reporter.note("x"),
@@ -46,8 +46,8 @@ REPORTS: list[Callable[[Reporter], None]] = [
 
 
 @pytest.mark.parametrize("report", REPORTS)
-def test_a_lost_stop_comes_up_at_the_next_report(report: Callable[[Reporter], None]) -> None:
-    reporter = Reporter(quiet=True)
+def test_a_lost_stop_comes_up_at_the_next_report(report: Callable[[Terminal], None]) -> None:
+    reporter = Terminal(quiet=True)
     report(reporter)
     with reporter.progress() as tick:
         tick(1, 2)
@@ -91,7 +91,7 @@ def test_sigterm_in_a_command_exits_with_75(lost: bool) -> None:
                 signal.raise_signal(signal.SIGTERM)
             except Exception:
                 raise AssertionError("taken for an error of a library") from None
-        Reporter(quiet=True).stage("next")
+        Terminal(quiet=True).stage("next")
         raise AssertionError("went on")
 
     @app.command()

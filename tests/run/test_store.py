@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merit.errors import RunFolderError
-from merit.files import canonical, differences, file_hash, fingerprint, write_json
-from merit.run.store import Stage, StaleStageError, is_locked, lock
+from merit.files import canonical, differences, fingerprint, write_json
+from merit.run.record import StaleStageError, content_hash
+from merit.run.store import Stage, is_locked, lock
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -24,7 +26,7 @@ JSON = st.recursive(
 
 
 def make(folder: Path, rate: float = 0.1, base: str = "a" * 64) -> Stage:
-    return Stage("branch 0", folder / "branches" / "0", {"train": {"learning_rate": rate}}, {"base": base})
+    return Stage("branch", folder / "branches" / "0", {"train": {"learning_rate": rate}}, {"base": base})
 
 
 def finish(stage: Stage, text: str = "weights") -> None:
@@ -40,12 +42,13 @@ def test_a_finished_stage_is_done_and_its_record_is_whole(tmp_path: Path) -> Non
     finish(stage)
     assert stage.is_done()
     record = stage.record()
-    assert record["steps"] == 3
-    assert record["seed"] == 7
-    assert record["settings"] == {"train": {"learning_rate": 0.1}}
-    assert record["outputs"] == {"model/w.txt": {"bytes": 7, "sha256": file_hash(stage.path / "model" / "w.txt")}}
-    assert record["versions"]["torch"]
-    assert record["seconds"] >= 0
+    assert record.facts == {"steps": 3}
+    assert record.seed == 7
+    assert record.settings == {"train": {"learning_rate": 0.1}}
+    facts = {name: output.model_dump() for name, output in record.outputs.items()}
+    assert facts == {"model/w.txt": {"bytes": 7, "xxh3": content_hash(stage.path / "model" / "w.txt")}}
+    assert record.versions["torch"]
+    assert record.seconds >= 0
 
 
 @pytest.mark.parametrize(
@@ -76,23 +79,65 @@ def test_an_exception_leaves_the_stage_undone_and_the_next_attempt_clears_up(tmp
     assert stage.is_done()
 
 
-def test_a_truncated_output_is_found(tmp_path: Path) -> None:
+def flip(file: Path, bit: int) -> None:
+    """Change one bit and keep size and modification time."""
+    before = file.stat()
+    data = bytearray(file.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(data)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_damaged_outputs_are_found_by_content(tmp_path: Path) -> None:
+    """On commit f5727a1 the flipped bit goes unnoticed: only sizes were compared."""
     stage = make(tmp_path)
     finish(stage)
-    (stage.path / "model" / "w.txt").write_text("wei")
-    with pytest.raises(RunFolderError, match="expected 7 bytes as recorded, found 3"):
+    stage.verify()
+    file = stage.path / "model" / "w.txt"
+    flip(file, 11)
+    with pytest.raises(RunFolderError, match=re.escape(f"{file} is damaged: its content is not what was written")):
         stage.verify()
-    (stage.path / "model" / "w.txt").unlink()
-    with pytest.raises(RunFolderError, match="no file"):
+    file.write_text("wei")
+    with pytest.raises(RunFolderError, match="it has 3 bytes, 7 were written"):
+        stage.verify()
+    file.unlink()
+    with pytest.raises(RunFolderError, match="it is missing"):
         stage.verify()
 
 
-def test_a_damaged_record_is_named(tmp_path: Path) -> None:
+def test_every_flipped_bit_of_a_record_is_noticed(tmp_path: Path) -> None:
+    """On commit f5727a1 a flip in settings that nothing compares, or in what was recorded, goes unnoticed."""
     stage = make(tmp_path)
     finish(stage)
-    stage.record_file.write_text("{")
+    size = stage.record_file.stat().st_size
+    for bit in range(0, 8 * size, 7):
+        flip(stage.record_file, bit)
+        with pytest.raises(RunFolderError):
+            stage.is_done()
+        flip(stage.record_file, bit)
+    assert stage.is_done()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", '{"format": 2}', "[" * 100_000, ""])
+def test_a_damaged_record_is_named(tmp_path: Path, text: str) -> None:
+    stage = make(tmp_path)
+    finish(stage)
+    stage.record_file.write_text(text)
     with pytest.raises(RunFolderError, match="damaged"):
         stage.is_done()
+
+
+def test_a_record_of_another_version_is_refused_by_name(tmp_path: Path) -> None:
+    stage = make(tmp_path)
+    finish(stage)
+    write_json(stage.record_file, {**json.loads(stage.record_file.read_text()), "format": 1})
+    with pytest.raises(RunFolderError, match=r"another version of MERIT \(record format 1"):
+        stage.is_done()
+
+
+def test_hashes_that_begin_alike_are_shown_apart(tmp_path: Path) -> None:
+    """On commit f5727a1 the message reads ``37b2… -> 37b2…``."""
+    assert differences("a" * 64, "a" * 40 + "b" * 24, "base") == [f"base: {'a' * 44}… -> {'a' * 40}bbbb…"]
 
 
 HOLDER = """
