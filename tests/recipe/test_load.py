@@ -164,7 +164,7 @@ def test_the_starter_recipe_loads(tmp_path: Path) -> None:
 
 def test_start_up_imports_no_ml_library() -> None:
     code = (
-        "import sys, merit, merit.cli, merit.recipe.schema, merit.errors, merit.files, merit.run.status, merit.merge\n"
+        "import sys, merit, merit.cli, merit.recipe.load, merit.run.status, merit.report.status, merit.report.merge\n"
         "heavy = {'torch', 'transformers', 'trl', 'datasets', 'peft', 'numba', 'scipy', 'sklearn'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
@@ -191,3 +191,32 @@ def test_yaml_merge_keys_work(tmp_path: Path) -> None:
     datasets = load_recipe(tmp_path / "r.yaml").mixture.datasets
     assert datasets is not None
     assert [(item.name, item.samples) for item in datasets] == [("a", 5), ("c", 5)]
+
+
+def bomb(levels: int, merge: bool) -> str:
+    lines = ["a0: &a0 {k0: 1}" if merge else "a0: &a0 [1, 1]"]
+    for i in range(1, levels):
+        last = ", ".join([f"*a{i - 1}"] * 9)
+        lines.append(f"a{i}: &a{i}\n  <<: [{last}]\n  k{i}: 1" if merge else f"a{i}: &a{i} [{last}]")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("text", [bomb(9, False), bomb(9, True), bomb(40, False), "a: &a [*a]\n", "a: &a {b: *a}\n"])
+def test_a_few_lines_of_aliases_that_stand_for_billions_are_refused_at_once(tmp_path: Path, text: str) -> None:
+    """On commit f5727a1 the larger ones take minutes and end in MemoryError."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    with pytest.raises(RecipeError, match="anchors"):
+        load_recipe(file)
+
+
+def test_anchors_of_an_ordinary_size_are_followed(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    rows = "\n".join(f"    - {{<<: *common, name: d{i}, path: d{i}.jsonl}}" for i in range(500))
+    file.write_text(
+        "name: x\nmodel: {base: b/c}\nmixture:\n  datasets:\n"
+        "    - &common {name: d, path: d.jsonl, samples: 9}\n" + rows + "\n"
+    )
+    datasets = load_recipe(file).mixture.datasets or []
+    assert len(datasets) == 501
+    assert {item.samples for item in datasets} == {9}

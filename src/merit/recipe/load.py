@@ -6,6 +6,7 @@ What the settings are is :mod:`merit.recipe.schema`'s business. It reads no data
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             seen.add(key)
         return super().construct_mapping(node, deep)
 
+
+_MOST_VALUES = 1_000_000
+"""Far more than any recipe holds; a few lines of aliases to aliases stand for billions."""
 
 _UniqueKeyLoader.add_implicit_resolver(  # YAML 1.1 reads 1e-5 (no dot) as a string
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
@@ -69,7 +73,7 @@ def parse_recipe(
     try:
         merged = json.loads(json.dumps(data, default=str))
     except (ValueError, TypeError, RecursionError) as error:
-        raise RecipeError(f"{where} is no plain mapping of settings: {str(error).splitlines()[0]}.") from None
+        raise RecipeError(f"{where} is not a plain mapping of settings: {str(error).splitlines()[0]}.") from None
     for override in overrides:
         _override(merged, override)
     try:
@@ -95,13 +99,34 @@ def recipe_schema() -> dict[str, Any]:
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)
+        loader = _UniqueKeyLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if (values := _expanded(node, {})) > _MOST_VALUES:
+            count = "endlessly many" if values == math.inf else f"{values:,}"
+            raise RecipeError(
+                f"{where} stands for {count} values once its anchors are followed; at most {_MOST_VALUES:,} are read.",
+                "Write blocks out, or name fewer of them through anchors (&a, *a).",
+            )
+        return loader.construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise RecipeError(f"{where} is not valid YAML{place}: {getattr(error, 'problem', error)}.") from None
     except (ValueError, TypeError, RecursionError) as error:  # a date that is none, blocks in blocks without end
         raise RecipeError(f"{where} cannot be read as YAML: {str(error).splitlines()[0]}.") from None
+
+
+def _expanded(node: yaml.Node, known: dict[int, float]) -> float:
+    """Values that a block stands for with every alias written out; infinite where it holds itself."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = math.inf  # while it is open: an alias to it would never end
+        parts = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
+        known[id(node)] = 1 + sum(_expanded(part, known) for part in parts)
+    return known[id(node)]
 
 
 def _override(data: dict[str, Any], override: str) -> None:
