@@ -14,7 +14,7 @@ from merit.conflict.compare import Comparison, compare_representations
 from merit.conflict.result import Geometry
 from merit.conflict.sample import Probe
 from merit.conflict.stage import measure_gradients
-from merit.errors import RecipeError, RunFolderError
+from merit.errors import RunFolderError
 from merit.files import differences
 from merit.mixture import Mixture
 from merit.mixture.stage import encode_mixture
@@ -288,12 +288,7 @@ def prepare_alone(session: Session) -> Path:
     Raises:
         RecipeError: The recipe has no ``prepare`` block.
     """
-    if session.given.prepare is None:
-        raise RecipeError(
-            f"{session.given.name}: the recipe has no prepare block, so there is nothing to prepare.",
-            "model.base is the base as it stands; docs/preparation.md says when another one is needed.",
-        )
-    if not session.base_stands:
+    if session.given.prepare is not None and not session.base_stands:
         check_preparation(session.given, session.run)
     with begun(session, "prepare"):
         return prepare(session, run_chain)

@@ -8,7 +8,7 @@ dataset and writes nothing. Offline it looks at nothing that is not on this mach
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 from merit.errors import MergeError, RecipeError, UserError
 from merit.files import require_space
-from merit.hf.base import BaseFacts
+from merit.hf.base import Base, BaseFacts
 from merit.hf.hub import hub_ids
 from merit.hf.models import pick_device
 from merit.hf.published import PUBLISHED
@@ -118,73 +118,89 @@ def make_plan(session: Session, *, offline: bool = False) -> Plan:
         UserError: The first thing that is wrong.
     """
     recipe, run = session.given, session.run
-    opened = session.base if session.base_stands and not offline else None
-    notes: list[str] = []
     summaries = _sources(recipe, offline=True) if offline else session.found.check()
     datasets = tuple(item for item in summaries if not item.kept)
     kept = tuple(item for item in summaries if item.kept)
+    _check_settings(recipe, len(datasets), offline=offline)
+    opened = session.base if session.base_stands and not offline else None
+    base, weights = _weighed(session, opened, offline=offline)
+    preparation = _preparation(recipe, base, offline=offline or opened is not None)
+    if base is not None and base.family is None:
+        refuse_images(summaries)
+    if opened is not None:  # a template that cannot be used for training is refused here, not after a preparation
+        ChatTemplate(opened.tokenizer, opened.images.token if opened.images else None)
+    notes = [
+        *_notes_on_tests(recipe, datasets),
+        *_notes_on_base(opened, weights, looked_at=base is not None),
+        *_notes_on_unseen(summaries, preparation if opened is None else ()),
+        *_notes_on_embedded_images(recipe, base),
+    ]
+    disk, memory = needs(recipe, weights) if weights is not None else (None, None)
+    begun = any((run / "branches").glob("*/record.json")) or (run / "preparation").is_dir()
+    if disk is not None and not begun and not offline:
+        ways_out = "Free space, use another disk (--output DIR), or train fewer branches (split.axes, baselines)."
+        require_space(run, disk, "the run's files", ways_out)
+    steps = _stated_steps(recipe)
+    return Plan(recipe, run, datasets, kept, base, weights, steps, preparation, disk, memory, tuple(notes))
+
+
+def _check_settings(recipe: Recipe, datasets: int, *, offline: bool) -> None:
+    """What settings alone, and the number of datasets, can have wrong."""
     if datasets or not offline:
-        check_groups(recipe, len(datasets))
+        check_groups(recipe, datasets)
     if recipe.train.trainer:
         check_trainer_options(recipe)
     _check_merge(recipe)
     if recipe.train.device == "cuda" and not offline:
         pick_device("cuda")
+
+
+def _weighed(session: Session, opened: Base | None, *, offline: bool) -> tuple[BaseFacts | None, Weights | None]:
+    """Facts and size of the base: as it stands, as a preparation will make it, or as published."""
+    recipe = session.given
+    base: BaseFacts
+    if opened is not None:
+        base, sizes = opened, file_sizes(opened)
+    elif not offline:
+        base, sizes = planned_base(recipe, session.run)
+    else:
+        return None, published_weights(recipe)
+    _check_length(recipe, base, "train.max_length")
+    return base, weigh(recipe, base, sizes)
+
+
+def _notes_on_tests(recipe: Recipe, datasets: Sequence[SourceSummary]) -> Iterator[str]:
     without = [item.name for item in datasets if item.test is None and item.format != UNSEEN]
     if without and recipe.evaluate.heldout:
-        notes.append(
-            f"{len(without)} of {len(datasets)} datasets have no held-out rows and are not scored: {_list(without)}."
+        yield f"{len(without)} of {len(datasets)} datasets have no held-out rows and are not scored: {_list(without)}."
+
+
+def _notes_on_base(opened: Base | None, weights: Weights | None, *, looked_at: bool) -> Iterator[str]:
+    if opened is not None and opened.template.origin == "default":
+        yield (
+            "the base has no chat template; a plain default one is used, and carried along into the merged model "
+            "(docs/mixture.md). Give your own with model.chat_template."
         )
-    base: BaseFacts | None = opened
-    stands = base is not None  # where it was prepared, the data of its stages is needed no more
-    sizes: Mapping[str, int] | None = None
-    weights = None
-    if base is not None:
-        sizes = file_sizes(base)
-    elif not offline:
-        base, sizes = planned_base(recipe, run)
-    preparation = _preparation(recipe, base, offline=offline or stands)
-    if base is not None and sizes is not None:
-        weights = weigh(recipe, base, sizes)
-        _check_length(recipe, base, "train.max_length")
-        if base.family is None:
-            refuse_images(summaries)
-        if opened is not None:
-            ChatTemplate(
-                opened.tokenizer, opened.images.token if opened.images else None
-            )  # one that cannot be used for training is refused here, not after a preparation
-        if opened is not None and opened.template.origin == "default":
-            notes.append(
-                "the base has no chat template; a plain default one is used, and carried along into the merged model "
-                "(docs/mixture.md). Give your own with model.chat_template."
-            )
-    else:
-        weights = published_weights(recipe)
+    if not looked_at:
         said = "their sizes are those published" if weights else "memory and disk are not known"
-        notes.append(f"the base was not looked at: neither its files nor its tokenizer are checked; {said}.")
+        yield f"the base was not looked at: neither its files nor its tokenizer are checked; {said}."
+
+
+def _notes_on_unseen(summaries: Sequence[SourceSummary], preparation: Sequence[StagePlan]) -> Iterator[str]:
     unseen = [item.name for item in summaries if item.format == UNSEEN]
-    if not stands:
-        unseen += [
-            f"{step.name}/{item.name}" for step in preparation for item in step.datasets if item.format == UNSEEN
-        ]
-    if unseen or not datasets:
+    unseen += [f"{step.name}/{item.name}" for step in preparation for item in step.datasets if item.format == UNSEEN]
+    if unseen or not any(not item.kept for item in summaries):
         what = f"{len(unseen)} datasets, {_list(unseen)}" if unseen else "the mixture"
-        notes.append(f"not on this machine, so not looked at: {what}.")
+        yield f"not on this machine, so not looked at: {what}."
+
+
+def _notes_on_embedded_images(recipe: Recipe, base: BaseFacts | None) -> Iterator[str]:
     embedded = {item.id for item in hub_ids(recipe) if item.kind == "dataset"} if _sees(recipe, base) else ()
     if embedded:
-        notes.append(
+        yield (
             f"images inside the rows of {len(embedded)} hub datasets are kept once more in the run folder; the disk "
             "estimate does not know their size."
         )
-    disk = memory = None
-    if weights is not None:
-        disk, memory = needs(recipe, weights)
-        begun = any((run / "branches").glob("*/record.json")) or (run / "preparation").is_dir()
-        if not begun and not offline:
-            ways_out = "Free space, use another disk (--output DIR), or train fewer branches (split.axes, baselines)."
-            require_space(run, disk, "the run's files", ways_out)
-    steps = _stated_steps(recipe)
-    return Plan(recipe, run, datasets, kept, base, weights, steps, preparation, disk, memory, tuple(notes))
 
 
 # ---- data ----------------------------------------------------------------------------------------------------------

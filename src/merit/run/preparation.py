@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from merit.errors import CheckpointError, RunFolderError
+from merit.errors import CheckpointError, RecipeError, RunFolderError
 from merit.hf import checkpoint
 from merit.hf.base import BaseFacts, open_base, resolve_base
 from merit.prepare import prepared_base, stage_folder, stage_recipe
@@ -41,7 +41,11 @@ def prepare(session: Session, run_chain: Callable[[Session, str], None]) -> Path
         Interrupted: Stopped from outside; the same command goes on.
     """
     recipe, run, reporter = session.given, session.run, session.reporter
-    assert recipe.prepare is not None
+    if recipe.prepare is None:
+        raise RecipeError(
+            f"{recipe.name}: the recipe has no prepare block, so there is nothing to prepare.",
+            "model.base is the base as it stands; docs/preparation.md says when another one is needed.",
+        )
     final = prepared_stage(recipe, run)
     if final.begun and not stage_folder(run, "").is_dir() and _only_inputs(final.changes()):
         final.verify()
