@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from merit.conflict.stage import measure_gradients
     from merit.errors import MeritError, UserError
     from merit.hf.base import Base, open_base
-    from merit.merge import Branch, plan_merge, run_merge
+    from merit.merge import Branch, merge_branches, plan_merge, run_merge
     from merit.mixture.found import find_datasets
     from merit.mixture.stage import encode_mixture
     from merit.recipe.load import load_recipe, parse_recipe
@@ -34,6 +34,7 @@ _HOME = {
     "load_recipe": "merit.recipe.load",
     "measure_gradients": "merit.conflict.stage",
     "parse_recipe": "merit.recipe.load",
+    "merge_branches": "merit.merge",
     "plan_merge": "merit.merge",
     "run_merge": "merit.merge",
     "split_mixture": "merit.split.stage",
@@ -49,6 +50,7 @@ __all__ = [
     "find_datasets",
     "load_recipe",
     "measure_gradients",
+    "merge_branches",
     "open_base",
     "parse_recipe",
     "plan_merge",

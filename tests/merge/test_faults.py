@@ -1,5 +1,6 @@
 """Damage and interruption: every fault is detected, and a killed merge leaves nothing that loads."""
 
+import fcntl
 import os
 import random
 import shutil
@@ -151,6 +152,43 @@ def test_leftovers_of_killed_merges_are_swept_and_of_running_ones_are_not(tmp_pa
     (tmp_path / running).mkdir()
     run_merge(make_plan(base, branches, output=tmp_path / "out"))
     assert left(tmp_path) == [running, "b0", "b1", "base", "out"]
+
+
+def test_work_of_other_hosts_and_containers_is_not_swept(tmp_path, case):
+    """Fails on commit f5727a1: a process number unknown here counted as dead, so two hosts deleted each other's work."""
+    base, branches = case
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    elsewhere = tmp_path / f".out.otherhost.{dead.pid}.partial"
+    abandoned = tmp_path / f".out.thirdhost.{dead.pid}.partial"
+    held = (
+        tmp_path / f".out.{socket.gethostname()}.{dead.pid}.partial"
+    )  # of a container whose processes are not seen here
+    for folder in (elsewhere, abandoned, held):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+    for path in (abandoned / "model.safetensors", abandoned):
+        os.utime(path, (time.time() - 90_000,) * 2)
+    descriptor = os.open(held, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    run_merge(make_plan(base, branches, output=tmp_path / "out"))
+    os.close(descriptor)
+    assert left(tmp_path) == sorted([held.name, elsewhere.name, "b0", "b1", "base", "out"])
+
+
+@pytest.mark.parametrize("name", ["README.md", "merge.json", "config.json"])
+def test_shards_are_safetensors_by_name(tmp_path, case, name):
+    """Fails on commit f5727a1: a shard named README.md was overwritten by the card, one named merge.json a traceback."""
+    base, branches = case
+    one, _ = sorted(branches[0].path.glob("*.safetensors"))
+    index = branches[0].path / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace(one.name, name))
+    one.rename(one.with_name(name))
+    with pytest.raises(CheckpointError, match=r"expected \*\.safetensors|safetensors"):
+        make_plan(base, branches, output=tmp_path / "out")
+    with pytest.raises(CheckpointError):
+        make_plan(branches[0].path, branches[1:], output=tmp_path / "out")
+    assert left(tmp_path) == ["b0", "b1", "base"]
 
 
 KILLED = """

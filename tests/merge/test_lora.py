@@ -1,6 +1,10 @@
 """Adapters written by PEFT itself; the merges against PEFT's own merge_and_unload in float64."""
 
+import errno
 import json
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,7 +12,7 @@ import torch
 from merge_cases import make_plan, plan_adapters
 from safetensors.torch import load_file, save_file
 
-from merit.errors import CheckpointError, MergeError
+from merit.errors import CheckpointError, MergeError, ResourceError
 from merit.hf import checkpoint
 from merit.merge import Branch, MergeResult, merge_into_adapter, run_merge
 
@@ -27,6 +31,10 @@ KINDS = {
     "embedding": {"target_modules": ["embed_tokens", "q_proj"], "r": 3, "lora_alpha": 5},
     "biases": {"target_modules": ["q_proj", "k_proj"], "r": 3, "bias": "all"},
     "biases of adapted modules": {"target_modules": ["q_proj", "o_proj"], "r": 3, "bias": "lora_only"},
+    "gaussian start": {"target_modules": ["q_proj"], "r": 4, "init_lora_weights": "gaussian"},
+    "orthogonal start": {"target_modules": ["q_proj"], "r": 4, "init_lora_weights": "orthogonal"},
+    "mica start": {"target_modules": ["q_proj"], "r": 4, "init_lora_weights": "mica"},
+    "random start": {"target_modules": ["q_proj"], "r": 4, "init_lora_weights": False},
     "lora bias": {"target_modules": ["q_proj"], "r": 3, "lora_bias": True},
 }
 
@@ -345,3 +353,107 @@ def test_adapters_of_other_bases_are_refused_or_told(tmp_path):
         assert len(plan_adapters(base, branches, output=out).warnings) == told
     result = merge_into_adapter(base, branches, out)
     assert "as their base" in result.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        *[({"init_lora_weights": start}, start) for start in ("lora_ga", "pissa", "olora", "corda", "loftq", "later")],
+        ({"kasa_config": {"beta": 0.1}}, "KaSA"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"use_qalora": True}, "QALoRA"),
+        ({"invented_in_2027": {"a": 1}}, "invented_in_2027"),
+    ],
+)
+def test_only_what_is_known_to_be_exact_is_merged(tmp_path, settings, named):
+    """Fails on commit f5727a1: LoRA-GA, KaSA and whatever its deny list did not name were merged as plain LoRA."""
+    tiny(tmp_path)
+    branches, _ = adapters(tmp_path, "plain", count=2)
+    edit(branches[1].path, **settings)
+    with pytest.raises(MergeError, match=named):
+        plan_adapters(tmp_path / "base", branches, output=tmp_path / "out")
+    with pytest.raises(MergeError, match=named):
+        merge_into_adapter(tmp_path / "base", branches, tmp_path / "out")
+
+
+def test_lora_ga_is_refused_as_peft_writes_it(tmp_path):
+    """Fails on commit f5727a1: two LoRA-GA adapters, which shift the base at their start, merged 1.7e-3 off.
+
+    PEFT's own start moves the base: θ0 + s·B·A is not the model that was trained.
+    """
+    from peft import LoraConfig, LoraGAConfig, get_peft_model
+    from peft.tuners.lora.loraga import preprocess_loraga
+
+    model = tiny(tmp_path)
+    before = model.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
+
+    def step():
+        model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+
+    preprocess_loraga(model, config, step)
+    peft = get_peft_model(model, config)
+    assert not torch.equal(peft.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight, before)
+    peft.save_pretrained(tmp_path / "a")
+    with pytest.raises(MergeError, match="lora_ga"):
+        plan_adapters(tmp_path / "base", [Branch(tmp_path / "a", 1, "a")], output=tmp_path / "out")
+
+
+def test_adapters_saved_by_other_peft_versions_merge(tmp_path):
+    """Fails on commit f5727a1: a key that an older PEFT does not write counted as different from its default."""
+    tiny(tmp_path)
+    branches, states = adapters(tmp_path, "plain", count=2)
+    file = branches[1].path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    older = {
+        key: value for key, value in config.items() if key not in ("lora_bias", "use_dora", "bias", "fan_in_fan_out")
+    }
+    older |= {"modules_to_save": [], "layers_to_transform": None}
+    assert len(older) < len(config)
+    file.write_text(json.dumps(older))
+    run_merge(plan_adapters(tmp_path / "base", branches, output=tmp_path / "out"))
+    merged, want = load_file(tmp_path / "out/model.safetensors"), mean(states, COUNTS[:2])
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor.double(), want[name], rtol=2e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"alpha_pattern": {"(": 3}}, {"alpha_pattern": [1]}, {"lora_alpha": "x"}, {"lora_alpha": float("nan")}]
+)
+def test_odd_values_in_an_adapter_s_config_are_one_message(tmp_path, settings):
+    """Fails on commit f5727a1: ``alpha_pattern {"(": 3}`` was a traceback of the regular expressions' module."""
+    tiny(tmp_path)
+    branches, _ = adapters(tmp_path, "plain", count=1)
+    edit(branches[0].path, **settings)
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: \w*alpha\w* is"):
+        plan_adapters(tmp_path / "base", branches, output=tmp_path / "out")
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_full_disk_is_one_message_in_adapter_merges_too(tmp_path, rank, monkeypatch):
+    """Fails on commit f5727a1: no check of the free space, and a traceback when the disk filled up."""
+    tiny(tmp_path)
+    branches, _ = adapters(tmp_path, "plain", count=2)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+        with pytest.raises(ResourceError, match="are free"):
+            merge_into_adapter(tmp_path / "base", branches, tmp_path / "out", rank=rank)
+
+    def full(*_args, **_more):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("merit.merge.lora.write_bytes", full)
+    with pytest.raises(ResourceError, match="filled up"):
+        merge_into_adapter(tmp_path / "base", branches, tmp_path / "out", rank=rank)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a0", "a1", "base"]
+
+
+def test_leftovers_of_killed_adapter_merges_are_swept(tmp_path):
+    """Fails on commit f5727a1: adapter merges had a writer of their own that never swept."""
+    tiny(tmp_path)
+    branches, _ = adapters(tmp_path, "plain", count=1)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / f".out.{socket.gethostname()}.{dead.pid}.partial").mkdir()
+    merge_into_adapter(tmp_path / "base", branches, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a0", "base", "out"]

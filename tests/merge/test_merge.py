@@ -389,6 +389,26 @@ def test_mixed_dtypes_need_an_explicit_choice(tmp_path, choice):
     assert config["dtype"] == {"base": "bfloat16"}.get(choice, choice)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_explicit_dtype_stands_in_every_block_of_the_config(tmp_path, dtype):
+    """Fails on commit f5727a1: ``text_config.dtype`` and ``vision_config.torch_dtype`` stayed as they were."""
+    blocks = {"text_config": {"dtype": "float16", "a": 1}, "vision_config": {"torch_dtype": "float16", "b": 2}}
+    base = write_checkpoint(tmp_path / "base", random_tensors(0), **blocks)
+    branch = write_checkpoint(tmp_path / "b", near(random_tensors(0), 1), **blocks)
+    merge(base, [Branch(branch, 1, "b")], tmp_path / "out", dtype=dtype)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == dtype
+    assert config["text_config"] == {"dtype": dtype, "a": 1}
+    vision = dict(config["vision_config"])
+    assert {vision.pop(key) for key in ("dtype", "torch_dtype") if key in vision} == {dtype}
+    assert vision == {"b": 2}
+    original = json.loads((base / "config.json").read_text())
+    assert {k: v for k, v in config.items() if "_config" not in k} == {
+        **{k: v for k, v in original.items() if "_config" not in k},
+        "dtype": dtype,
+    }
+
+
 def test_config_and_tokenizer_come_from_the_base_and_a_common_template_is_added(tmp_path, base, branches):
     (base / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
     for b in branches:

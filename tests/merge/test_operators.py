@@ -273,3 +273,25 @@ def test_impossible_options_are_refused(name, options):
 
 def test_every_operator_names_its_paper():
     assert all("arXiv:" in o.source and o.name == key for key, o in OPERATORS.items())
+
+
+def test_iso_cts_counts_the_directions_that_low_rank_updates_leave_empty():
+    """Fails on commit f5727a1: directions were dropped without a count, and docs/merge.md gave 4e-4 for the difference."""
+    rng = np.random.default_rng(0)
+    parts = [rng.standard_normal((40, 4)) @ rng.standard_normal((4, 30)) for _ in range(3)]
+    tau, numbers = iso_cts.merge_matrix(parts)
+    assert numbers["dropped"] == 30 - np.linalg.matrix_rank(tau) == 30 - 12
+    full, none = iso_cts.merge_matrix([rng.standard_normal((40, 30)) for _ in range(3)])
+    assert none["dropped"] == 0
+    assert np.linalg.matrix_rank(full) == 30
+
+
+@pytest.mark.parametrize("function", [tsv.merge_matrix, iso_cts.merge_matrix])
+def test_a_branch_that_left_a_matrix_untouched_takes_no_part_and_is_counted(function):
+    """Fails on commit f5727a1: neither docs nor record said that untouched branches are left out."""
+    rng = np.random.default_rng(0)
+    touched = [rng.standard_normal((40, 30)) for _ in range(2)]
+    tau, numbers = function([*touched, np.zeros((40, 30))])
+    assert np.isfinite(tau).all()
+    assert numbers["dropped"] == {tsv.merge_matrix: 10, iso_cts.merge_matrix: 2}[function]
+    assert np.linalg.matrix_rank(tau) == 30 - numbers["dropped"]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 def inputs(finished: Case) -> tuple[Path, list[Path], list[int]]:
     folders = [finished.run / "branches" / str(k) / "model" for k in range(2)]
-    tokens = [read(folder.parent / "record.json")["target_tokens"] for folder in folders]
+    tokens = [read(folder.parent / "record.json")["tokens"] for folder in folders]
     return Path(finished.settings["model"]["base"]), folders, tokens
 
 
@@ -28,6 +28,61 @@ def test_outside_a_run_gives_the_run_s_bits(finished: Case, merit, tmp_path: Pat
     assert all(np.array_equal(mine[name], theirs[name]) for name in theirs)
 
 
+def test_a_run_is_weighted_by_every_trained_token(finished: Case) -> None:
+    """Fails on commit f5727a1: ``weights: tokens`` counted the answers' tokens alone."""
+    records = [read(finished.run / "branches" / str(k) / "record.json") for k in range(2)]
+    rows = {item["name"]: item["tokens"] for item in read(finished.run / "mixture" / "datasets.json")}
+    groups = read(finished.run / "split" / "split.json")["groups"]
+    merged = read(finished.run / "merged" / "record.json")
+    assert merged["counts"] == [record["tokens"] for record in records]
+    assert merged["counts"] == [sum(rows[name] for name in group) for group in groups], "one epoch: the budget N_k"
+    assert merged["counts"] != [record["target_tokens"] for record in records]
+    assert merged["weights"] == pytest.approx([n / sum(merged["counts"]) for n in merged["counts"]])
+    assert merged["counted"] == "tokens"
+
+
+@pytest.mark.parametrize(("rule", "want"), [("uniform", [0.5, 0.5]), ("[1, 3]", [0.25, 0.75])])
+def test_other_weights_on_the_command_line(finished: Case, merit, tmp_path: Path, rule: str, want) -> None:
+    result = merit("merge", finished.run, "--weights", rule, "--output", tmp_path / "out", "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["weights"] == want
+    short = merit("merge", finished.run, "--weights", "[1]", "--output", tmp_path / "short")
+    assert short.code == 2
+    assert "1 weights" in short.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--checkpoint", "A=1e-999999999", "--checkpoint", "B=1"),
+        ("--checkpoint", "A=1e999999999", "--checkpoint", "B=1"),
+        ("--checkpoint", "A=1", "--checkpoint", "B=1", "--scale", "1e999999999"),
+        ("--checkpoint", "A=1", "--checkpoint", "B=1", "--scale", "nan"),
+    ],
+)
+def test_numbers_of_absurd_size_are_refused_at_once(merit, tmp_path: Path, monkeypatch, words) -> None:
+    """Fails on commit f5727a1: it computed 10 to the power of a billion, exactly."""
+    monkeypatch.chdir(tmp_path)
+    result = merit("merge", "--base", "base", *words, "--output", "out")
+    assert result.code == 2
+    assert "--scale" in result.err or "expected a positive number" in result.err
+
+
+def test_every_merge_of_a_run_says_whose_it_is_and_how_it_was_computed(finished: Case, merit, tmp_path: Path) -> None:
+    """Fails on commit f5727a1: a run with baselines said "merge 4 branches" twice, and never which arithmetic ran."""
+    run = tmp_path / "run"
+    shutil.copytree(finished.run, run)
+    for folder in ("merged", "baselines/random/merged", "evaluation"):
+        shutil.rmtree(run / folder)
+    said = merit("run", run, "--until", "merge").err
+    lines = [line for line in said.splitlines() if line.startswith("▸ merge")]
+    assert len(lines) == 2
+    assert "random" in lines[1]
+    assert "random" not in lines[0]
+    shown = merit("merge", finished.run, "--output", tmp_path / "out").out
+    assert f"arithmetic: {read(tmp_path / 'out' / 'merge.json')['arithmetic']}" in shown
+
+
 @pytest.mark.parametrize("operator", ["uniform", "task_arithmetic", "ties", "star", "tsv", "iso_cts"])
 def test_every_operator_on_a_run(finished: Case, merit, tmp_path: Path, operator: str) -> None:
     before = (finished.run / "merged" / "record.json").read_bytes()
@@ -38,11 +93,15 @@ def test_every_operator_on_a_run(finished: Case, merit, tmp_path: Path, operator
     assert (finished.run / "merged" / "record.json").read_bytes() == before, "the run's own merge stays"
 
 
-def test_another_operator_does_not_replace_the_run_s_merge_unasked(finished: Case, merit) -> None:
+@pytest.mark.parametrize(
+    ("words", "named"), [(("--operator", "ties"), "merge.operator"), (("--scale", "auto"), "merge.scale")]
+)
+def test_another_merge_does_not_replace_the_run_s_own_unasked(finished: Case, merit, words, named: str) -> None:
     before = snapshot(finished.run)
-    result = merit("merge", finished.run, "--operator", "ties")
+    result = merit("merge", finished.run, *words)
     assert result.code == 2
-    assert "merge.operator" in result.err
+    assert named in result.err
+    assert "--redo" in result.err
     assert snapshot(finished.run) == before, "what was refused changes nothing, the recipe included"
 
 
@@ -161,6 +220,17 @@ def test_words_that_do_not_go_together_are_refused_not_ignored(finished: Case, m
     result = merit("merge", *(word.format(**places) for word in words))
     assert result.code == 2, result.out
     assert not list(tmp_path.iterdir())
+
+
+def test_scale_auto_as_the_docs_say_on_a_finished_run(finished: Case, merit, tmp_path: Path) -> None:
+    """Fails on commit f5727a1: docs/merge.md had ``merit merge RUN --scale auto``, which a finished run refuses."""
+    docs = (Path(__file__).parents[2] / "docs" / "merge.md").read_text(encoding="utf-8")
+    lines = [line for line in docs.splitlines() if line.startswith("merit merge runs/my-run --scale auto")]
+    assert len(lines) == 1
+    words = lines[0].split("#")[0].replace("runs/my-run", str(finished.run)).replace("scaled", str(tmp_path / "out"))
+    result = merit(*words.split()[1:], "--set", "merge.scales=[0, 1]")
+    assert result.code == 0, result.err
+    assert (tmp_path / "out" / "scale.svg").is_file()
 
 
 def test_scale_auto_into_a_folder_that_is_not_there_yet(finished: Case, merit, tmp_path: Path) -> None:

@@ -128,6 +128,12 @@ def merge(
         str | None,
         typer.Option(help="average, uniform, task_arithmetic, ties, star, tsv or iso_cts. Default: the recipe's."),
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RULE", help="tokens, target_tokens, samples, uniform, or [w_0, ...]. Default: the recipe's."
+        ),
+    ] = None,
     scale: Annotated[
         str | None, typer.Option(metavar="X|auto", help="λ of θ0 + λ τ; auto searches the recipe's grid.")
     ] = None,
@@ -165,7 +171,7 @@ def merge(
     from merit.report.terminal import Terminal
     from merit.run.merge_command import Words, merge_checkpoints, merge_target
 
-    words = Words(operator, scale, tuple(option or ()), dtype, adapter, rank)
+    words = Words(operator, weights, scale, tuple(option or ()), dtype, adapter, rank)
     if target is None:
         if exclude or allow_missing or overrides or redo:
             raise RecipeError("merge: --exclude, --allow-missing, --set and --redo go with a recipe or run folder.")

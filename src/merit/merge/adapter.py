@@ -1,14 +1,16 @@
 """A PEFT LoRA adapter, read from its files without PEFT: which tensors of the base it changes, and by how much.
 
 A branch's update is ΔW_k = s_k B_k A_k with s = α/r (rsLoRA: α/√r). Biases, ``modules_to_save`` and embedding adapters are
-part of a branch. Refused with the reason: DoRA, convolutions, adapters on tied output heads, initialisations that change
-the base (PiSSA, OLoRA, CorDA, LoftQ).
+part of a branch. Only what is known to be exactly θ0 + s·B·A is accepted (LoRA and rsLoRA from an initialisation that leaves
+the base alone); everything else is refused by name: DoRA, PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, KaSA, convolutions,
+adapters on tied output heads, and whatever a later PEFT adds.
 
 Source: Hu et al., LoRA, arXiv:2106.09685, §4.1; Kalajdzievski, rsLoRA, arXiv:2312.03732.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,17 +28,40 @@ from merit.merge.weights import Branch
 __all__ = ["Adapter", "LowRank", "module_of", "read_adapter", "read_adapters"]
 
 _PREFIX = "base_model.model."
-_SAME = (
-    "peft_type",
-    "target_modules",
-    "fan_in_fan_out",
-    "bias",
-    "modules_to_save",
-    "use_dora",
-    "lora_bias",
-    "layers_to_transform",
-)
-_NEW_BASE = ("pissa", "olora", "corda", "loftq")
+_EXACT_STARTS = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
+"""``init_lora_weights`` that leave the base's weights alone."""
+_SAME = {"fan_in_fan_out": False, "bias": "none", "lora_bias": False}
+_SAME |= dict.fromkeys(("target_modules", "modules_to_save", "layers_to_transform"))
+"""Settings in which adapters of one merge must agree, with what PEFT means where a file does not name them."""
+_NEUTRAL = {
+    *(
+        "task_type",
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+    ),
+    *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"),
+    *("exclude_modules", "layers_pattern", "runtime_config", "megatron_core", "qalora_group_size"),
+    *(
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+    ),  # matter at the start alone: init_lora_weights tells
+}
+"""Other settings that are read here, or that do not change what the saved tensors mean."""
+_NAMES = {
+    **{
+        "use_dora": "DoRA, whose magnitudes do not average into a product",
+        "kasa_config": "KaSA, which changes the base",
+    },
+    **{"alora_invocation_tokens": "aLoRA, which acts on some tokens only", "layer_replication": "replicated layers"},
+    **{"use_qalora": "QALoRA", "velora_config": "VeLoRA", "monteclora_config": "MonteCLoRA", "use_bdlora": "BD-LoRA"},
+    **{"arrow_config": "Arrow routing", "target_parameters": "LoRA on parameters"},
+}
 
 
 @dataclass(frozen=True)
@@ -129,7 +154,7 @@ def read_adapter(branch: Branch, base: Checkpoint) -> Adapter:
                 raise MergeError(f"{branch.name}: {name} is {tensor.shape}, the base's {base.tensors[target].shape}.")
             full[target] = name
         elif part == "lora_B.bias":
-            shifts[target] = (name, _scale(config, module, _rank(head, name)))
+            shifts[target] = (name, _scale(branch, config, module, _rank(head, name)))
         else:
             pairs.setdefault(target, {})["a" if "_A" in part else "b"] = name
     low_rank = {
@@ -160,36 +185,42 @@ def module_of(name: str) -> str:
     return _split(name)[0]
 
 
-def _check_kind(branch: Branch, config: Mapping[str, Any]) -> None:
+def _check_kind(branch: Branch, config: Mapping[str, object]) -> None:
+    """Refuse by name whatever is not known to be merged exactly."""
+    way_out = "Merge every branch to full weights first (PEFT: merge_and_unload), then merge the checkpoints."
     if config.get("peft_type") != "LORA":
-        raise MergeError(f"{branch.name} is a {config.get('peft_type')!r} adapter; only LORA can be merged.")
-    if config.get("use_dora"):
+        raise MergeError(f"{branch.name} is a {config.get('peft_type')!r} adapter; only LORA can be merged.", way_out)
+    start = str(config.get("init_lora_weights", True)).lower()
+    if start not in _EXACT_STARTS:
         raise MergeError(
-            f"{branch.name} uses DoRA, whose magnitudes do not average into a product.",
-            "Merge every branch to full weights first (PEFT: merge_and_unload), then merge the checkpoints.",
-        )
-    init = str(config.get("init_lora_weights", "")).lower()
-    if init.startswith(_NEW_BASE):
-        raise MergeError(
-            f"{branch.name} was initialised with {init!r}, which changes the base: θ0 + s·B·A is not its model.",
+            f"{branch.name} was initialised with init_lora_weights: {start}, which changes the base (or is not known here): "
+            "θ0 + s·B·A is not its model.",
             "Convert it to a plain LoRA when saving (path_initial_model_for_weight_conversion), or merge to full weights.",
         )
-    for key in ("trainable_token_indices", "target_parameters", "alora_invocation_tokens"):
-        if config.get(key):
-            raise MergeError(f"{branch.name} uses {key}, which is not supported; merge it to full weights first.")
+    for key, value in config.items():
+        if value and key not in _NEUTRAL and key not in _SAME:
+            what = _NAMES.get(key, "which is not known to be merged exactly")
+            raise MergeError(f"{branch.name} uses {key} ({what}).", way_out)
 
 
-def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+def _scale(branch: Branch, config: Mapping[str, object], module: str, rank: int) -> float:
     """s of a module: its α (``alpha_pattern`` first) over r, or over √r for rsLoRA."""
-    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    patterns = config.get("alpha_pattern") or {}
+    alpha = config.get("lora_alpha", 8)
+    try:
+        if not isinstance(patterns, Mapping):
+            raise TypeError
+        alpha = next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), alpha)
+    except (re.error, TypeError):
+        raise _odd(branch, "alpha_pattern", patterns, "module names or regular expressions with their α") from None
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise _odd(branch, "lora_alpha", alpha, "a number")
     return float(alpha) / (float(rank) ** 0.5 if config.get("use_rslora") else float(rank))
 
 
-def _pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
+def _odd(branch: Branch, key: str, value: object, expected: str) -> CheckpointError:
+    file = branch.path / "adapter_config.json"
+    return CheckpointError(f"{file}: {key} is {str(value)[:80]!r}, expected {expected}.")
 
 
 def _low_rank(
@@ -205,7 +236,12 @@ def _low_rank(
             f"{target} is {base.shape} in the base, but {branch.name} holds A {a} and B {b} for it.",
             "The adapter belongs to another base, or its fan_in_fan_out is wrong. Nothing was written.",
         )
-    return LowRank(names["a"], names["b"], _scale(config, module_of(names["a"]), a[0]), transposed)
+    return LowRank(names["a"], names["b"], _scale(branch, config, module_of(names["a"]), a[0]), transposed)
+
+
+def _setting(value: object, default: object) -> object:
+    """A setting's meaning: lists without order, absent and empty ones as the default."""
+    return sorted(map(str, value)) if isinstance(value, list) and value else (value or default)
 
 
 def read_adapters(base: Checkpoint, branches: Sequence[Branch]) -> tuple[list[Adapter], list[str]]:
@@ -213,10 +249,8 @@ def read_adapters(base: Checkpoint, branches: Sequence[Branch]) -> tuple[list[Ad
     adapters = [read_adapter(branch, base) for branch in branches]
     first = adapters[0]
     for other in adapters[1:]:
-        for key in _SAME:
-            one, two = first.config.get(key), other.config.get(key)
-            if isinstance(one, list) and isinstance(two, list):
-                one, two = sorted(map(str, one)), sorted(map(str, two))
+        for key, default in _SAME.items():
+            one, two = (_setting(part.config.get(key), default) for part in (first, other))
             if one != two:
                 raise MergeError(
                     f"Adapters differ in {key}: {one!r} in {first.branch.name}, {two!r} in {other.branch.name}."

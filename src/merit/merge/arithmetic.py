@@ -45,9 +45,25 @@ class NonFiniteError(ArithmeticError):
         self.source, self.tensor = source, tensor
 
 
+_LARGEST_EXPONENT = 400
+"""Decimal exponents of weights and scales; beyond them a power of ten would fill the memory, and float64 is over anyway."""
+
+
 def exact_weights(values: Sequence[int | float | str | Fraction]) -> list[Fraction]:
-    """Weights as exact rationals; a float counts as the shortest decimal that prints like it (0.3 is 3/10)."""
-    return [Fraction(repr(v)) if isinstance(v, float) else Fraction(v) for v in values]
+    """Weights as exact rationals; a float counts as the shortest decimal that prints like it (0.3 is 3/10).
+
+    Raises:
+        ValueError: No number, or one of an absurd size.
+    """
+    return [_exact(repr(value) if isinstance(value, float) else value) for value in values]
+
+
+def _exact(value: int | str | Fraction) -> Fraction:
+    if isinstance(value, str):
+        exponent = value.lower().partition("e")[2]
+        if len(value) > 100 or (exponent and abs(int(exponent)) > _LARGEST_EXPONENT):
+            raise ValueError(f"{value[:40]} is no number of a usual size")
+    return Fraction(value)
 
 
 def round_to(values: np.ndarray, dtype: DType) -> np.ndarray:
@@ -133,6 +149,11 @@ class Combination:
         else:
             self._sum, self._term, self._test = (np.empty(size, np.float32) for _ in range(3))
         self._doubts: list[tuple[np.ndarray, np.ndarray, list[np.ndarray]]] = []
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the compiled kernel does the work."""
+        return self._compiled is not None
 
     def __call__(self, raws: Sequence[np.ndarray], out: np.ndarray) -> None:
         """Combine one block.

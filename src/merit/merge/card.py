@@ -1,10 +1,13 @@
-"""The model card (README.md) of a merged checkpoint: lineage, weights, operator, licence of the base. Text only."""
+"""The model card (README.md) of a merged checkpoint: lineage, weights, operator, licence of the base. Text only.
+
+It is what people publish, so it names no folder of the machine that merged.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -12,24 +15,38 @@ from merit import __version__
 from merit.hf.side_files import read_config
 from merit.merge.plan import MergePlan
 
-__all__ = ["base_licence", "model_card"]
+__all__ = ["base_licence", "base_model", "model_card"]
+
+_LICENCE = ("license", "license_name", "license_link")
 
 
-def base_licence(folder: Path) -> str:
-    """The base's licence: from its card's front matter, else its config, else ``unknown: see the base``."""
+def base_licence(folder: Path) -> dict[str, str | list[str]]:
+    """The base's licence by its card's keys (license, license_name, license_link); else its config's; else unknown."""
     readme = folder / "README.md"
+    front: object = None
     if readme.is_file():
-        lines = readme.read_text(encoding="utf-8", errors="replace").splitlines()
-        if lines and lines[0].strip() == "---":
-            end = next((i for i, line in enumerate(lines[1:], 1) if line.strip() == "---"), 0)
-            try:
-                front: Any = yaml.safe_load("\n".join(lines[1:end]))
-            except yaml.YAMLError:
-                front = None
-            if isinstance(front, dict) and isinstance(front.get("license"), str):
-                return str(front["license"])
-    licence = read_config(folder).get("license") if (folder / "config.json").is_file() else None
-    return licence if isinstance(licence, str) else "unknown: see the base"
+        found = re.match(
+            r"---\s*\n(.*?)\n---\s*(\n|$)", readme.read_text(encoding="utf-8", errors="replace"), re.DOTALL
+        )
+        try:
+            front = yaml.safe_load(found[1]) if found else None
+        except (yaml.YAMLError, RecursionError):
+            front = None
+    card = front if isinstance(front, dict) else {}
+    known = {key: card[key] for key in _LICENCE if isinstance(card.get(key), str | list)}
+    if "license" not in known:
+        config = read_config(folder).get("license") if (folder / "config.json").is_file() else None
+        known = {"license": config if isinstance(config, str) else "unknown", **known}
+    return known
+
+
+def base_model(folder: Path) -> str:
+    """The base's hub id where its folder or its config tells it, else its folder's name."""
+    for part in reversed(folder.absolute().parts):
+        if part.startswith("models--"):  # the hub's cache
+            return part.removeprefix("models--").replace("--", "/")
+    name = read_config(folder).get("_name_or_path") if (folder / "config.json").is_file() else None
+    return name if isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) else folder.absolute().name
 
 
 def model_card(plan: MergePlan, fingerprints: Sequence[str]) -> str:
@@ -39,36 +56,50 @@ def model_card(plan: MergePlan, fingerprints: Sequence[str]) -> str:
         plan: The merge.
         fingerprints: Of the base and of each branch, in order.
     """
-    licence = base_licence(plan.base.folder)
-    known = licence if " " not in licence else "other"
+    licence, base = base_licence(plan.base.folder), base_model(plan.base.folder)
+    front = {
+        **licence,
+        "library_name": "transformers",
+        "base_model": base,
+        "base_model_relation": "merge",
+        "tags": ["merge", "merit"],
+    }
     rows = [
-        f"| {b.name} | {b.weight} | {w:.6f} | `{f[:16]}` |"
+        f"| {_public(b.name)} | {b.weight} | {w:.6f} | `{f[:16]}` |"
         for b, w, f in zip(plan.branches, plan.shares, fingerprints[1:], strict=True)
     ]
     options = ", ".join(f"{k} = {v}" for k, v in plan.options.items())
-    notes = [f"- {warning}" for warning in plan.warnings]
+    notes = [f"- {_public(warning)}" for warning in plan.warnings]
+    output = plan.output.absolute()
+    terms = ", ".join(str(value) for value in licence.values())
     return "\n".join(
         [
             "---",
-            f"license: {known}",
-            "library_name: transformers",
-            "tags: [merge, merit]",
+            yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
             "---",
             "",
-            f"# {plan.output.parent.name}/{plan.output.name}",
+            f"# {output.parent.name}/{output.name}",
             "",
             f"Merged by MERIT {__version__}: {len(plan.branches)} branches, fine-tuned apart from one base, merged once.",
             "",
             f"- Operator: `{plan.operator.name}` ({plan.operator.source})" + (f"; {options}" if options else ""),
             f"- Scale λ: {float(plan.scale):g} (θ0 + λ τ; 1 is the plain merge)",
-            f"- Base: `{plan.base.folder.name}`, fingerprint `{fingerprints[0][:16]}`",
-            f"- Licence of the base: {licence}",
+            f"- Base: `{base}`, fingerprint `{fingerprints[0][:16]}`",
+            f"- Licence of the base: {terms}" + (" (see the base)" if terms == "unknown" else ""),
             "- Config, tokenizer and generation settings are the base's.",
             "",
-            "| branch | tokens (weight) | share | fingerprint |",
+            f"| branch | weight ({plan.branches[0].counted or 'given'}) | share | fingerprint |",
             "|---|---|---|---|",
             *rows,
             "",
             *(["## Notes", "", *notes, ""] if notes else []),
         ]
     )
+
+
+_PATH = re.compile(r"(?<![\w./])/(?:(?:[^/\n;,:'\"`()]+/)*(?=[^/\s;,:'\"`()]+/[^/\s;,:'\"`()]+)|(?=\w))")
+
+
+def _public(text: str) -> str:
+    """Text with the last two parts of every absolute path alone."""
+    return _PATH.sub("", text)

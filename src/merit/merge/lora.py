@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from safetensors.numpy import save
 from merit.errors import CheckpointError, MergeError
 from merit.files import building, write_bytes, write_text
 from merit.hf.checkpoint import TensorInfo, fingerprint, read_headers, read_tensor, weights_digest
+from merit.hf.side_files import copy_files, input_files
 from merit.merge.adapter import Adapter, module_of, rank_of, read_adapters
 from merit.merge.operators import operator_and_options
 from merit.merge.plan import (
@@ -176,6 +176,7 @@ def merge_into_adapter(
             scale=float(factor),
             weights=tuple(float(w) for w in shares),
             counts=tuple(int(c) if c.denominator == 1 else float(c) for c in counts),
+            counted=adapters[0].counted or "given",
             base=Source(head.folder.name, str(head.folder), None),
             branches=tuple(Source(b.name, str(b.path), fingerprint(b.path)) for b in adapters),
             model_fingerprint=fingerprint(temporary),
@@ -275,7 +276,5 @@ def _write_adapter(folder: Path, tensors: Mapping[str, np.ndarray], config: Mapp
     head = read_headers(folder, "adapter_model")
     if not all(np.array_equal(read_tensor(head, name), value) for name, value in values.items()):
         raise CheckpointError(f"{folder}: the disk returned other bytes than were written.")
-    for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
-        if (source / file).is_file():
-            shutil.copyfile(source / file, folder / file)
+    copy_files(input_files(source), folder)
     write_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n", durable=False)

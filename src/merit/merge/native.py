@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from merit.files import publish, sync
+from merit.files import file_hash, publish, sync
 from merit.hf.dtypes import DTYPES, DType
 
 __all__ = ["Kernel", "available"]
@@ -110,13 +110,13 @@ def _load(folder: Path) -> Function | None:
     if not folder.is_absolute():
         return None  # no home
     try:
-        path = folder / f"kernel-{_key()}.so"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if hasattr(os, "getuid"):
             status = folder.stat()
             if status.st_uid != os.getuid() or status.st_mode & 0o022:
                 return None  # somebody else could put code there
-        if not path.exists() and not _compile(path):
+        path = _kept(folder) or _compile(folder)
+        if path is None:
             return None
         function = ctypes.CDLL(str(path)).merit_combine
     except (OSError, AttributeError):
@@ -144,7 +144,16 @@ def _key() -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
 
-def _compile(path: Path) -> bool:
+def _kept(folder: Path) -> Path | None:
+    """The compiled file, if it is there and whole: its name holds its hash. Loading half of one would end the process."""
+    for path in folder.glob(f"kernel-{_key()}-*.so"):
+        if path.stem.rpartition("-")[2] == file_hash(path)[:24]:
+            return path
+        path.unlink()
+    return None
+
+
+def _compile(folder: Path) -> Path | None:
     def runs(*command: str) -> bool:
         try:
             done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_SECONDS, check=False)
@@ -154,16 +163,17 @@ def _compile(path: Path) -> bool:
 
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None or (sys.platform == "darwin" and not runs("xcode-select", "-p")):
-        return False  # Apple's cc without its tools would open a window that offers them
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        made = Path(scratch) / path.name
+        return None  # Apple's cc without its tools would open a window that offers them
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        made = Path(scratch) / "kernel.so"
         always = ("-fno-strict-aliasing", "-shared", "-fPIC", "-o", str(made), str(_SOURCE), "-lm")
         for flags in _FLAGS:
             if runs(compiler, *flags, *always):
-                sync(made)  # a file cut short by a power loss would crash whoever loads it
-                publish(made, path)  # whole or not at all, whoever else compiles it now
-                return True
-    return False
+                sync(made)
+                path = folder / f"kernel-{_key()}-{file_hash(made)[:24]}.so"
+                publish(made, path)
+                return path
+    return None
 
 
 def _sound(function: Function) -> bool:

@@ -59,9 +59,11 @@ class MergeResult:
         operator, options, scale: What merged the branches; scale is λ of θ0 + λ τ.
         weights: w_k over the branches, Σ w_k = 1.
         counts: What the weights are shares of.
+        counted: What ``counts`` counts: tokens, target_tokens, samples, uniform; or given.
         base, branches: What went in.
         model_fingerprint: Content fingerprint of what came out.
         files: The weight files by name.
+        arithmetic: What did it: ``kernel`` (compiled), ``numpy`` (the same bits, slower), or both.
         statistics: What the operator reports.
         excluded: Branches that were left out.
         warnings: What a person should know.
@@ -76,10 +78,12 @@ class MergeResult:
     scale: float
     weights: tuple[float, ...]
     counts: tuple[Number, ...]
+    counted: str
     base: Source
     branches: tuple[Source, ...]
     model_fingerprint: str
     files: Mapping[str, WrittenFile]
+    arithmetic: str = "numpy"
     statistics: Mapping[str, Number | list[float] | dict[str, Number]] = field(default_factory=dict)
     excluded: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()

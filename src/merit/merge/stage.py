@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 from merit.errors import MergeError
 from merit.files import scratch
 from merit.merge.lora import plan_adapter_merge
+from merit.merge.operators import uses_weights
 from merit.merge.plan import DEFAULT, MergePlan, plan_merge
 from merit.merge.result import MergeResult
 from merit.merge.stream import run_merge
-from merit.merge.weights import Branch, Judge, Losses, ScaleSearch, Trained, search_scale, weigh
+from merit.merge.weights import Branch, Judge, Losses, ScaleSearch, Trained, lopsided, search_scale, weigh
 from merit.progress import Progress, silent
 from merit.recipe.schema import MergeSettings
 
@@ -59,15 +60,19 @@ def merge_branches(
     """
     parts = [part for part in branches if isinstance(part, Branch)]
     if not parts:
-        parts = weigh(settings.weights, dict(enumerate(b for b in branches if not isinstance(b, Branch))))
+        trained = dict(enumerate(part for part in branches if not isinstance(part, Branch)))
+        parts = weigh(settings.weights, trained, len(trained))
     adapters = are_adapters([part.path for part in parts])
     known = None if isinstance(base, str | os.PathLike) else base.fingerprint
     source = Path(base) if isinstance(base, str | os.PathLike) else base.folder
 
     def plan(output: Path, chosen: MergeSettings) -> MergePlan:
         if adapters:
-            return plan_adapter_merge(source, parts, output, chosen, excluded=excluded)
-        return plan_merge(source, parts, output, chosen, excluded=excluded, base_fingerprint=known)
+            made = plan_adapter_merge(source, parts, output, chosen, excluded=excluded)
+        else:
+            made = plan_merge(source, parts, output, chosen, excluded=excluded, base_fingerprint=known)
+        notes = lopsided(parts, made.shares) if uses_weights(made.operator, made.options) else []
+        return replace(made, warnings=(*made.warnings, *notes))
 
     output, search = Path(folder), None
     if settings.scale == "auto":

@@ -30,7 +30,7 @@ from merit.hf.checkpoint import (
     read_digest,
 )
 from merit.hf.dtypes import BLOCK
-from merit.hf.side_files import copy_side_files, read_config
+from merit.hf.side_files import copy_side_files, read_config, set_config_dtype
 from merit.merge import card, native
 from merit.merge.arithmetic import NonFiniteError
 from merit.merge.plan import MergePlan, OutputFile, TensorPlan, check_output, check_space, index_json
@@ -233,8 +233,7 @@ class _Run:
         write_text(folder / "README.md", card.model_card(plan, inputs), durable=False)
         copy_side_files(plan.base.folder, folder)
         if plan.dtype is not None and (folder / "config.json").is_file():
-            config = read_config(folder)
-            config["dtype" if "dtype" in config else "torch_dtype"] = plan.dtype
+            config = set_config_dtype(read_config(folder), plan.dtype)
             write_text(folder / "config.json", json.dumps(config, indent=2) + "\n", durable=False)
 
     def result(self, seconds: float, search: ScaleSearch | None) -> MergeResult:
@@ -246,10 +245,12 @@ class _Run:
             scale=float(plan.scale),
             weights=tuple(plan.shares),
             counts=tuple(int(c) if c.denominator == 1 else float(c) for c in plan.counts),
+            counted=plan.branches[0].counted or "given",
             base=Source(base.name, str(base), self.inputs[0]),
             branches=tuple(Source(b.name, str(b.path), f) for b, f in zip(plan.branches, self.inputs[1:], strict=True)),
             model_fingerprint=combine_fingerprint(self.temporary, self.written.hexdigest()),
             files=self.files,
+            arithmetic=" and ".join(sorted(self.statistics.paths)) or "numpy",
             statistics=self.statistics.summary(),
             excluded=plan.excluded,
             warnings=plan.warnings,

@@ -15,10 +15,22 @@ from typing import Literal, Protocol
 
 from merit.errors import MergeError
 
-__all__ = ["Branch", "Judge", "Losses", "Point", "Rule", "ScaleSearch", "Trained", "condense", "search_scale", "weigh"]
+__all__ = [
+    "Branch",
+    "Judge",
+    "Losses",
+    "Point",
+    "Rule",
+    "ScaleSearch",
+    "Trained",
+    "condense",
+    "lopsided",
+    "search_scale",
+    "weigh",
+]
 
 Rule = Literal["balanced", "learned", "keep"]
-Weights = Literal["tokens", "samples", "uniform"]
+Weights = Literal["tokens", "target_tokens", "samples", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -31,12 +43,14 @@ class Branch:
             print as (0.3 is 3/10), so weights are exact rationals throughout.
         name: How messages, card and record call it.
         fingerprint: Its recorded ``checkpoint.fingerprint``, if known: it is checked while the data streams by.
+        counted: What ``weight`` counts (tokens ...); empty for a weight that somebody chose.
     """
 
     path: Path
     weight: int | float | str | Fraction
     name: str
     fingerprint: str | None = None
+    counted: str = ""
 
 
 class Trained(Protocol):
@@ -48,13 +62,8 @@ class Trained(Protocol):
         ...
 
     @property
-    def model_fingerprint(self) -> str:
-        """Content fingerprint of the checkpoint."""
-        ...
-
-    @property
     def tokens(self) -> int:
-        """All tokens that it was trained on, over all epochs."""
+        """Every token that it was trained on (prompt, image, answer), over all epochs: N_k."""
         ...
 
     @property
@@ -68,12 +77,42 @@ class Trained(Protocol):
         ...
 
 
-def weigh(rule: Weights, trained: Mapping[int, Trained]) -> list[Branch]:
-    """Trained branches, by number, with their weights before normalisation (integers)."""
-    counts = {
-        k: {"tokens": part.target_tokens, "samples": part.samples, "uniform": 1}[rule] for k, part in trained.items()
+def weigh(rule: Weights | Sequence[float], trained: Mapping[int, Trained], total: int) -> list[Branch]:
+    """Trained branches with their weights before normalisation.
+
+    Args:
+        rule: What is counted, or one weight for each of the ``total`` branches.
+        trained: By number.
+        total: How many branches there are, those that are left out included.
+
+    Raises:
+        MergeError: The listed weights are more or fewer than the branches.
+    """
+    if not isinstance(rule, str):
+        if len(rule) != total:
+            raise MergeError(
+                f"merge.weights lists {len(rule)} weights for {total} branches.",
+                "Give one for each branch, in the order of split/split.json.",
+            )
+        return [Branch(part.model, rule[k], f"branch {k}") for k, part in trained.items()]
+    counts: dict[Weights, Callable[[Trained], int]] = {
+        "tokens": lambda part: part.tokens,
+        "target_tokens": lambda part: part.target_tokens,
+        "samples": lambda part: part.samples,
+        "uniform": lambda part: 1,
     }
-    return [Branch(part.model, counts[k], f"branch {k}", part.model_fingerprint) for k, part in trained.items()]
+    return [Branch(part.model, counts[rule](part), f"branch {k}", counted=rule) for k, part in trained.items()]
+
+
+def lopsided(branches: Sequence[Branch], shares: Sequence[float]) -> list[str]:
+    """A warning for every branch whose counted weight is far from an equal share: above 1.5/K or below 0.5/K."""
+    equal = 1 / len(branches)
+    return [
+        f"{branch.name} has {share:.0%} of the weight (by {branch.counted}), an equal share is {equal:.0%}: the merged "
+        + ("model is mostly this branch." if share > equal else "model hardly hears this branch.")
+        for branch, share in zip(branches, shares, strict=True)
+        if branch.counted and not 0.5 * equal <= share <= 1.5 * equal
+    ]
 
 
 def condense(warnings: Sequence[str], branches: int) -> list[str]:

@@ -86,11 +86,16 @@ class Reader:
 
 
 class Statistics:
-    """What non-linear operators report, for the record; safe to use from all threads."""
+    """What operators report, for the record; safe to use from all threads.
+
+    Attributes:
+        paths: What did the linear arithmetic: ``kernel``, ``numpy``.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._norms = np.zeros(2)
+        self.paths: set[str] = set()
         self._numbers: dict[str, Number | list[float] | dict[str, Number]] = {}
 
     def add_norms(self, tau: np.ndarray, mean: np.ndarray) -> None:
@@ -164,7 +169,9 @@ class Worker:
         if key not in self._kernels:
             coefficients = [tensor.coefficients[k] for k in used]
             dtypes = [tensor.sources[k].dtype for k in used]
-            self._kernels[key] = Combination(coefficients, dtypes, tensor.out.dtype, PIECE * BLOCK, native.load())
+            made = Combination(coefficients, dtypes, tensor.out.dtype, PIECE * BLOCK, native.load())
+            self._kernels[key] = made
+            self.statistics.paths.add("kernel" if made.compiled else "numpy")
         return used, self._kernels[key]
 
     def _linear(self, tensor: TensorPlan, block: int, out: np.ndarray, used: list[int], kernel: Combination) -> None:

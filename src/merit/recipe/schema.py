@@ -278,8 +278,13 @@ class MergeSettings(Settings):
 
     operator: Literal["average", "uniform", "task_arithmetic", "ties", "star", "tsv", "iso_cts"] = "average"
     """average: the paper's weighted average; the others as in docs/merge.md."""
-    weights: Literal["tokens", "samples", "uniform"] = "tokens"
-    """Branch weights w_k: trained target tokens N_k (the paper's), trained samples, or 1/K."""
+    weights: (
+        Literal["tokens", "target_tokens", "samples", "uniform"]
+        | Annotated[list[Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(min_length=1)]
+    ) = "tokens"
+    """Branch weights w_k before normalisation. tokens: every trained token N_k, of prompt, image and answer (the paper's
+    token budget); target_tokens: those in the loss alone; samples: trained rows; uniform: 1/K; or a list, one weight per
+    branch."""
     scale: Annotated[float, Field(ge=-10, le=10)] | Literal["auto"] = 1.0
     """λ of θ0 + λ τ; 1 is the plain result, below 0 away from the branches; auto searches ``scales`` on held-out data."""
     scales: list[Annotated[float, Field(ge=0, le=10)]] = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5]
@@ -443,6 +448,13 @@ class Recipe(Settings):
             raise ValueError(f"baselines repeats a method: {self.baselines}")
         if self.split.method in self.baselines:
             raise ValueError(f"baselines names {self.split.method!r}, which is the run's own split.method")
+        return self
+
+    @model_validator(mode="after")
+    def _one_weight_per_branch(self) -> Self:
+        weights = self.merge.weights
+        if not isinstance(weights, str) and len(weights) != self.group_count:
+            raise ValueError(f"merge.weights lists {len(weights)} weights, the split makes {self.group_count} branches")
         return self
 
     @property

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from merit.merge import MergeResult
 from merit.merge.weights import ScaleSearch, condense
+from merit.progress import duration
 
 
 def render(result: MergeResult) -> list[RenderableType]:
@@ -19,6 +20,7 @@ def render(result: MergeResult) -> list[RenderableType]:
     if result.scale_search is not None:
         lines += _curve(result.scale_search)
     lines += [f"[yellow]note:[/] {plain(text)}" for text in condense(result.warnings, len(result.branches))]
+    lines.append(f"merged in {duration(result.merge_seconds)}, arithmetic: {result.arithmetic}")
     lines.append(f"Merged model: {plain(str(result.folder))}")
     return lines
 

@@ -25,12 +25,13 @@ class Words:
     """How to merge, as it stands on the command line; None is what was not given.
 
     Attributes:
-        operator, scale, options, dtype: As in the recipe's ``merge`` block; options as KEY=VALUE.
+        operator, weights, scale, options, dtype: As in the recipe's ``merge`` block; options as KEY=VALUE.
         adapter: full, concat or recompress.
         rank: For recompress.
     """
 
     operator: str | None = None
+    weights: str | None = None
     scale: str | None = None
     options: tuple[str, ...] = ()
     dtype: str | None = None
@@ -47,7 +48,7 @@ class Words:
             raise RecipeError(
                 "merge: --adapter and --rank go with --base and --checkpoint; a run's merge is a full model."
             )
-        given = {"operator": self.operator, "scale": self.scale, "dtype": self.dtype}
+        given = {"operator": self.operator, "weights": self.weights, "scale": self.scale, "dtype": self.dtype}
         found = [f"merge.{key}={value}" for key, value in given.items() if value is not None]
         if self.operator is not None and not self.options:
             found.append("merge.options={}")  # the recipe's options belong to the recipe's operator
@@ -59,6 +60,8 @@ class Words:
         Raises:
             MergeError: One is malformed, or they do not go together.
         """
+        if self.weights is not None:
+            raise MergeError("--weights goes with a run; outside of one every --checkpoint DIR=WEIGHT has its own.")
         if self.scale == "auto":
             raise MergeError(
                 "--scale auto needs held-out data, which only a run has.", "Give a number here, or merge a run folder."

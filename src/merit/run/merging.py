@@ -7,7 +7,7 @@ tensor data is read.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -88,7 +88,6 @@ class _Trained:
     """A trained branch as its record tells it."""
 
     model: Path
-    model_fingerprint: str
     tokens: int
     target_tokens: int
     samples: int
@@ -96,8 +95,7 @@ class _Trained:
     @classmethod
     def of(cls, stage: Stage) -> _Trained:
         facts = stage.record().facts
-        counts = (int(facts[name]) for name in ("tokens", "target_tokens", "samples"))
-        return cls(stage.path / "model", key.model_content(stage), *counts)
+        return cls(stage.path / "model", *(int(facts[name]) for name in ("tokens", "target_tokens", "samples")))
 
 
 def make_merge(
@@ -107,10 +105,15 @@ def make_merge(
     settings = session.recipe_of(scope).merge
     if settings.dtype is None and session.recipe_of(scope).train.save_dtype == "float32":
         settings = settings.model_copy(update={"dtype": "base"})  # the branches need not have the base's dtype
+    trained = {k: _Trained.of(stage) for k, stage in taking.items()}
+    branches = weigh(settings.weights, trained, len(taking) + len(left_out))
     with session.reporter.progress("merge") as tick:
         result = merge_branches(
             session.base,
-            weigh(settings.weights, {k: _Trained.of(stage) for k, stage in taking.items()}),
+            [
+                replace(branch, fingerprint=key.model_content(stage))
+                for branch, stage in zip(branches, taking.values(), strict=True)
+            ],
             output,
             settings,
             excluded=[f"branch {k}" for k in left_out],

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from merit.errors import MergeError, nearest
 from merit.merge.operators import average, iso_cts, star, task_arithmetic, ties, tsv, uniform
 
-__all__ = ["OPERATORS", "Operator", "Option", "Options", "operator_and_options"]
+__all__ = ["OPERATORS", "Operator", "Option", "Options", "operator_and_options", "uses_weights"]
 
 Value = float | int | str | bool
 Options = dict[str, Value]
@@ -105,6 +105,11 @@ OPERATORS: dict[str, Operator] = {
         {"common_fraction": _number(0.8, 0.0, 1.0), "matrix_scope": _SCOPE},
     ),
 }
+
+
+def uses_weights(operator: Operator, options: Options) -> bool:
+    """Whether the branches' weights change the result; otherwise all count alike."""
+    return operator.name == "average" or bool(options.get("weighted", options.get("normalize", False)))
 
 
 def operator_and_options(name: str, given: Mapping[str, Value]) -> tuple[Operator, Options]:

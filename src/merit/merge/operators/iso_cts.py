@@ -1,7 +1,8 @@
 """Iso-CTS: a common subspace of Σ δ_k plus task-specific ones, all with the same singular value (a flat spectrum).
 
 Sum-scaled. ``common_fraction: 1`` is Iso-C, which only flattens the spectrum of Σ δ_k. Limits: the flat spectrum moves every
-direction, rounding noise included; the scale α (here λ) has no data-free default and is searched on held-out data.
+direction that it keeps, rounding noise included; the scale α (here λ) has no data-free default and is searched on held-out
+data. Directions of δ_k below 1e-7 of its norm are left out and counted, a branch that left a matrix untouched altogether.
 
 Source: Marczak et al., No task left behind: isotropic model merging with common and task-specific subspaces,
 arXiv:2502.04959, Algorithm 2 (Iso-C: Algorithm 1).
@@ -22,7 +23,8 @@ def merge_matrix(deltas: spectral.Deltas, common_fraction: float = 0.8) -> tuple
         common_fraction: Share of the min(m, n) directions that is common.
 
     Returns:
-        τ (m, n) float64, and ``common`` (number of common directions), ``sigma`` (the flat singular value).
+        τ (m, n) float64, and ``common`` (number of common directions), ``sigma`` (the flat singular value), ``dropped``
+        (directions left out, see ``tsv.assemble``).
     """
     branches, short = len(deltas), min(deltas[0].shape)
     total = np.zeros_like(deltas[0])
@@ -44,5 +46,5 @@ def merge_matrix(deltas: spectral.Deltas, common_fraction: float = 0.8) -> tuple
             triples.append((u[:, :specific], s[:specific], v[:specific]))
     sigma = float(np.concatenate([s for _, s, _ in triples]).mean())
     flat = [(u, np.where(s > 0, sigma, 0.0), v) for u, s, v in triples]
-    tau, _ = tsv.assemble(flat)
-    return tau, {"common": float(common), "sigma": sigma}
+    tau, numbers = tsv.assemble(flat)
+    return tau, {"common": float(common), "sigma": sigma, "dropped": numbers["dropped"]}

@@ -50,7 +50,7 @@ def svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return left, np.where(keep, sizes, 0.0) * largest, vectors.T
 
 
-def nearest_orthonormal(matrix: np.ndarray, drop: float = 1e-6) -> tuple[np.ndarray, float]:
+def nearest_orthonormal(matrix: np.ndarray, drop: float = 1e-6) -> tuple[np.ndarray, float, int]:
     """P Qᵀ of the SVD P D Qᵀ of a tall matrix: the nearest matrix with orthonormal columns (orthogonal Procrustes).
 
     Directions with D ≤ ``drop`` are left out, or the factor would fill them with arbitrary vectors.
@@ -60,11 +60,11 @@ def nearest_orthonormal(matrix: np.ndarray, drop: float = 1e-6) -> tuple[np.ndar
         drop: Smallest singular value that counts; columns are expected to have about unit length.
 
     Returns:
-        The factor (m, p) and the smallest singular value that was kept (0.0 when none was).
+        The factor (m, p), the smallest singular value that was kept (0.0 when none was), and the number of directions kept.
     """
     values, vectors = np.linalg.eigh(matrix.T @ matrix)
     keep = values > drop * drop
     if not keep.any():
-        return np.zeros_like(matrix), 0.0
+        return np.zeros_like(matrix), 0.0, 0
     sizes, vectors = np.sqrt(values[keep]), vectors[:, keep]
-    return matrix @ (vectors / sizes) @ vectors.T, float(sizes.min())
+    return matrix @ (vectors / sizes) @ vectors.T, float(sizes.min()), sizes.size
