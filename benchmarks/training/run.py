@@ -1,4 +1,4 @@
-"""Training throughput: ours, a bare PyTorch loop, and TRL's SFTTrainer as it comes, on the same batches.
+"""Training throughput on the same batches: ours, a bare PyTorch loop, and TRL's SFTTrainer where it is installed.
 
     python benchmarks/training/run.py --base CHECKPOINT --mixture FOLDER [--include NAME]... [--steps 60] [--rounds 5]
 
@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,15 @@ import psutil
 import torch
 
 from merit.hf import batches, models
+from merit.hf.base import open_base
 from merit.mixture import EncodedDataset
 from merit.mixture.stage import load_split, prepare_mixture
 from merit.recipe.load import parse_recipe
 from merit.recipe.schema import Recipe
 from merit.run import store as run_folder
 from merit.train import branch as train
-from merit.train import trainer
-from merit.train.trainer import CPU_OVERHEAD, EpochOrder, GroupRows, GroupTrainer
+from merit.train.batches import CPU_OVERHEAD, GroupRows, StepOrder, steps_for
+from merit.train.guards import silence_libraries
 
 RESULTS = Path(__file__).parents[1] / "results"
 Clock = tuple[float, float]
@@ -58,15 +60,13 @@ class Bench:
         self.group = group
         self.rows = GroupRows(group)
         self.device = torch.device("cpu")
-        self.base = models.inspect_base(recipe.model)
-        self.tokenizer = models.load_tokenizer(recipe.model)
+        self.base = open_base(recipe.model)
         self.batch = recipe.train.batch_size
-        self.steps = train.steps_for(len(self.rows), self.batch, recipe.train.epochs)
-        order = list(EpochOrder(len(self.rows), recipe.seed))
-        self.batches = [order[i : i + self.batch] for i in range(0, len(order), self.batch)][: self.steps]
+        self.steps = steps_for(len(self.rows), self.batch, recipe.train.epochs)
+        self.batches = list(StepOrder(len(self.rows), self.batch, recipe.seed, self.steps))
 
     def model(self) -> Any:
-        return models.load_model(self.recipe.model, self.device, trainable=True, seed=self.recipe.seed)
+        return models.load_model(self.base, self.device, trainable=True, seed=self.recipe.seed)
 
     def bare(self, loss_of: Callable[[Any, dict[str, torch.Tensor]], tuple[torch.Tensor, int]]) -> tuple[Clock, float]:
         """The plainest loop: forward, backward, clip, AdamW, schedule."""
@@ -79,7 +79,7 @@ class Bench:
             past = (step - warmup) / (self.steps - warmup)
             factor = (step + 1) / (warmup + 1) if past < 0 else 0.5 * (1 + math.cos(math.pi * past))
             optimizer.param_groups[0]["lr"] = settings.learning_rate * factor
-            batch = batches.Batcher.of(self.tokenizer)([self.rows[i] for i in numbers])
+            batch = self.base.batcher([self.rows[i] for i in numbers])
             total, count = loss_of(model, batch)
             loss = total / count
             loss.backward()
@@ -108,30 +108,21 @@ class Bench:
 
     def ours(self, overhead: int | None = CPU_OVERHEAD) -> tuple[Clock, float]:
         taken: list[Clock] = []
-        original = GroupTrainer.train
+        original = train._take_steps
 
-        def timed(one: GroupTrainer, *args: Any, **kwargs: Any) -> Any:
+        def timed(*args: Any) -> None:
             start = now()
-            result = original(one, *args, **kwargs)
+            original(*args)
             taken.append(since(start))
-            return result
 
-        GroupTrainer.train, trainer.CPU_OVERHEAD = timed, overhead  # type: ignore[method-assign, assignment]
+        train._take_steps, train.CPU_OVERHEAD = timed, overhead  # type: ignore[assignment]
         try:
             with tempfile.TemporaryDirectory() as folder:
-                train.train_branch(
-                    self.recipe,
-                    self.group,
-                    Path(folder),
-                    base=self.base,
-                    tokenizer=self.tokenizer,
-                    device=self.device,
-                    threads=None,
-                    provenance={},
-                )
+                settings = self.recipe.train
+                train.train_branch(self.group, self.base, folder, settings, seed=self.recipe.seed)
                 last = json.loads((Path(folder) / "log.jsonl").read_text().splitlines()[-1])["loss"]
         finally:
-            GroupTrainer.train, trainer.CPU_OVERHEAD = original, CPU_OVERHEAD  # type: ignore[method-assign]
+            train._take_steps, train.CPU_OVERHEAD = original, CPU_OVERHEAD
         return taken[0], last
 
     def stock_trl(self) -> tuple[Clock, float]:
@@ -139,7 +130,7 @@ class Bench:
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
-        order = EpochOrder(len(self.rows), self.recipe.seed)
+        order = [number for numbers in self.batches for number in numbers]
 
         class Ordered(SFTTrainer):
             def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -172,11 +163,11 @@ class Bench:
                 disable_tqdm=True,
                 dataloader_pin_memory=False,
             )
-            stock = Ordered(model=self.model(), args=args, processing_class=self.tokenizer, train_dataset=dataset)
+            stock = Ordered(model=self.model(), args=args, processing_class=self.base.tokenizer, train_dataset=dataset)
             start = now()
             stock.train()
             taken = since(start)
-            batch = batches.Batcher.of(self.tokenizer)([self.rows[i] for i in self.batches[-1]])
+            batch = self.base.batcher([self.rows[i] for i in self.batches[-1]])
             with torch.no_grad():
                 losses, counts = batches.target_losses(stock.model, batch)
         return taken, float(losses.sum() / counts.sum())
@@ -203,22 +194,23 @@ def main() -> None:
     base = str(Path(options.base).resolve())
     first = parse_recipe({"name": "benchmark", "model": {"base": base}, "mixture": mixture}, ["train.max_length=512"])
     with tempfile.TemporaryDirectory() as folder:
-        prepare_mixture(first, models.load_tokenizer(first.model), Path(folder))
+        prepare_mixture(first, open_base(first.model), Path(folder))
         splits = load_split(Path(folder), "train")
         group = {name: EncodedDataset(name, [rows[i] for i in range(len(rows))]) for name, rows in splits.items()}
     per_epoch = math.ceil(sum(map(len, group.values())) / 16)
     steps = min(options.steps, per_epoch)
     settings = {"batch_size": 16, "epochs": steps / per_epoch, "learning_rate": 1e-4, "max_length": 512}
     recipe = first.model_copy(update={"train": first.train.model_copy(update=settings)})
-    train._silence()
+    silence_libraries()
     bench = Bench(recipe, group)
     contestants: dict[str, Callable[[], tuple[Clock, float]]] = {
         "bare PyTorch loop, logits everywhere": bench.bare_plain,
         "bare PyTorch loop, our loss": bench.bare_target_positions,
         "merit, micro-batches cut by length (as it comes on a CPU)": bench.ours,
         "merit, one micro-batch (as it comes on a GPU)": lambda: bench.ours(None),
-        "TRL SFTTrainer as it comes": bench.stock_trl,
     }
+    if find_spec("trl") is not None:
+        contestants["TRL SFTTrainer as it comes"] = bench.stock_trl
     times: dict[str, list[Clock]] = {name: [] for name in contestants}
     losses: dict[str, float] = {}
     for round_ in range(options.rounds + 1):
@@ -278,7 +270,8 @@ def write(facts: dict[str, Any], output: Path) -> None:
         + f" --steps {work['steps']} --rounds {facts['rounds']}`",
         "",
         f"{facts['date']}; {facts['machine']}; torch {facts['versions']['torch']}, transformers "
-        f"{facts['versions']['transformers']}, trl {facts['versions']['trl']}. Base: {facts['base']['model_type']}, "
+        f"{facts['versions']['transformers']}, accelerate {facts['versions']['accelerate']}. "
+        f"Base: {facts['base']['model_type']}, "
         f"{facts['base']['parameters']:,} parameters. {work['steps']} steps of 16 rows: {work['target_tokens']:,} target "
         f"tokens of {work['tokens']:,} ({work['padded_tokens']:,} with padding). Medians of {facts['rounds']} interleaved "
         "rounds; CPU time of the process, loading and saving left out. Ratio: bare loop's time over the contestant's, "

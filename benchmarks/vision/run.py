@@ -148,17 +148,8 @@ def run(args: argparse.Namespace, scratch: Path) -> None:
 
     def branch() -> None:
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
-            facts.update(
-                train_branch(
-                    recipe,
-                    {"pictures": dataset},
-                    Path(folder) / "branch",
-                    base=base,
-                    device=device,
-                    threads=1 if device.type == "cpu" else None,
-                    provenance={},
-                )
-            )
+            settings = recipe.train.model_copy(update={"threads": 1} if device.type == "cpu" else {})
+            facts.update(train_branch({"pictures": dataset}, base, Path(folder) / "branch", settings).facts())
 
     best(branch, args.repeats, device)
     found.append(("one branch, one epoch", facts["seconds"], plain))

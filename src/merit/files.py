@@ -175,6 +175,14 @@ def _abandoned(folder: Path, pid: int) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def appending(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that grows, such as a log, at its end; a kill may cut it short."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        yield file
+
+
 def sync(path: Path) -> None:
     """Have a file's or folder's content on disk before going on."""
     descriptor = os.open(path, os.O_RDONLY)

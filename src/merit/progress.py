@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 
@@ -32,6 +32,23 @@ class Reporter(Protocol):
 
 def silent(done: float, total: float, label: str = "", /) -> None:
     """Progress that nobody looks at."""
+
+
+class Silent:
+    """A reporter that says nothing."""
+
+    def say(self, _text: str, /) -> None:
+        """Nothing."""
+
+    def stage(self, _name: str, _detail: str = "", /) -> None:
+        """Nothing."""
+
+    def note(self, _text: str, /) -> None:
+        """Nothing."""
+
+    def progress(self, _unit: str = "", /) -> AbstractContextManager[Progress]:
+        """Progress that nobody looks at."""
+        return nullcontext(silent)
 
 
 def duration(seconds: float) -> str:

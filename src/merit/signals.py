@@ -32,6 +32,7 @@ class StopFlag:
 
 
 _asked: list[str] = []
+_flags: list[StopFlag] = []
 
 
 def stop_on_sigterm() -> None:
@@ -64,11 +65,15 @@ def stop_if_asked() -> None:
 
 @contextlib.contextmanager
 def graceful() -> Iterator[StopFlag]:
-    """Inside, the first SIGTERM or SIGINT sets ``asked`` and nothing else; the second has its usual effect."""
-    flag = StopFlag()
-    if threading.current_thread() is not threading.main_thread():
-        yield flag
+    """Inside, the first SIGTERM or SIGINT sets ``asked`` and nothing else; the second has its usual effect.
+
+    Inside another block of its kind it yields that one's flag.
+    """
+    if _flags or threading.current_thread() is not threading.main_thread():
+        yield _flags[-1] if _flags else StopFlag()
         return
+    flag = StopFlag()
+    _flags.append(flag)
     previous = {number: signal.getsignal(number) for number in _SIGNALS}
 
     def restore() -> None:
@@ -84,6 +89,7 @@ def graceful() -> Iterator[StopFlag]:
     try:
         yield flag
     finally:
+        _flags.clear()
         restore()
 
 

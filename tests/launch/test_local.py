@@ -10,11 +10,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from merit.errors import Interrupted, UserError
+from merit.errors import Interrupted, TrainingError
 from merit.launch.local import BranchCrashed, BranchJob, ProgressFile, read_progress, run_branches
+from merit.launch.outcome import Outcome, outcome_of
+from merit.signals import stop_on_sigterm
 
 GRACEFUL = """
 import signal, sys, time
@@ -27,8 +30,9 @@ time.sleep(60)
 """
 
 
-def job(folder: Path, name: str, code: str, *arguments: object, work: float = 1) -> BranchJob:
-    return BranchJob(name, [sys.executable, "-S", "-c", code, *map(str, arguments)], folder / "logs" / name, work)
+def job(folder: Path, name: str, code: str, *arguments: object, work: float = 1, **options: Any) -> BranchJob:
+    argv = [sys.executable, "-S", "-c", code, *map(str, arguments)]
+    return BranchJob(name, argv, folder / "logs" / name, folder / "logs" / f"{name}.json", work, **options)
 
 
 def when_there(path: Path, then: object) -> threading.Thread:
@@ -69,28 +73,68 @@ os.remove(f"{folder}/now-{name}")
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
-def test_cores_are_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+def test_threads_are_passed_on(tmp_path: Path) -> None:
     code = "import os; print(os.environ['OMP_NUM_THREADS'], os.environ['MKL_NUM_THREADS'])"
-    run_branches([job(tmp_path, "a", code)], 3)
+    run_branches([job(tmp_path, "a", code, threads=2)], 3)
     assert (tmp_path / "logs" / "a").read_text() == "2 2\n"
 
 
-def test_user_error_comes_back_as_the_commands_own_message(tmp_path: Path) -> None:
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / "bad").write_text("merit: a message of yesterday\n")
-    code = """
-import sys
-print('noise')
-print('merit: loss is nan at step 3.\\n  Ways out: less.', file=sys.stderr)
-sys.exit(2)
+RANKS = """
+import os, sys, time
+rank = os.environ["RANK"]
+open(f"{sys.argv[1]}/{rank}", "w").write(" ".join(os.environ[name] for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")))
+open(f"{sys.argv[1]}/port-{rank}", "w").write(os.environ["MASTER_PORT"])
 """
-    with pytest.raises(UserError) as caught:
-        run_branches([job(tmp_path, "bad", code)], 1)
-    assert caught.value.exit_code == 2
-    assert str(caught.value).startswith("branch bad: loss is nan at step 3.\n  Ways out: less.")
-    assert "noise" not in str(caught.value)
-    assert "yesterday" not in str(caught.value)
+
+
+def test_processes_of_one_command_can_find_each_other(tmp_path: Path) -> None:
+    run_branches([job(tmp_path, "a", RANKS, tmp_path, processes=2)], 1)
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["2 0 127.0.0.1", "2 1 127.0.0.1"]
+    assert (tmp_path / "port-0").read_text() == (tmp_path / "port-1").read_text()
+
+
+def test_processes_that_wait_for_a_failed_one_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("merit.launch.local._PATIENCE_SECONDS", 0.3)
+    code = "import os, sys, time; sys.exit(7) if os.environ['RANK'] == '1' else time.sleep(60)"
+    with pytest.raises(BranchCrashed):
+        run_branches([job(tmp_path, "a", code, processes=2)], 1)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_user_error_comes_back_as_it_was_raised(tmp_path: Path, rank: int) -> None:
+    """By the outcome file of whichever process left one; what it prints does not matter."""
+    error = TrainingError("loss is nan at step 3.", "Ways out: less.", "No model was written.")
+    Outcome.of(error).save(tmp_path / "error.json")
+    to = outcome_of(tmp_path / "logs" / "bad.json", rank)
+    code = f"""
+import os, shutil, sys
+print("merit: noise")
+if os.environ["RANK"] == "{rank}":
+    shutil.copy({str(tmp_path / "error.json")!r}, {str(to)!r})
+    sys.exit(2)
+sys.exit(1)
+"""
+    with pytest.raises(TrainingError) as caught:
+        run_branches([job(tmp_path, "bad", code, processes=2)], 1)
+    assert caught.value.message == "branch bad: loss is nan at step 3."
+    assert caught.value.ways_out == ("Ways out: less.", "No model was written.")
+
+
+def test_outcome_of_an_earlier_attempt_is_not_read(tmp_path: Path) -> None:
+    Outcome.of(TrainingError("yesterday's")).save(tmp_path / "logs" / "bad.json")
+    with pytest.raises(BranchCrashed, match="exit code 2"):
+        run_branches([job(tmp_path, "bad", "import sys; sys.exit(2)")], 1)
+
+
+@pytest.mark.parametrize("error", [TrainingError("a", "b"), Interrupted("stop"), ZeroDivisionError("x")])
+def test_outcome_is_written_and_read_back(tmp_path: Path, error: Exception) -> None:
+    outcome = Outcome.of(error)
+    outcome.save(tmp_path / "o.json")
+    assert Outcome.load(tmp_path / "o.json") == outcome
+    again = outcome.user_error("branch 0")
+    assert (again is not None) == isinstance(error, TrainingError)
+    (tmp_path / "o.json").write_text("[]")
+    assert Outcome.load(tmp_path / "o.json") is None
 
 
 def test_crash_comes_back_with_its_traceback(tmp_path: Path) -> None:
@@ -144,8 +188,13 @@ while True: time.sleep(1)
 """
     when_there(tmp_path / "up", lambda: os.kill(os.getpid(), signal.SIGTERM))
     when_there(tmp_path / "told", lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(KeyboardInterrupt):
-        run_branches([job(tmp_path, "a", deaf, tmp_path)], 1)
+    before = signal.getsignal(signal.SIGTERM)
+    stop_on_sigterm()  # as a command does
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_branches([job(tmp_path, "a", deaf, tmp_path)], 1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_killed_launcher_leaves_no_process_behind(tmp_path: Path) -> None:
@@ -154,7 +203,8 @@ def test_killed_launcher_leaves_no_process_behind(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from merit.launch.local import BranchJob, run_branches
-run_branches([BranchJob("a", [sys.executable, "-c", {GRACEFUL!r}, {str(saved)!r}], Path({str(tmp_path / "log")!r}))], 1)
+argv = [sys.executable, "-c", {GRACEFUL!r}, {str(saved)!r}]
+run_branches([BranchJob("a", argv, Path({str(tmp_path / "log")!r}), Path({str(tmp_path / "out")!r}))], 1)
 """
     launcher = subprocess.Popen([sys.executable, "-c", code])
     watch = when_there(tmp_path / "saved.ready", launcher.kill)
@@ -195,9 +245,13 @@ while not Path({str(tmp_path / "seen")!r}).exists(): time.sleep(0.02)
 
     def tick(done: float, total: float, text: str) -> None:
         shares.append(done / total)
+        assert text.startswith(("0 of 2 branches done", "2 of 2 branches done"))
         if done and "5 target tokens/s" in text:
             (tmp_path / "seen").touch()
 
-    run_branches([BranchJob("a", [sys.executable, "-c", code], tmp_path / "log", 8, [progress])], 1, progress=tick)
-    assert 0.25 in shares
+    paths = [progress, tmp_path / "another.json"]
+    argv = [sys.executable, "-c", code]
+    run_branches([BranchJob("a", argv, tmp_path / "log", tmp_path / "out", 8, paths)], 1, progress=tick)
+    assert shares[0] == 0
+    assert 0.125 in shares
     assert shares[-1] == 1

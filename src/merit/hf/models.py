@@ -10,13 +10,19 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
@@ -59,6 +65,7 @@ def load_model(
     *,
     trainable: bool = False,
     seed: int = 0,
+    quantize: Literal["none", "4bit"] = "none",
 ) -> PreTrainedModel:
     """A causal or vision-language LM in float32 on ``device``, in eval mode.
 
@@ -69,6 +76,7 @@ def load_model(
             base.
         trainable: Mark the trainable subset (adding adapters for ``lora``); otherwise every parameter is frozen.
         seed: Seed of new adapters' initial values, so that every branch starts from the same point.
+        quantize: ``4bit`` holds the linear layers in 4-bit NF4, for adapters to be trained on (needs bitsandbytes).
 
     Returns:
         The library's own class; PEFT's wrapper around it, which answers to the same calls, where there are adapters.
@@ -81,19 +89,32 @@ def load_model(
     adapter = folder if (folder / "adapter_config.json").is_file() else None
     source = base.folder if adapter else folder
     kind = AutoModelForCausalLM if family is None else AutoModelForImageTextToText
-    model = read_model(kind, source, torch.float32, trust_remote_code=settings.trust_remote_code)
+    options = {} if quantize == "none" else _four_bits(settings, device)
+    model = read_model(kind, source, torch.float32, trust_remote_code=settings.trust_remote_code, options=options)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    if trainable and family is not None:
+    if trainable and family is not None and quantize == "none":
         _check_names(model, source)
     if adapter is not None:
         model = cast(PreTrainedModel, PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable))
     elif trainable:
         model = mark_trainable(model, settings, seed)
     model.config.use_cache = True
-    model.to(device)  # type: ignore[arg-type]
+    if quantize == "none":
+        model.to(device)  # type: ignore[arg-type]
     model.eval()  # type: ignore[no-untyped-call]
     return model
+
+
+def _four_bits(settings: ModelSettings, device: torch.device) -> dict[str, object]:
+    """Loading options for a base in 4-bit NF4 with doubly quantized constants, as QLoRA (arXiv 2305.14314) has it."""
+    config = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, settings.dtype),
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def read_model(
@@ -103,7 +124,7 @@ def read_model(
     *,
     where: str = "",
     trust_remote_code: bool = False,
-    config: PreTrainedConfig | None = None,
+    options: Mapping[str, object] | None = None,
     allow_unused: bool = False,
 ) -> PreTrainedModel:
     """A model with exactly the weights that its files hold.
@@ -114,14 +135,13 @@ def read_model(
         dtype: Of the weights in memory.
         where: What messages begin with, such as a recipe key.
         trust_remote_code: Run the checkpoint's own code.
-        config: Used instead of the folder's.
+        options: Passed on to the library: a ``config`` to use instead of the folder's, a quantization.
         allow_unused: The files may hold more than the model needs.
 
     Raises:
         CheckpointError: Weights are missing, left over, or of another shape, or the library cannot load the folder.
     """
     quiet()
-    options = {} if config is None else {"config": config}
     try:
         loaded: Any = kind.from_pretrained(
             folder,
@@ -130,7 +150,7 @@ def read_model(
             local_files_only=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            **options,
+            **(options or {}),
         )
     except (MemoryError, torch.OutOfMemoryError):
         raise

@@ -1,31 +1,34 @@
-"""Run branches side by side on this machine, each in a process of its own.
+"""Run commands side by side on this machine, each in one process or several of its own.
 
-It starts commands, watches them and passes signals on; what the commands do is theirs. It neither retries a command nor
-reads its results. The one channel back while it runs is the small file of :class:`ProgressFile`.
+It starts commands, watches them and passes signals on; what the commands do is theirs. The channels back are the small
+files of :class:`ProgressFile` while a command runs, and of :class:`merit.launch.outcome.Outcome` when it has ended.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from merit.errors import Interrupted, MeritError, UserError
-from merit.files import write_json
+from merit.errors import Interrupted, MeritError
+from merit.files import appending, write_json
+from merit.launch.outcome import Outcome, outcome_of
+from merit.progress import Progress, silent
+from merit.signals import graceful
 
 _POLL_SECONDS = 0.2
 _TAIL_CHARACTERS = 4000
+_PATIENCE_SECONDS = 20
+"""How long the processes of one command may take to end once one of them has failed: they may wait for it for ever."""
 
 
 class BranchCrashed(MeritError):
@@ -40,15 +43,21 @@ class BranchJob:
         name: As people say it.
         argv: The command.
         log_path: Its stdout and stderr are appended here.
+        outcome_path: Where it says how it ended.
         work: How long it will take, in any unit (target tokens); the longest is started first.
         progress_paths: Files that it writes with :class:`ProgressFile`, one per branch that it trains.
+        threads: CPU threads of each of its processes.
+        processes: How many processes work on it together; they find each other as torchrun's do (RANK, WORLD_SIZE ...).
     """
 
     name: str
     argv: Sequence[str]
     log_path: Path
+    outcome_path: Path
     work: float = 0
     progress_paths: Sequence[Path] = ()
+    threads: int = 1
+    processes: int = 1
 
 
 class ProgressFile:
@@ -81,10 +90,8 @@ def read_progress(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def run_branches(
-    jobs: Sequence[BranchJob], workers: int, progress: Callable[[float, float, str], None] | None = None
-) -> None:
-    """Run commands, at most ``workers`` at once, longest first, each with its share of the cores as OMP threads.
+def run_branches(jobs: Sequence[BranchJob], workers: int, progress: Progress = silent) -> None:
+    """Run commands, at most ``workers`` at once, longest first.
 
     When one fails, no other is started and those that run are told to stop (SIGTERM: they write a checkpoint first).
     SIGTERM and SIGINT to this process do the same; a second signal kills.
@@ -95,44 +102,39 @@ def run_branches(
         progress: Called a few times a second with (work done, work in all, a short text).
 
     Raises:
-        UserError: A command ended with exit code 2; the message is the command's own.
-        BranchCrashed: A command ended with another code; the message holds the end of its log.
+        UserError: A command ended with an error that the user can fix: that error.
+        BranchCrashed: A command ended in another way; the message holds the end of its log.
         Interrupted: Stopped from outside, after the commands wrote their checkpoints.
     """
     waiting = sorted(jobs, key=lambda job: -job.work)
-    threads = str(max(1, (os.cpu_count() or 1) // max(1, workers)))
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-    environment |= {name: threads for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     running: list[_Running] = []
     failed: list[_Running] = []
     ended: list[BranchJob] = []
     begun = time.time()
-    with _signals() as signals:
+    with graceful() as stop:
         try:
-            while running or (waiting and not failed and not signals.seen):
-                while waiting and len(running) < workers and not failed and not signals.seen:
-                    running.append(_Running.start(waiting.pop(0), environment))
-                for one in [one for one in running if one.process.poll() is not None]:
+            while running or (waiting and not failed and not stop.asked):
+                while waiting and len(running) < workers and not failed and not stop.asked:
+                    running.append(_Running.start(waiting.pop(0)))
+                for one in [one for one in running if one.has_ended()]:
                     running.remove(one)
-                    if one.process.returncode:
+                    if any(one.codes()):
                         failed.append(one)
                     else:
                         ended.append(one.job)
-                if failed or signals.seen:
+                if failed or stop.asked:
                     for one in running:
                         one.tell_to_stop()
-                if progress is not None:
-                    _report(jobs, ended, running, begun, progress)
+                progress(*_progress(jobs, ended, running, begun))
                 if running:
                     time.sleep(_POLL_SECONDS)
         finally:
             for one in running:  # only left by a second signal or an error of ours
-                one.process.kill()
-                one.process.wait()
+                one.kill()
     crashed = [one for one in failed if not one.was_stopped()]
     if crashed:
         raise crashed[0].error()
-    if signals.seen or failed:
+    if stop.asked or failed:
         left = len(jobs) - len(ended)
         raise Interrupted(
             f"stopped; {left} of {len(jobs)} branch processes are not done and go on from their checkpoints."
@@ -142,48 +144,95 @@ def run_branches(
 @dataclass
 class _Running:
     job: BranchJob
-    process: subprocess.Popen[bytes]
+    processes: list[subprocess.Popen[bytes]]
     log_start: int
     told: bool = field(default=False)
+    first_failure: float | None = None
 
     @classmethod
-    def start(cls, job: BranchJob, environment: Mapping[str, str]) -> _Running:
-        job.log_path.parent.mkdir(parents=True, exist_ok=True)
-        with job.log_path.open("ab") as log:
+    def start(cls, job: BranchJob) -> _Running:
+        for rank in range(job.processes):
+            outcome_of(job.outcome_path, rank).unlink(missing_ok=True)
+        port = _free_port() if job.processes > 1 else 0
+        with appending(job.log_path) as log:
             start = log.tell()
-            process = subprocess.Popen(
-                list(job.argv),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=dict(environment),
-                start_new_session=True,  # Ctrl-C reaches it through us alone, and once
-                preexec_fn=_stop_with_parent if sys.platform == "linux" else None,
-            )
-        return cls(job, process, start)
+            processes = [
+                subprocess.Popen(
+                    list(job.argv),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=_environment(job, rank, port),
+                    start_new_session=True,  # Ctrl-C reaches it through us alone, and once
+                    preexec_fn=_stop_with_parent if sys.platform == "linux" else None,
+                )
+                for rank in range(job.processes)
+            ]
+        return cls(job, processes, start)
+
+    def codes(self) -> list[int | None]:
+        return [process.poll() for process in self.processes]
+
+    def has_ended(self) -> bool:
+        """Whether all processes have; those that wait for one that failed are killed after a while."""
+        codes = self.codes()
+        if None in codes and any(codes):
+            self.first_failure = self.first_failure or time.monotonic()
+            if time.monotonic() - self.first_failure > _PATIENCE_SECONDS:
+                self.kill()
+        return None not in self.codes()
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
 
     def tell_to_stop(self) -> None:
         if not self.told:
             self.told = True
-            self.process.send_signal(signal.SIGTERM)
+            for process in self.processes:
+                process.send_signal(signal.SIGTERM)
 
     def was_stopped(self) -> bool:
-        code = self.process.returncode
-        return code == Interrupted.exit_code or (self.told and code == -signal.SIGTERM)
+        return all(
+            code in (0, Interrupted.exit_code) or (self.told and code == -signal.SIGTERM) for code in self.codes()
+        )
 
     def error(self) -> MeritError:
+        outcomes = [Outcome.load(outcome_of(self.job.outcome_path, rank)) for rank in range(len(self.processes))]
+        for outcome in outcomes:
+            error = outcome.user_error(f"branch {self.job.name}") if outcome else None
+            if error is not None:
+                return error
         with self.job.log_path.open("rb") as log:
             log.seek(self.log_start)
             text = log.read().decode("utf-8", "replace").strip()
-        code = self.process.returncode
-        where = f"The whole output: {self.job.log_path}"
-        if code == UserError.exit_code:
-            message = text[text.rfind("\nmerit: ") + 1 :].removeprefix("merit: ")
-            return UserError(f"branch {self.job.name}: {message}", where)
+        # A process that was killed takes the others with it: they lose the connection to it.
+        code = min(code for code in self.codes() if code)
         how = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
         if code == -signal.SIGKILL:
             how += " (often: out of memory; fewer --jobs, a smaller train.micro_batch_size)"
-        return BranchCrashed(f"branch {self.job.name} ended with {how}.\n{where}; its end:\n{text[-_TAIL_CHARACTERS:]}")
+        return BranchCrashed(
+            f"branch {self.job.name} ended with {how}.\nThe whole output: {self.job.log_path}; its end:\n"
+            f"{text[-_TAIL_CHARACTERS:]}"
+        )
+
+
+def _environment(job: BranchJob, rank: int, port: int) -> dict[str, str]:
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    threads = str(job.threads)
+    environment |= {name: threads for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    if job.processes > 1:
+        number, count = str(rank), str(job.processes)
+        environment |= {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return environment
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -196,46 +245,25 @@ def _stop_with_parent() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-class _Seen:
-    seen = False
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[_Seen]:
-    """Note the first SIGTERM or SIGINT; the second raises KeyboardInterrupt."""
-    state = _Seen()
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if state.seen:
-            raise KeyboardInterrupt
-        state.seen = True
-
-    if threading.current_thread() is not threading.main_thread():
-        yield state
-        return
-    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield state
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _report(
-    jobs: Sequence[BranchJob],
-    ended: Sequence[BranchJob],
-    running: Sequence[_Running],
-    begun: float,
-    progress: Callable[[float, float, str], None],
-) -> None:
-    """Work done: whole commands, plus each running one's share of steps (its branches count alike)."""
-    done = sum(job.work for job in ended)
+def _progress(
+    jobs: Sequence[BranchJob], ended: Sequence[BranchJob], running: Sequence[_Running], begun: float
+) -> tuple[float, float, str]:
+    """Work done (whole commands, plus each running one's share of steps), work in all, and branches done as text."""
+    work = sum(job.work for job in ended)
+    branches = sum(_branches(job) for job in ended)
     speed = 0.0
     for one in running:
         found = [read_progress(path) for path in one.job.progress_paths]
         fresh = [item for item in found if item and item["time"] >= begun]
-        done += one.job.work * sum(item["step"] / item["steps"] for item in fresh) / max(1, len(found))
+        shares = [item["step"] / item["steps"] for item in fresh]
+        work += one.job.work * sum(shares) / max(1, len(found))
+        branches += sum(share == 1 for share in shares)
         if fresh:
             speed += max(fresh, key=lambda item: item["time"]).get("tokens_per_second") or 0.0
-    text = f"{len(ended)}/{len(jobs)} done" + (f", {speed:,.0f} target tokens/s" if speed else "")
-    progress(done, sum(job.work for job in jobs), text)
+    text = f"{branches} of {sum(map(_branches, jobs))} branches done"
+    text += f", {speed:,.0f} target tokens/s" if speed else ""
+    return work, sum(job.work for job in jobs), text
+
+
+def _branches(job: BranchJob) -> int:
+    return len(job.progress_paths) or 1

@@ -62,7 +62,7 @@ def encoder_state(folder: Path, vision: Config, dtype: torch.dtype) -> dict[str,
         CheckpointError: Some of its weights are missing.
     """
     model = read_model(
-        AutoModel, folder, dtype, where="prepare.assemble.vision_from: ", config=vision, allow_unused=True
+        AutoModel, folder, dtype, where="prepare.assemble.vision_from: ", options={"config": vision}, allow_unused=True
     )
     return {f"model.vision_tower.{name}": tensor for name, tensor in model.state_dict().items()}
 

@@ -10,8 +10,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from merit.recipe.moved import explain_trainer
+
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=120)]
 SplitMethod = Literal["pca", "raw_pca", "random", "kmeans", "conflict_induced", "joint"]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"]
 DataFormat = Literal["auto", "messages", "prompt_completion", "alpaca", "flan", "sharegpt", "cauldron"]
 
 
@@ -66,6 +69,9 @@ class ModelSettings(Settings):
     training. On a CPU the arithmetic is float32, whatever is said here."""
     lora: LoraSettings = LoraSettings()
     """Adapter settings."""
+    quantize: Literal["none", "4bit"] = "none"
+    """4bit: train adapters on a base held in 4-bit NF4 (QLoRA; needs trainable: lora, a GPU and bitsandbytes). Gradients,
+    merge and evaluation use the base as it is."""
     max_pixels: Annotated[int, Field(ge=784)] = 614656
     """Most pixels of an image as the model sees it (paper: 784 x 784); larger ones are scaled down by the base's own image
     processor. Bases whose processor scales every image to one size are not affected."""
@@ -77,7 +83,14 @@ class ModelSettings(Settings):
     @model_validator(mode="after")
     def _adapters_alone(self) -> Self:
         refuse_adapters_in_list(self.trainable)
+        if self.quantize != "none" and self.trainable != "lora":
+            raise ValueError(f"quantize: {self.quantize} needs trainable: lora; quantized weights cannot be trained")
         return self
+
+    def deciding(self) -> dict[str, Any]:
+        """The settings that decide a branch's weights, the base aside, as JSON values."""
+        keys = {"trainable", "dtype", *(("lora", "quantize") if self.trainable == "lora" else ())}
+        return self.model_dump(mode="json", include=keys)
 
 
 class DatasetSettings(Settings):
@@ -240,37 +253,89 @@ class TrainSettings(Settings):
     max_length: Annotated[int, Field(ge=8)] = 2048
     """Longest example in tokens; longer ones are cut at the end, and rows that lose all targets by it are dropped and
     counted."""
-    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    scheduler: Literal["linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup"] = "cosine"
     """Learning-rate schedule over the branch's own steps."""
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """For scheduler: cosine_with_min_lr. Learning rate at the end, as a share of the peak."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
     """Share of the steps with a linearly rising learning rate."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW weight decay."""
-    optimizer: Literal["adamw_torch", "adamw_torch_fused", "sgd", "adafactor"] = "adamw_torch"
-    """Optimizer, by its transformers name."""
+    """Weight decay; biases and norms have none."""
+    optimizer: Literal["adamw", "adamw_fused", "adamw_8bit", "adamw_8bit_paged", "adafactor", "sgd"] = "adamw"
+    """Optimizer; the 8-bit ones need bitsandbytes and a GPU."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """AdamW's decay rates of the first and second moment."""
+    epsilon: Annotated[float, Field(gt=0, le=1)] = 1e-8
+    """AdamW's ε."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """SGD's momentum."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradient-norm clip."""
+    data_seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    """Seed of the row order. Default: the recipe's ``seed``."""
     gradient_checkpointing: bool = False
     """Trade a second forward pass for activation memory."""
+    processes: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Processes that train one branch together on this machine, each on a GPU of its own (or on a share of the CPU's cores).
+    ``batch_size`` stays the number of examples per step over all of them, so the result is that of one, up to rounding."""
+    sharding: Literal["none", "fsdp2", "deepspeed"] = "none"
+    """How the processes share memory. none: each holds everything (DDP); fsdp2: weights, gradients and optimizer state are
+    cut up among them (PyTorch's FSDP2); deepspeed: gradients and optimizer state are (ZeRO-2; needs deepspeed)."""
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 15.0
     """Minutes between resumable checkpoints; a checkpoint is also written when the process is told to stop."""
+    checkpoint_steps: Annotated[int, Field(ge=1)] | None = None
+    """Write a resumable checkpoint after every so many steps, too. Default: by time alone."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute. Recorded, but no part of a stage's fingerprint."""
+    """Where to compute. Recorded, but not part of a stage's fingerprint."""
     threads: Annotated[int, Field(ge=1)] | None = None
-    """CPU threads per branch. Default: the machine's cores over the branches trained side by side."""
+    """CPU threads per branch. Default: OMP_NUM_THREADS, else the machine's cores over the branches trained side by side."""
+    loader_workers: Annotated[int, Field(ge=0, le=256)] = 0
+    """Processes that prepare batches ahead (decoding images) while the model trains; 0: none."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    tf32: bool = False
+    """Let float32 matrix products on a GPU use TF32."""
+    deterministic: bool = False
+    """Use deterministic GPU kernels only, as bit-identical resuming on a GPU needs; slower."""
+    report_to: list[Tracker] = []
+    """Experiment trackers that also get every step's figures, through accelerate. Default: none."""
     save_dtype: Literal["base", "float32"] = "base"
     """Dtype of the branch's checkpoint: the base's own, or float32."""
-    trainer: dict[str, Any] = {}
-    """Further settings passed on to TRL's SFTConfig as they are (report_to, adam_beta2, logging_steps, torch_compile ...).
-    Keys that have a place of their own in the recipe are refused, and so are those that one branch on one device cannot
-    use (fsdp, deepspeed)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier_keys(cls, data: object) -> object:
+        if not isinstance(data, dict):
+            return data
+        if data.get("trainer"):
+            raise ValueError(explain_trainer(data["trainer"]))
+        data = {key: value for key, value in data.items() if key != "trainer"}
+        if str(data.get("optimizer", "")).startswith("adamw_torch"):  # transformers' names
+            data["optimizer"] = data["optimizer"].replace("adamw_torch", "adamw")
+        return data
 
     @model_validator(mode="after")
-    def _micro_divides(self) -> Self:
+    def _fit_together(self) -> Self:
         micro = self.micro_batch_size
         if micro is not None and self.batch_size % micro:
             raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size ({micro})")
+        if self.processes > self.batch_size:
+            raise ValueError(f"batch_size ({self.batch_size}) must be at least processes ({self.processes})")
+        if self.sharding != "none" and self.processes == 1:
+            raise ValueError(f"sharding: {self.sharding} needs processes: 2 or more")
+        if self.sharding == "fsdp2" and self.optimizer not in ("adamw", "adamw_fused", "sgd"):
+            raise ValueError(f"optimizer: {self.optimizer} cannot be sharded by fsdp2; use adamw, adamw_fused or sgd")
         return self
+
+    def deciding(self) -> dict[str, Any]:
+        """The settings that decide a branch's weights, as JSON values: all but those that say how and where to compute."""
+        return self.model_dump(mode="json", exclude=set(_HOW_TO_COMPUTE))
+
+
+_HOW_TO_COMPUTE = (
+    *("device", "threads", "processes", "sharding", "loader_workers", "compile", "tf32", "deterministic"),
+    *("checkpoint_minutes", "checkpoint_steps", "report_to", "max_length"),  # max_length decides the rows
+)
 
 
 class MergeSettings(Settings):

@@ -29,7 +29,7 @@ from merit.recipe.schema import DatasetSettings, MixtureSettings, Recipe
 from merit.run.needs import Weights, branch_count, file_sizes, items, needs, published_weights, weigh
 from merit.run.preparation import planned_base
 from merit.run.session import Session
-from merit.train.branch import check_trainer_options
+from merit.train.requirements import check_requirements
 
 UNSEEN = "not looked at"
 """Format of a dataset that an offline check did not find on this machine."""
@@ -148,8 +148,7 @@ def _check_settings(recipe: Recipe, datasets: int, *, offline: bool) -> None:
     """What settings alone, and the number of datasets, can have wrong."""
     if datasets or not offline:
         check_groups(recipe, datasets)
-    if recipe.train.trainer:
-        check_trainer_options(recipe)
+    check_requirements(recipe.train, recipe.model)
     _check_merge(recipe)
     if recipe.train.device == "cuda" and not offline:
         pick_device("cuda")

@@ -19,9 +19,6 @@ from merit.run.store import Stage
 ROWS, SOURCE, BRANCH = "rows of ", "source of ", "branch "
 """Beginnings of the names of inputs that there are several of."""
 
-HOW = ("device", "threads", "checkpoint_minutes")
-"""Keys of ``train`` that decide how a branch is trained, and not what comes out."""
-
 
 def _without(block: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     return {key: value for key, value in block.items() if key not in keys}
@@ -95,8 +92,7 @@ def split_stage(recipe: Recipe, scope: Scope, *, rows: Mapping[str, str], geomet
 
 def training_settings(recipe: Recipe) -> dict[str, Any]:
     """The settings that decide a branch's weights, its group aside."""
-    train = _without(recipe.train.model_dump(mode="json"), *HOW, "max_length")
-    return {"train": train, "model": _model(recipe), "seed": recipe.seed}
+    return {"train": recipe.train.deciding(), "model": recipe.model.deciding(), "seed": recipe.seed}
 
 
 def branch_stage(

@@ -16,7 +16,7 @@ from merit.hf.published import PUBLISHED
 from merit.recipe.schema import Recipe
 
 _WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
-_MOMENTS = {"sgd": 0, "adafactor": 0}
+_MOMENTS = {"sgd": 0, "adafactor": 0, "adamw_8bit": 2, "adamw_8bit_paged": 2}
 """Bytes of optimizer state per trained weight, where it is not Adam's 8; adafactor's rows and columns are few."""
 
 

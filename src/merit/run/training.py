@@ -1,7 +1,7 @@
 """Training the branches of a run: which are to be done, in this process or in worker processes, and what is recorded.
 
-It joins :mod:`merit.train.branch` (one group) with :mod:`merit.launch` (processes). It decides no hyperparameters and
-does not merge.
+It joins :mod:`merit.train` (one group) with :mod:`merit.launch` (processes). It decides no hyperparameters and does not
+merge.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 from merit.errors import Interrupted, RecipeError, RunFolderError
 from merit.files import require_space
 from merit.hf import checkpoint
-from merit.launch.local import BranchJob, ProgressFile, run_branches
+from merit.launch.local import BranchJob, run_branches
 from merit.mixture import load_split, read_counts
 from merit.progress import duration
 from merit.run import key
@@ -24,8 +24,14 @@ from merit.run.scope import Scope
 from merit.run.session import Session
 from merit.run.step import stands
 from merit.run.store import Stage
+from merit.signals import graceful
 from merit.split.result import Split
 from merit.train.branch import train_branch
+from merit.train.requirements import processes_here
+from merit.train.workers import WorkerJob, share_out, threads_for
+
+_KEPT = ("checkpoints", "trackers")
+"""What an unfinished branch goes on from, and what its trackers wrote; not among the stage's outputs."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ def train_branches(session: Session, branches: Sequence[BranchId]) -> None:
         Interrupted: Stopped from outside; checkpoints stand.
     """
     stages = {branch: _stage(session, branch) for branch in branches}
-    waiting = [branch for branch, stage in stages.items() if not stands(stage, session, keep=("checkpoints",))]
+    waiting = [branch for branch, stage in stages.items() if not stands(stage, session, keep=_KEPT)]
     if not waiting:
         session.reporter.stage("train", f"{len(branches)} branches (done before)")
         return
@@ -110,43 +116,40 @@ def train_branches(session: Session, branches: Sequence[BranchId]) -> None:
         "Free space, use another disk (--output DIR), or train fewer branches (split.axes, baselines).",
     )
     workers = min(session.jobs, len(waiting))
+    processes = session.recipe.train.processes
     side = f", {workers} side by side" if workers > 1 else ""
+    side += f", {processes} processes each" if processes > 1 else ""
     session.reporter.stage("train", f"{len(waiting)} branches{side}")
-    if workers > 1:
-        _train_side_by_side(session, waiting, workers)
+    if workers > 1 or processes > processes_here():
+        _train_in_workers(session, waiting, workers)
     else:
         for branch in waiting:
-            _train_here(session, branch)
+            train_here(session, branch)
 
 
-def _train_here(session: Session, branch: BranchId) -> None:
+def train_here(session: Session, branch: BranchId) -> None:
+    """Train one branch in this process; of several that train it together, the leading one keeps the record.
+
+    Raises:
+        Interrupted: Stopped from outside; a checkpoint stands.
+    """
     recipe, stage = session.recipe_of(scope_of(session, branch)), _stage(session, branch)
     rows = load_split(session.run / "mixture", "train")
+    group = {name: rows[name] for name in _group(session, branch)}
+    settings = recipe.train.model_copy(update={"threads": threads_for(recipe.train, session.jobs)})
+    if int(os.environ.get("RANK", "0")):
+        train_branch(group, session.base, stage.path, settings, seed=recipe.seed)
+        return
     with (
-        stage.writing(recipe.seed, keep=("checkpoints",)) as record,
+        graceful() as stop,
+        stage.writing(recipe.seed, keep=_KEPT) as record,
         session.reporter.progress(f"branch {branch}") as show,
     ):
-        progress = ProgressFile(stage.path / "progress.json")
-
-        def tick(done: int, total: int, info: dict[str, Any]) -> None:
-            progress(done, total, info)
-            known = [f"{name} {info[name]:.4g}" for name in ("loss", "tokens_per_second") if info.get(name)]
-            show(done, total, " ".join(known))
-
-        record |= train_branch(
-            recipe,
-            {name: rows[name] for name in _group(session, branch)},
-            stage.path,
-            base=session.base,
-            device=session.device,
-            threads=recipe.train.threads or max(1, (os.cpu_count() or 1) // session.jobs),
-            progress=tick,
-            provenance={"branch": stage.fingerprint},
-        )
+        result = train_branch(group, session.base, stage.path, settings, seed=recipe.seed, progress=show)
+        record |= result.facts()
         record["model_fingerprint"] = checkpoint.fingerprint(stage.path / "model")
-        stop_asked = record.pop("stop_asked")
     _say(session, branch, stage)
-    if stop_asked:  # the branch was in its last step when the signal came: it is finished, and the run stops after it
+    if stop.asked:  # the branch was in its last step when the signal came: it is finished, and the run stops after it
         raise Interrupted(f"stopped after branch {branch} was finished")
 
 
@@ -157,17 +160,15 @@ def _say(session: Session, branch: BranchId, stage: Stage) -> None:
         f"  branch {branch}: {facts['steps']:,} steps, {facts['target_tokens']:,} target tokens, "
         f"loss {facts['final_loss']:.4f}, {duration(record.seconds)}"
     )
+    for warning in facts["warnings"]:
+        session.reporter.note(f"branch {branch}: {warning}")
 
 
-def _train_side_by_side(session: Session, waiting: Sequence[BranchId], workers: int) -> None:
-    """Worker processes of equal work; each trains its branches one after another, so libraries load once per worker."""
+def _train_in_workers(session: Session, waiting: Sequence[BranchId], workers: int) -> None:
+    """Workers of equal work; each trains its branches one after another, so that libraries load once per worker."""
     counts = {item.name: item.target_tokens for item in read_counts(session.run / "mixture")}
     work = {branch: sum(counts[name] for name in _group(session, branch)) or 1 for branch in waiting}
-    lists: list[list[BranchId]] = [[] for _ in range(workers)]
-    for branch in sorted(waiting, key=lambda branch: -work[branch]):  # longest first, to the least loaded worker
-        min(lists, key=lambda held: sum(work[one] for one in held)).append(branch)
-    threads = session.recipe.train.threads or max(1, (os.cpu_count() or 1) // workers)
-    jobs = [_job(session, held, sum(work[branch] for branch in held), threads) for held in lists if held]
+    jobs = [_job(session, mine, sum(work[branch] for branch in mine), workers) for mine in share_out(work, workers)]
     with session.reporter.progress("branches") as tick:
         run_branches(jobs, workers, progress=tick)
     for branch in waiting:
@@ -177,16 +178,18 @@ def _train_side_by_side(session: Session, waiting: Sequence[BranchId], workers: 
         _say(session, branch, stage)
 
 
-def _job(session: Session, branches: Sequence[BranchId], work: float, threads: int) -> BranchJob:
+def _job(session: Session, branches: Sequence[BranchId], work: float, workers: int) -> BranchJob:
+    settings = session.recipe.train
+    name = str(session.run.resolve() / "logs" / f"train-{branches[0]}".replace("/", "-"))
+    job = WorkerJob(session.run.resolve(), tuple(map(str, branches)), threads_for(settings, workers), workers)
+    job.save(Path(f"{name}.job.json"))
     return BranchJob(
         name=", ".join(map(str, branches)),
-        argv=[
-            *(sys.executable, "-m", "merit", "train", str(session.run.resolve()), "--quiet"),
-            *(word for branch in branches for word in ("--branch", str(branch))),
-            *("--set", f"train.threads={threads}"),
-            *(("--redo",) if session.redo else ()),
-        ],
-        log_path=session.run / "logs" / f"train-{branches[0]}.txt".replace("/", "-"),
+        argv=[sys.executable, "-m", "merit.run.worker", f"{name}.job.json", f"{name}.outcome.json"],
+        log_path=Path(f"{name}.txt"),
+        outcome_path=Path(f"{name}.outcome.json"),
         work=work,
         progress_paths=[_stage(session, branch).path / "progress.json" for branch in branches],
+        threads=job.threads,
+        processes=settings.processes,
     )

@@ -1,415 +1,284 @@
-"""Fine-tune one group from the base: settings in, a Hugging Face checkpoint out, exactly resumable.
+"""Fine-tune one group from the base: rows in, a Hugging Face checkpoint out, exactly resumable.
 
-It knows one group and no other, so a branch can train on any machine that has the recipe, the split and the base. It does
-not encode data, place branches on machines (:mod:`merit.launch`) or merge. One process, one device.
+It knows one group and no other, so a branch can train on any machine that has the recipe, the split and the base. The
+objective is the mean cross-entropy over the target tokens of each optimizer step, over all processes.
 
-The objective is the mean cross-entropy over the target tokens of each optimizer step; AdamW and schedule are the
-library's. Source: METHOD step 5 is Choi & Kim, arXiv 2606.01717, §4 (Algorithm 1): branch k starts from θ0 and sees the
-datasets of G_k alone, with the same hyperparameters in every branch and no communication.
+Source: METHOD step 5 is Choi & Kim, arXiv 2606.01717, §4 (Algorithm 1): branch k starts from θ0 and sees the datasets of
+G_k alone, with the same hyperparameters in every branch and no communication.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import gc
-import json
-import math
-import os
 import shutil
-import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from merit.errors import Interrupted, RecipeError, ResourceError, RunFolderError, TrainingError, nearest
-from merit.files import differences
+import torch
+from torch.utils.data import DataLoader
 
-if TYPE_CHECKING:
-    import torch
+from merit.errors import Interrupted, RecipeError, TrainingError
+from merit.files import publish, write_text
+from merit.hf.base import Base
+from merit.hf.batches import target_losses, to_device
+from merit.hf.models import autocast, limit_threads, load_model, pick_device, save_branch, trainable_parameters
+from merit.mixture import EncodedDataset
+from merit.progress import Progress, silent
+from merit.recipe.schema import TrainSettings
+from merit.signals import StopFlag, graceful
+from merit.train import checkpoint
+from merit.train.batches import CPU_OVERHEAD, GroupRows, StepBatch, StepCollator, StepOrder, steps_for
+from merit.train.checkpoint import LOG, Marker, Totals, Training
+from merit.train.guards import kernels, memory_meter, plain_errors, silence_libraries
+from merit.train.log import StepLog, final_loss
+from merit.train.optimizers import make_optimizer, make_schedule
+from merit.train.processes import Team, trackers, whole
+from merit.train.requirements import check_processes, check_requirements
+from merit.train.result import BranchResult
 
-    from merit.hf.base import Base
-    from merit.mixture import EncodedDataset
-    from merit.recipe.schema import Recipe
-    from merit.train.trainer import Totals
-
-# fmt: off
-PASSED_ON = frozenset({
-    "activation_checkpointing_kwargs", "activation_offloading", "adam_beta1", "adam_beta2", "adam_epsilon",
-    "dataloader_multiprocessing_context", "dataloader_num_workers", "dataloader_persistent_workers",
-    "dataloader_pin_memory", "dataloader_prefetch_factor", "full_determinism", "logging_first_step", "logging_steps",
-    "logging_strategy", "lr_scheduler_kwargs", "neftune_noise_alpha", "optim_args", "optim_target_modules", "project",
-    "report_to", "run_name", "save_steps", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode",
-    "torch_empty_cache_steps", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id",
-})
-# fmt: on
-"""Keys of ``train.trainer`` that go to TRL's SFTConfig as they are."""
-
-RECIPE_KEYS = {
-    "output_dir": "--output",
-    "seed": "seed",
-    "data_seed": "seed",
-    "num_train_epochs": "train.epochs",
-    "max_steps": "train.epochs",
-    "learning_rate": "train.learning_rate",
-    "per_device_train_batch_size": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.batch_size with train.micro_batch_size",
-    "auto_find_batch_size": "train.micro_batch_size",
-    "max_length": "train.max_length",
-    "lr_scheduler_type": "train.scheduler",
-    "warmup_steps": "train.warmup_ratio",
-    "warmup_ratio": "train.warmup_ratio",
-    "weight_decay": "train.weight_decay",
-    "optim": "train.optimizer",
-    "max_grad_norm": "train.max_grad_norm",
-    "activation_checkpointing": "train.gradient_checkpointing",
-    "gradient_checkpointing": "train.gradient_checkpointing",
-    "gradient_checkpointing_kwargs": "train.trainer.activation_checkpointing_kwargs",
-    "bf16": "model.dtype",
-    "fp16": "model.dtype",
-    "use_cpu": "train.device",
-    "save_strategy": "train.checkpoint_minutes",
-    "chat_template_path": "model.chat_template",
-    "trust_remote_code": "model.trust_remote_code",
-}
-"""Keys of SFTConfig that the recipe sets itself, and where."""
-
-
-def check_trainer_options(recipe: Recipe) -> None:
-    """Check ``train.trainer`` without a model.
-
-    Raises:
-        RecipeError: A key is unknown, belongs to another recipe key, or has an impossible value.
-    """
-    from trl import SFTConfig
-
-    for key in recipe.train.trainer:
-        if key in PASSED_ON:
-            continue
-        if key in RECIPE_KEYS:
-            raise RecipeError(
-                f"train.trainer.{key}: this is set by {RECIPE_KEYS[key]}.", f"Set {RECIPE_KEYS[key]} instead."
-            )
-        if key in {field.name for field in fields(SFTConfig)}:
-            raise RecipeError(
-                f"train.trainer.{key}: TRL knows it, but a branch cannot use it: data, loss, checkpoints and the one "
-                "device of a branch are handled here.",
-                f"Usable keys: {', '.join(sorted(PASSED_ON))}.",
-            )
-        raise RecipeError(
-            f"train.trainer: unknown key {key}.{nearest(key, sorted(PASSED_ON | RECIPE_KEYS.keys()))}",
-            f"Usable keys: {', '.join(sorted(PASSED_ON))}.",
-        )
-    from transformers.integrations import get_reporting_integration_callbacks
-
-    with tempfile.TemporaryDirectory() as scratch:
-        args = _training_arguments(recipe, Path(scratch), cpu=True)
-    try:
-        for tracker in get_reporting_integration_callbacks(args.report_to):
-            tracker()  # says what is not installed
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise RecipeError(f"train.trainer.report_to: {str(error).splitlines()[0]}") from None
-
-
-def steps_for(rows: int, batch_size: int, epochs: float) -> int:
-    """Optimizer steps of a branch: ceil(epochs * ceil(rows / batch_size)); an epoch's last batch may be smaller."""
-    return math.ceil(epochs * math.ceil(rows / batch_size))
+CHECKPOINTS = "checkpoints"
 
 
 def train_branch(
-    recipe: Recipe,
-    datasets: Mapping[str, EncodedDataset],
-    folder: Path,
-    *,
+    rows: Mapping[str, EncodedDataset],
     base: Base,
-    device: torch.device,
-    threads: int | None,
-    progress: Callable[[int, int, dict[str, Any]], None] | None = None,
-    provenance: Mapping[str, str],
-    data_seed: int | None = None,
-) -> dict[str, Any]:
+    folder: Path | str,
+    settings: TrainSettings | None = None,
+    *,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> BranchResult:
     """Train one group from the base and write ``folder/model``.
 
-    Args:
-        recipe: ``model``, ``train`` and ``seed`` are read.
-        datasets: The group's encoded training rows by name; their order does not matter.
-        folder: The branch's folder. ``log.jsonl`` gets a line per step; ``checkpoints`` exists until training is done.
-            Called again after an interruption, training goes on from the newest complete checkpoint there and ends in
-            the same bits as without the interruption (same machine kind, versions and threads).
-        base: The base; its file dtypes and side files shape ``folder/model``.
-        device: Where to compute.
-        threads: CPU threads (None leaves them).
-        progress: Called about twice a second with (step, steps, facts); facts hold loss (mean per target token, nats),
-            learning_rate, grad_norm, target_tokens (of that step) and tokens_per_second (target tokens).
-        provenance: Fingerprints of what the result depends on; a checkpoint with other ones is refused.
-        data_seed: Seed of the row order (None: ``recipe.seed``); model initialization always takes ``recipe.seed``.
+    Called again after an interruption, training goes on from the newest complete checkpoint in ``folder`` and ends in the
+    same bits as without the interruption (same machine kind, versions, threads and processes).
 
-    Returns:
-        Facts for the branch's record: target_tokens, tokens and samples actually trained (integers, all epochs), steps,
-        epochs, rows, seconds, peak_memory_bytes (process on a CPU, device memory on a GPU), final_loss (mean per
-        target token over the last tenth of the steps), threads, device, resumed_from (steps).
+    Args:
+        rows: The group's encoded training rows by dataset; their order does not matter.
+        base: The base; its ``settings`` say what is trained, its file dtypes and side files shape ``folder/model``.
+        folder: The branch's folder. ``log.jsonl`` gets a line per step; ``checkpoints`` exists until training is done.
+        settings: Hyperparameters.
+        seed: Seed of new adapters, dropout and, unless ``settings.data_seed`` is set, of the row order.
+        progress: Called about twice a second with (steps done, steps in all, figures).
 
     Raises:
         TrainingError: Nothing to train on, or a loss or gradient that is not finite.
-        RunFolderError: ``folder`` holds checkpoints of another recipe, base or data.
-        RecipeError: ``train.trainer`` is wrong.
-        ResourceError: Disk or device memory does not suffice.
+        RunFolderError: ``folder`` holds checkpoints of other settings, another base or other data.
+        ResourceError: Disk or device memory does not suffice, or a package that the settings need is missing.
         Interrupted: Stopped by SIGTERM or SIGINT after writing a checkpoint.
     """
-    _silence()
-    _refuse_distributed()
-    check_trainer_options(recipe)
-    import torch
-    from datasets import Dataset
-
-    from merit.hf.models import limit_threads, load_model, save_branch, trainable_parameters
-    from merit.train.trainer import (
-        CPU_OVERHEAD,
-        LOG,
-        EpochOrder,
-        GroupRows,
-        GroupTrainer,
-        StepCollator,
-        StopRequest,
-        newest_checkpoint,
-    )
-
-    threads = limit_threads(threads)
-    rows = GroupRows(datasets)
-    if not len(rows):
-        raise TrainingError(f"{folder}: the group has no training rows ({len(datasets)} datasets).")
-    train = recipe.train
-    seed = recipe.seed if data_seed is None else data_seed
-    data = {f"data.{name}": dataset.fingerprint for name, dataset in datasets.items()}
-    provenance = {**provenance, **data, "data_seed": str(seed)}
-    checkpoints = folder / "checkpoints"
-    start = newest_checkpoint(checkpoints)
-    totals, resumed_from = _go_on_from(start, provenance)
-    log = folder / LOG
-    _start_clean(folder, start)
-    provenance["resumed_from"] = json.dumps(resumed_from)
-    args = _training_arguments(recipe, checkpoints, cpu=device.type == "cpu")
-    args.n_gpu  # noqa: B018  finds the devices; the next line keeps one of them
-    args._n_gpu = min(args._n_gpu, 1)
-    with _memory_meter(device) as memory, StopRequest() as stop, _plain_errors(folder):
-        model = load_model(base, device, trainable=True, seed=recipe.seed)
-        if not trainable_parameters(model):
-            raise TrainingError("model.trainable leaves no parameter to train.")
-        trainer = GroupTrainer(
-            order=EpochOrder(len(rows), seed),
-            log_path=log,
-            totals=totals,
-            provenance=provenance,
-            stop=stop,
-            checkpoint_seconds=60 * train.checkpoint_minutes,
-            memory=memory,
-            progress=progress,
-            model=model,
-            args=args,
-            processing_class=base.tokenizer,
-            train_dataset=Dataset.from_dict({"row": range(len(rows))}),
-            data_collator=StepCollator(
-                rows,
-                train.micro_batch_size or train.batch_size,
-                base.batcher,
-                overhead=CPU_OVERHEAD if device.type == "cpu" else None,
-            ),
+    folder, settings = Path(folder), settings or TrainSettings()
+    silence_libraries()
+    check_requirements(settings, base.settings)
+    check_processes(settings)
+    threads = limit_threads(settings.threads)
+    group = GroupRows(rows)
+    if not len(group):
+        raise TrainingError(f"{folder}: the group has no training rows ({len(rows)} datasets).")
+    steps = steps_for(len(group), settings.batch_size, settings.epochs)
+    team = Team(settings, base.settings, pick_device(settings.device), folder / "trackers")
+    unfinished = folder / ".model.partial"
+    with graceful() as stop, plain_errors(folder, unfinished), trackers(team, settings), kernels(settings):
+        memory = memory_meter(team.device)
+        start = team.from_leader(checkpoint.newest(folder / CHECKPOINTS))
+        fresh = Marker(0, steps, Totals(), _provenance(rows, base, settings, seed), _resources(team, threads))
+        marker, warnings = _go_on_from(start, fresh)
+        if team.leads:
+            _start_clean(folder, start)
+        team.wait()
+        training = _load(base, settings, team, steps, seed)
+        if start is not None:
+            checkpoint.load(start, training)
+        loader = _loader(group, base, settings, team, _order(settings, seed, marker))
+        log = StepLog(folder, group.names, steps, marker.totals, team, memory, progress)
+        _take_steps(training, base, settings, loader, log, marker, stop)
+        _save_model(training, base, settings, unfinished, seed)
+        totals = marker.totals
+        result = BranchResult(
+            folder=folder,
+            target_tokens=totals.target_tokens,
+            tokens=totals.tokens,
+            samples=totals.samples,
+            steps=steps,
+            epochs=settings.epochs,
+            rows=len(group),
+            seconds=round(totals.seconds, 3),
+            peak_memory_bytes=totals.peak_memory_bytes,
+            final_loss=final_loss(log.path, steps),
+            threads=threads,
+            processes=team.size,
+            device=torch.cuda.get_device_name(team.device) if team.device.type == "cuda" else "cpu",
+            resumed_from=tuple(marker.resumed_from),
+            warnings=warnings,
         )
-        trainer.train(resume_from_checkpoint=str(start) if start else None)
-        step, steps = trainer.state.global_step, trainer.state.max_steps
-        if step < steps:
-            raise Interrupted(f"{folder}: stopped at step {step} of {steps}; the same command goes on from there.")
-        partial = folder / ".model.partial"
-        save_branch(trainer.model, partial, base, save_dtype=train.save_dtype)
-        partial.rename(folder / "model")
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    del trainer, model
-    gc.collect()  # the trainer and its callbacks hold each other, and with them the model
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return {
-        "target_tokens": totals.target_tokens,
-        "tokens": totals.tokens,
-        "samples": totals.samples,
-        "steps": steps,
-        "epochs": train.epochs,
-        "rows": len(rows),
-        "seconds": round(totals.seconds, 3),
-        "peak_memory_bytes": totals.peak_memory_bytes,
-        "final_loss": _final_loss(log, steps),
-        "threads": threads,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "resumed_from": resumed_from,
-        "stop_asked": stop.asked,
-    }
+        if team.leads:
+            publish(unfinished, folder / "model")
+            result.save(folder)
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        team.wait()
+    if team.device.type == "cuda":
+        del training, loader
+        team.accelerator.free_memory()
+    return result
 
 
-def _training_arguments(recipe: Recipe, checkpoints: Path, *, cpu: bool) -> Any:
-    from trl import SFTConfig
-
-    train, dtype = recipe.train, recipe.model.dtype
-    extra = dict(train.trainer)
-    if extra.get("report_to", "none") == "none":
-        extra["logging_strategy"] = "no"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return SFTConfig(
-                **{
-                    "report_to": "none",
-                    "save_strategy": "steps" if "save_steps" in extra else "no",
-                    "dataloader_pin_memory": not cpu,
-                    **extra,
-                },
-                output_dir=str(checkpoints),
-                seed=recipe.seed,
-                data_seed=recipe.seed,
-                num_train_epochs=train.epochs,
-                learning_rate=train.learning_rate,
-                per_device_train_batch_size=train.batch_size,
-                gradient_accumulation_steps=1,
-                lr_scheduler_type=train.scheduler,
-                warmup_steps=train.warmup_ratio,
-                weight_decay=train.weight_decay,
-                optim=train.optimizer,
-                max_grad_norm=train.max_grad_norm,
-                activation_checkpointing=train.gradient_checkpointing,
-                use_cpu=cpu,
-                bf16=not cpu and dtype == "bfloat16",
-                fp16=not cpu and dtype == "float16",
-                max_length=None,
-                dataset_kwargs={"skip_prepare_dataset": True},
-                remove_unused_columns=False,
-                logging_nan_inf_filter=False,
-                disable_tqdm=True,
-                log_level="error",
+def _take_steps(
+    training: Training,
+    base: Base,
+    settings: TrainSettings,
+    loader: Iterable[StepBatch],
+    log: StepLog,
+    marker: Marker,
+    stop: StopFlag,
+) -> None:
+    """The loop: a step, its figures, and a checkpoint when one is due or a stop was asked for."""
+    folder, team = log.path.parent, training.team
+    saved = time.monotonic()
+    for step, batch in enumerate(loader, marker.step + 1):
+        rate = float(training.schedule.get_last_lr()[0])
+        log.note(step, rate, _take_step(training, base, batch, settings.max_grad_norm), batch)
+        if step == marker.steps:
+            break
+        due = time.monotonic() - saved >= 60 * settings.checkpoint_minutes
+        due |= settings.checkpoint_steps is not None and step % settings.checkpoint_steps == 0
+        stopping, saving, flushing = team.any_of([stop.asked, due, log.due])
+        if stopping or saving or flushing:
+            log.flush()
+        if stopping or saving:
+            checkpoint.save(folder / CHECKPOINTS, training, replace(marker, step=step), log.path)
+            saved = time.monotonic()
+        if stopping:
+            raise Interrupted(
+                f"{folder}: stopped at step {step} of {marker.steps}; the same command goes on from there."
             )
-    except (TypeError, ValueError, ImportError) as error:
-        raise RecipeError(f"train.trainer: {str(error).splitlines()[0]}") from None
+    log.flush()
 
 
-def _refuse_distributed() -> None:
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:
-        raise ResourceError(
-            f"A branch trains in one process on one device, but WORLD_SIZE says {processes}.",
-            "Start it without torchrun or accelerate launch; run branches side by side with --jobs.",
-        )
+def _take_step(training: Training, base: Base, batch: StepBatch, max_norm: float) -> torch.Tensor:
+    """One optimizer step: forward and backward over its micro-batches, clip, update.
+
+    Returns:
+        On the device, float32: this process's part of the mean loss per target token, the gradient norm before clipping,
+        and the summed loss of each of its rows.
+    """
+    team, accelerator = training.team, training.team.accelerator
+    targets = batch.counts[0].to(team.device).clamp(min=1)
+    parts, by_row = [], []
+    for number, micro in enumerate(batch.micro, 1):
+        last = number == len(batch.micro)
+        with contextlib.nullcontext() if last else accelerator.no_sync(training.spread):
+            with autocast(base.settings, team.device):
+                losses, _ = target_losses(training.spread, to_device(micro, team.device))
+            loss = losses.sum() / targets
+            if not loss.requires_grad or (team.size > 1 and base.family is not None):
+                # Rows without an image leave encoder and projector out; here every parameter has a gradient.
+                loss = loss + sum(parameter.sum() * 0 for parameter in trainable_parameters(training.model).values())
+            accelerator.backward(loss * team.size if team.size > 1 else loss)  # accelerate's processes average
+        parts.append(loss.detach())
+        by_row.append(losses.detach())
+    norm = whole(accelerator.clip_grad_norm_(training.model.parameters(), max_norm))
+    training.optimizer.step()
+    if not accelerator.optimizer_step_was_skipped:
+        training.schedule.step()
+    training.optimizer.zero_grad()
+    return torch.cat([torch.stack([torch.stack(parts).sum(), norm.to(parts[0])]), *by_row])
+
+
+def _provenance(
+    rows: Mapping[str, EncodedDataset], base: Base, settings: TrainSettings, seed: int
+) -> dict[str, object]:
+    """What the weights depend on; a checkpoint of anything else is refused."""
+    data = {name: dataset.fingerprint for name, dataset in rows.items()}
+    blocks = {"train": settings.deciding(), "model": base.settings.deciding()}
+    return {"base": base.fingerprint, "seed": seed, **blocks, "data": data}
+
+
+def _resources(team: Team, threads: int) -> dict[str, int]:
+    """What changes the last bits of the result and nothing else."""
+    return {"threads": threads, "processes": team.size}
+
+
+def _go_on_from(start: Path | None, fresh: Marker) -> tuple[Marker, tuple[str, ...]]:
+    """Where training begins, and what to say about it."""
+    if start is None:
+        return fresh, ()
+    found = checkpoint.read_marker(start, fresh.provenance)
+    warnings = tuple(
+        f"{key} changed from {found.resources.get(key)} to {value} between step {found.step} and the next: the result "
+        f"differs in its last bits from that of an unchanged run; set train.{key} to keep it"
+        for key, value in fresh.resources.items()
+        if found.resources.get(key) != value
+    )
+    resumed = [*found.resumed_from, found.step]
+    return replace(fresh, step=found.step, totals=found.totals, resumed_from=resumed), warnings
 
 
 def _start_clean(folder: Path, start: Path | None) -> None:
     """Remove what an earlier attempt left, and set the log back to the checkpoint's."""
-    from merit.train.trainer import LOG
-
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("model", ".model.partial"):
         shutil.rmtree(folder / name, ignore_errors=True)
     if start is not None:
         shutil.copyfile(start / LOG, folder / LOG)
     else:
-        (folder / LOG).write_bytes(b"")
+        write_text(folder / LOG, "")
 
 
-def _go_on_from(start: Path | None, provenance: Mapping[str, str]) -> tuple[Totals, list[int]]:
-    """Totals and steps at which training was taken up again, from the checkpoint's marker."""
-    from merit.train.trainer import MARKER, Totals
-
-    if start is None:
-        return Totals(), []
-    marker = json.loads((start / MARKER).read_text(encoding="utf-8"))
-    stored = dict(marker["provenance"])
-    resumed_from = json.loads(stored.pop("resumed_from"))
-    changed = differences(stored, dict(provenance))
-    if changed:
-        raise RunFolderError(
-            f"{start.parent} holds a half-trained branch of other settings: {'; '.join(changed)}.",
-            f"Set the recipe back to go on from step {marker['step']}, remove that folder to start the branch over, "
-            "or use another run folder (--output DIR).",
-            "Nothing was changed.",
-        )
-    return Totals(**marker["totals"]), [*resumed_from, marker["step"]]
-
-
-def _final_loss(log: Path, steps: int) -> float:
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()][-math.ceil(steps / 10) :]
-    targets = sum(row["target_tokens"] for row in rows)
-    return sum(row["loss"] * row["target_tokens"] for row in rows) / max(targets, 1)
+def _load(base: Base, settings: TrainSettings, team: Team, steps: int, seed: int) -> Training:
+    """The model at the base with its trainable subset marked, its optimizer and its schedule."""
+    model = load_model(base, team.device, trainable=True, seed=seed, quantize=base.settings.quantize)
+    trained = trainable_parameters(model)
+    if not trained:
+        raise TrainingError("model.trainable leaves no parameter to train.")
+    if any("lm_head.lora_" in name for name in trained):  # PEFT would store the layer itself next to its adapter
+        raise RecipeError("model.lora.target_modules: an adapter on lm_head cannot be trained.", "Leave lm_head out.")
+    if settings.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    model.train()
+    torch.manual_seed(seed)
+    spread = team.spread(model)
+    optimizer = make_optimizer(model, settings)
+    schedule = make_schedule(optimizer, settings, steps)
+    if settings.compile:
+        model.compile(dynamic=True)
+    return Training(model, spread, team.accelerator.prepare_optimizer(optimizer), schedule, team)
 
 
-@contextlib.contextmanager
-def _plain_errors(folder: Path) -> Iterator[None]:
-    """Turn a full disk, a full device and TRL's own refusals into messages."""
-    import torch
-
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(
-            f"{folder}: out of device memory: {str(error).splitlines()[0]}",
-            "Lower train.micro_batch_size (the result stays the same), or set train.gradient_checkpointing: true, or "
-            "lower train.max_length.",
-        ) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise _disk_full(folder, error) from None
-    except Exception as error:  # safetensors and torch.save wrap the system's error in their own
-        if isinstance(error, ValueError) and "`lm_head` is not supported" in str(error):
-            raise RecipeError(
-                "model.lora.target_modules: an adapter on lm_head cannot be trained.", "Leave lm_head out."
-            ) from None
-        if "No space left on device" not in str(error):
-            raise
-        raise _disk_full(folder, error) from None
-    finally:
-        shutil.rmtree(folder / ".model.partial", ignore_errors=True)
+def _order(settings: TrainSettings, seed: int, marker: Marker) -> tuple[int, int, int]:
+    return (seed if settings.data_seed is None else settings.data_seed), marker.steps, marker.step
 
 
-def _disk_full(folder: Path, error: Exception) -> ResourceError:
-    free = shutil.disk_usage(folder).free
-    return ResourceError(
-        f"{folder}: the disk is full ({free / 2**20:.0f} MiB free): {str(error).splitlines()[0]}",
-        "Free some space, then run the same command again: it goes on from the last complete checkpoint.",
+def _loader(
+    group: GroupRows, base: Base, settings: TrainSettings, team: Team, order: tuple[int, int, int]
+) -> DataLoader[StepBatch]:
+    """The steps from ``order`` = (seed, steps, steps taken) on."""
+    seed, steps, start = order
+    collator = StepCollator(
+        group,
+        settings.micro_batch_size or settings.batch_size,
+        base.batcher,
+        CPU_OVERHEAD if team.device.type == "cpu" else None,
+        share=(team.rank, team.size),
+    )
+    return DataLoader(
+        range(len(group)),  # type: ignore[arg-type]  # row numbers; the collator reads the rows
+        batch_sampler=StepOrder(len(group), settings.batch_size, seed, steps, start),
+        collate_fn=collator,
+        num_workers=settings.loader_workers,
+        pin_memory=team.device.type == "cuda",
+        generator=torch.Generator(),  # else it would draw from the model's random numbers
     )
 
 
-@contextlib.contextmanager
-def _memory_meter(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Peak memory from here on (bytes): of the device on a GPU, of this process on a CPU."""
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        yield lambda: torch.cuda.max_memory_allocated(device)
-        return
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: start the process's high-water mark afresh
-    yield _peak_resident
-
-
-def _peak_resident() -> int:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _silence() -> None:
-    """No telemetry, no progress bars, no library chatter: what matters is said by our own progress and errors."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    datasets.utils.logging.set_verbosity_error()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(trl|transformers|accelerate|peft)\.")
+def _save_model(training: Training, base: Base, settings: TrainSettings, folder: Path, seed: int) -> None:
+    """Write the trained model as a Hugging Face checkpoint; every process has to call it, the leading one writes."""
+    team, model = training.team, training.model
+    if team.sharded:
+        weights = checkpoint.gathered(model, keep=team.leads)
+        if team.leads:
+            model = load_model(base, torch.device("cpu"), trainable=True, seed=seed)
+            checkpoint.put(model, weights)
+    if team.leads:
+        save_branch(model, folder, base, save_dtype=settings.save_dtype)

@@ -10,21 +10,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.vision.bases import FAMILIES, make_base
+from tests.builders import FAMILIES, make_vision_base
+from tests.train import cases
 from tests.vision.vision_cases import picture_chats
 
 from merit.conflict.gradients import GradientMeter
 from merit.conflict.sketch import Sketch
 from merit.conflict.store import Sums
-from merit.hf.batches import Batcher, target_losses
+from merit.hf.base import Base, open_base
+from merit.hf.batches import target_losses
 from merit.hf.checkpoint import read_headers
 from merit.hf.families import FAMILIES as KNOWN
-from merit.hf.models import inspect_base, load_model, load_tokenizer, trainable_parameters
+from merit.hf.models import load_model, trainable_parameters
 from merit.hf.rows import EncodedRow
 from merit.mixture.encode import ChatEncoder, EncodedDataset
 from merit.recipe.load import parse_recipe
 from merit.recipe.schema import Recipe
 from merit.train.branch import train_branch
+from merit.train.result import BranchResult
 
 CPU = torch.device("cpu")
 
@@ -33,7 +36,7 @@ CPU = torch.device("cpu")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("vision")
     for family in FAMILIES:
-        make_base(family, root / family, dtype="bfloat16")
+        make_vision_base(family, root / family, dtype="bfloat16")
     return root
 
 
@@ -44,34 +47,32 @@ def make_recipe(folder: Path, family: str, *overrides: str) -> Recipe:
         "model": {"base": str(folder / family)},
         "mixture": {"folder": str(folder)},
         "conflict": {"sketch_size": 1024},
-        "train": {"epochs": 1, "batch_size": 4, "learning_rate": 1e-2, "device": "cpu", "max_length": 512},
+        "train": {
+            "epochs": 1,
+            "batch_size": 4,
+            "learning_rate": 1e-2,
+            "device": "cpu",
+            "max_length": 512,
+            "threads": 1,
+        },
     }
     return parse_recipe(data, overrides)
 
 
-def datasets(folder: Path, recipe: Recipe) -> tuple[Any, dict[str, EncodedDataset]]:
-    tokenizer = load_tokenizer(recipe.model)
-    encoder = ChatEncoder(tokenizer, 512)
+def datasets(folder: Path, recipe: Recipe) -> tuple[Base, dict[str, EncodedDataset]]:
+    base = open_base(recipe.model)
+    assert base.images is not None
+    encoder = ChatEncoder(base.tokenizer, 512, base.images)
     group = {}
     for seed, name in enumerate(("apple", "pear")):
         rows = encoder.encode(picture_chats(folder / "pictures", 12, seed))
-        group[name] = EncodedDataset(name, rows, seeing=tokenizer.merit_images.settings)  # type: ignore[arg-type]
-    return tokenizer, group
+        group[name] = EncodedDataset(name, rows, seeing=base.images.settings)  # type: ignore[arg-type]
+    return base, group
 
 
-def train(folder: Path, recipe: Recipe, target: Path, progress: Any = None) -> dict[str, Any]:
-    tokenizer, group = datasets(folder, recipe)
-    return train_branch(
-        recipe,
-        group,
-        target,
-        base=inspect_base(recipe.model),
-        tokenizer=tokenizer,
-        device=CPU,
-        threads=1,
-        progress=progress,
-        provenance={"base": "x"},
-    )
+def train(folder: Path, recipe: Recipe, target: Path) -> BranchResult:
+    base, group = datasets(folder, recipe)
+    return train_branch(group, base, target, recipe.train, seed=recipe.seed)
 
 
 def in_a_killed_child(action: Any) -> None:
@@ -91,29 +92,20 @@ def in_a_killed_child(action: Any) -> None:
 def test_killed_and_resumed_is_bit_identical_and_frozen_tensors_stay(folder: Path, family: str, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    recipe = make_recipe(folder, family, "train.trainer.save_steps=2")
+    recipe = make_recipe(folder, family, "train.checkpoint_steps=2")
     facts = train(folder, recipe, tmp_path / "whole")
-    assert facts["steps"] == 6
-    assert facts["samples"] == 24
+    assert facts.steps == 6
+    assert facts.samples == 24
 
     def killed() -> None:
-        from merit.train import trainer
-
-        kept = trainer.GroupTrainer.note_step
-
-        def note(self: Any, rate: float) -> None:
-            if self.state.global_step == 5:
-                os.kill(os.getpid(), signal.SIGKILL)
-            kept(self, rate)
-
-        trainer.GroupTrainer.note_step = note  # type: ignore[method-assign]
+        cases.signal_at(5, signal.SIGKILL, "log")
         train(folder, recipe, tmp_path / "parts")
 
     in_a_killed_child(killed)
     assert not (tmp_path / "parts" / "model").exists()
     again = train(folder, recipe, tmp_path / "parts")
-    assert again["resumed_from"] == [4]
-    assert again["target_tokens"] == facts["target_tokens"]
+    assert again.resumed_from == (4,)
+    assert again.target_tokens == facts.target_tokens
     files = [tmp_path / part / "model" / "model.safetensors" for part in ("whole", "parts")]
     assert files[0].read_bytes() == files[1].read_bytes()
     before, after = load_file(folder / family / "model.safetensors"), load_file(files[0])
@@ -143,10 +135,10 @@ def test_projector_alone(folder: Path, family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("memory", ["held", "streamed"])
 def test_gradient_sums_equal_autograd_row_by_row(folder: Path, family: str, memory: Any) -> None:
     recipe = make_recipe(folder, family)
-    tokenizer, group = datasets(folder, recipe)
+    base, group = datasets(folder, recipe)
     rows = [group["apple"][i] for i in range(12)]
     assert {len(row.images) for row in rows} == {0, 1, 2}
-    model, batcher = load_model(recipe.model, CPU, trainable=True), Batcher.of(tokenizer)
+    model, batcher = load_model(base, CPU, trainable=True), base.batcher
     found = np.zeros((2, 1024), np.float32)
     meter = GradientMeter(model, recipe.conflict, seed=7, batcher=batcher, device=CPU, memory=memory)
     meter.measure("apple", rows, found, Sums())
@@ -176,7 +168,7 @@ def test_adapters_lie_in_the_language_decoder(folder: Path, tmp_path: Path) -> N
 
 def test_rows_are_never_packed(folder: Path) -> None:
     recipe = make_recipe(folder, "llava")
-    tokenizer, group = datasets(folder, recipe)
-    batch = Batcher.of(tokenizer)([group["apple"][i] for i in range(4)])
+    base, group = datasets(folder, recipe)
+    batch = base.batcher([group["apple"][i] for i in range(4)])
     assert batch["input_ids"].shape[0] == 4
     assert all(isinstance(group["apple"][i], EncodedRow) for i in range(4))

@@ -1,0 +1,48 @@
+"""A worker process: trains the branches of a job file and writes how it ended.
+
+python -m merit.run.worker JOB.json OUTCOME.json
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+
+from merit.errors import Interrupted, MeritError
+from merit.launch.outcome import Outcome, own_outcome
+from merit.progress import Silent
+from merit.recipe.load import load_recipe
+from merit.run.session import Session
+from merit.run.training import BranchId, train_here
+from merit.signals import ignore_from_now_on, stop_on_sigterm
+from merit.train.workers import WorkerJob
+
+
+def main(job_file: Path, outcome_file: Path) -> int:
+    """Do the job; returns the exit code."""
+    stop_on_sigterm()
+    try:
+        job = WorkerJob.load(job_file)
+        recipe = load_recipe(job.run / "recipe.yaml", [f"train.threads={job.threads}"])
+        session = Session(recipe, job.run, Silent(), jobs=job.jobs)
+        for branch in map(BranchId.parse, job.branches):
+            train_here(session, branch)
+        outcome = Outcome()
+    except MeritError as error:
+        outcome = Outcome.of(error)
+    except KeyboardInterrupt as error:
+        outcome = Outcome.of(Interrupted(str(error) or "interrupted"))
+    except Exception as error:
+        traceback.print_exc()
+        outcome = Outcome.of(error)
+    if outcome.message:
+        print(outcome.message, *outcome.ways_out, sep="\n  ", file=sys.stderr)
+    outcome.save(own_outcome(outcome_file))
+    return outcome.exit_code
+
+
+if __name__ == "__main__":
+    code = main(Path(sys.argv[1]), Path(sys.argv[2]))
+    ignore_from_now_on()
+    sys.exit(code)

@@ -1,0 +1,205 @@
+"""Exact checkpoints of a branch in training: weights, optimizer, schedule, random state, log and counts.
+
+A checkpoint holds the trained parameters by name and whole, whatever the number of processes. ``complete.json`` is written
+last, with every file's size, so that a checkpoint that was cut short is never taken for a whole one.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel
+
+from merit.errors import RunFolderError, TrainingError
+from merit.files import differences, read_as, sync, write_json, writing
+from merit.hf.models import trainable_parameters
+from merit.train.processes import Team, load_optimizer, part_like, whole, whole_optimizer
+
+MARKER = "complete.json"
+LOG = "log.jsonl"
+_WEIGHTS = "trainable.safetensors"
+_STATE = "state.pt"
+
+
+@dataclass
+class Totals:
+    """What has been trained on so far, over all resumed parts."""
+
+    target_tokens: int = 0
+    tokens: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Marker:
+    """What ``complete.json`` says.
+
+    Attributes:
+        step: Optimizer steps taken.
+        steps: Optimizer steps in all.
+        totals: Counts up to here.
+        provenance: What the result depends on: settings, and fingerprints of base and data.
+        resources: Threads and processes that it was trained with so far.
+        resumed_from: Steps of earlier checkpoints that training was taken up from.
+        files: Size in bytes of every file by name.
+    """
+
+    step: int
+    steps: int
+    totals: Totals
+    provenance: dict[str, object]
+    resources: dict[str, int]
+    resumed_from: list[int] = field(default_factory=list)
+    files: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything in a process that changes from step to step.
+
+    Attributes:
+        model: The model, by its own parameter names.
+        spread: What is called in its place when several processes train it.
+        optimizer: Over its trainable parameters.
+        schedule: Learning rates.
+        team: The processes.
+    """
+
+    model: PreTrainedModel
+    spread: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: LRScheduler
+    team: Team
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps that a checkpoint folder holds, from its name."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest complete checkpoint in ``folder``: its marker stands and every file has the size written there."""
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
+        try:
+            files = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["files"]
+            if all((checkpoint / name).stat().st_size == size for name, size in files.items()):
+                return checkpoint
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return None
+
+
+def read_marker(checkpoint: Path, provenance: Mapping[str, object]) -> Marker:
+    """The marker of a checkpoint that is gone on from.
+
+    Raises:
+        RunFolderError: It is of other settings, another base or other data.
+    """
+    marker = read_as(checkpoint / MARKER, Marker)
+    changed = differences(marker.provenance, dict(provenance))
+    if changed:
+        raise RunFolderError(
+            f"{checkpoint.parent} holds a half-trained branch of other settings: {'; '.join(changed)}.",
+            f"Set the recipe back to go on from step {marker.step}, remove that folder to start the branch over, "
+            "or use another run folder (--output DIR).",
+            "Nothing was changed.",
+        )
+    return marker
+
+
+def save(folder: Path, training: Training, marker: Marker, log: Path) -> None:
+    """Write ``folder/checkpoint-<step>`` and remove older ones; every process has to call it, the leading one writes."""
+    team = training.team
+    weights = gathered(training.model, keep=team.leads)
+    optimizer = whole_optimizer(training.optimizer, keep=team.leads)
+    random = team.everyones(_random_state())
+    if team.leads:
+        checkpoint = folder / f"checkpoint-{marker.step}"
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        checkpoint.mkdir(parents=True)
+        save_file(weights, checkpoint / _WEIGHTS)
+        scaler = team.accelerator.scaler
+        state = {
+            "optimizer": optimizer,
+            "schedule": training.schedule.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "random": random,
+        }
+        with writing(checkpoint / _STATE) as file:
+            torch.save(state, file)
+        shutil.copyfile(log, checkpoint / LOG)
+        files = sorted(checkpoint.iterdir())
+        for path in files:
+            sync(path)
+        sizes = {path.name: path.stat().st_size for path in files}
+        write_json(checkpoint / MARKER, asdict(marker) | {"files": sizes})
+        sync(checkpoint)
+        for other in folder.glob("checkpoint-*"):
+            if other != checkpoint:
+                shutil.rmtree(other)
+    team.wait()
+
+
+def load(checkpoint: Path, training: Training) -> None:
+    """Put a checkpoint's state back into everything that :func:`save` took it from.
+
+    Raises:
+        TrainingError: It holds other parameters than the model trains.
+    """
+    stored, state = load_file(checkpoint / _WEIGHTS), _state(training.model)
+    if stored.keys() != state.keys():
+        odd = sorted(stored.keys() ^ state.keys())
+        raise TrainingError(
+            f"{checkpoint} holds other parameters than this model trains, first {odd[0]}.",
+            "Remove the branch's checkpoints folder to start it over.",
+        )
+    with torch.no_grad():
+        for name, tensor in state.items():
+            tensor.copy_(part_like(stored[name], tensor))
+    saved = torch.load(checkpoint / _STATE, map_location="cpu", weights_only=True)
+    load_optimizer(training.optimizer, saved["optimizer"])
+    training.schedule.load_state_dict(saved["schedule"])
+    team = training.team
+    if saved["scaler"] is not None and team.accelerator.scaler is not None:
+        team.accelerator.scaler.load_state_dict(saved["scaler"])
+    if len(saved["random"]) == team.size:
+        _set_random_state(saved["random"][team.rank])
+
+
+def gathered(model: PreTrainedModel, *, keep: bool) -> dict[str, torch.Tensor]:
+    """Trained parameters and persistent buffers by name, whole; every process has to call it, one ``keep``s them."""
+    found = {name: whole(tensor).contiguous() for name, tensor in _state(model).items()}
+    return found if keep else {}
+
+
+def put(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> None:
+    """Copy what :func:`gathered` gave into a model of one process."""
+    with torch.no_grad():
+        for name, tensor in _state(model).items():
+            tensor.copy_(weights[name])
+
+
+def _state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    named = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    buffers = {name: tensor for name, tensor in model.state_dict().items() if name not in named}
+    return {name: tensor.detach() for name, tensor in {**trainable_parameters(model), **buffers}.items()}
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def _set_random_state(state: Mapping[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,59 @@
+"""What a recipe's training settings need on this machine, checked without a model and without loading a library."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+from merit.errors import RecipeError, ResourceError
+from merit.recipe.schema import ModelSettings, TrainSettings
+
+_TRACKERS = {"comet_ml": "comet_ml", "dvclive": "dvclive"}
+"""Module of a tracker, where it is not its name."""
+
+
+def check_requirements(train: TrainSettings, model: ModelSettings) -> None:
+    """Refuse settings that need a package which is not installed.
+
+    Raises:
+        RecipeError: A tracker is not installed.
+        ResourceError: bitsandbytes or DeepSpeed is not installed.
+    """
+    for tracker in train.report_to:
+        if find_spec(_TRACKERS.get(tracker, tracker)) is None:
+            raise RecipeError(
+                f"train.report_to: {tracker} is not installed.", f"Install it (pip install {tracker}), or leave it out."
+            )
+    if train.optimizer.startswith("adamw_8bit"):
+        _need("bitsandbytes", "quantize", f"train.optimizer: {train.optimizer}", "train.optimizer: adamw")
+    if model.quantize != "none":
+        _need("bitsandbytes", "quantize", f"model.quantize: {model.quantize}", "model.quantize: none")
+    if train.sharding == "deepspeed":
+        _need("deepspeed", "deepspeed", "train.sharding: deepspeed", "train.sharding: fsdp2")
+
+
+def _need(package: str, extra: str, setting: str, instead: str) -> None:
+    if find_spec(package) is None:
+        raise ResourceError(
+            f"{setting} needs {package}, which is not installed.",
+            f"Install it (pip install 'merit-tuning[{extra}]'), or use {instead}.",
+        )
+
+
+def processes_here() -> int:
+    """Processes that a launcher started to work together, this one among them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_processes(train: TrainSettings) -> None:
+    """Refuse to train with another number of processes than the recipe's.
+
+    Raises:
+        ResourceError: The launcher started more or fewer.
+    """
+    if processes_here() != train.processes:
+        raise ResourceError(
+            f"train.processes is {train.processes}, but this is one of {processes_here()} processes (WORLD_SIZE).",
+            "`merit train` and `merit run` start the processes themselves; with another launcher (torchrun, accelerate "
+            "launch), give it the same number.",
+        )
