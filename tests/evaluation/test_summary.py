@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from merit.evaluation import statistics
 from merit.evaluation.figures import Average, Drift, Figures
-from merit.evaluation.statistics import interval
-from merit.evaluation.summary import About, macro, model_order, paired, paired_drift
+from merit.evaluation.statistics import compare, holm, interval, p_value
+from merit.evaluation.summary import About, called, macro, model_order, paired, paired_drift
 from merit.evaluation.summary import summarise as summarise_sets
 
 
@@ -62,27 +63,81 @@ def test_paired_difference_is_merged_minus_other():
     found = paired(ours, theirs, "loss")
     differences = np.asarray([-0.5, -0.6, -0.7, -0.4, -0.5, -0.3, 0.0])
     assert found.difference == pytest.approx(differences.mean())
-    assert found.wilcoxon_p == pytest.approx(stats.wilcoxon(differences).pvalue)
     assert (found.wins, found.losses, found.ties, found.units) == (6, 0, 1, 7)
-    assert found.outcome == "better"
-    assert paired(theirs, ours, "loss").outcome == "worse"
-
-
-def test_higher_exact_match_is_better():
-    ours, theirs = figures([1.0] * 7, [0.5 + i / 20 for i in range(7)]), figures([1.0] * 7, [0.1] * 7)
-    assert paired(ours, theirs, "exact_match").outcome == "better"
-    assert paired(theirs, ours, "exact_match").outcome == "worse"
-    assert paired(ours, theirs, "loss").outcome == "unclear"
-    assert paired(ours, theirs, "loss").wilcoxon_p == 1.0
-
-
-def test_too_few_datasets_are_never_called():
-    ours, theirs = figures([1.0] * 5), figures([2.0 + i / 10 for i in range(5)])
-    assert paired(ours, theirs, "loss").outcome == "few"
-    one = paired(figures([1.0]), figures([2.0]), "loss")
-    assert one.outcome == "few"
-    assert one.ci95 is None
+    exact = stats.permutation_test((differences,), np.mean, permutation_type="samples", alternative="two-sided")
+    assert found.p >= exact.pvalue - 1e-12
     assert paired(ours, theirs, "exact_match") is None
+
+
+def outcome(ours, theirs, metric, n=14):
+    spread = np.random.default_rng(0).normal(0, 0.1, n)
+    tables = [
+        figures((value + noise).tolist(), (value + noise).tolist())
+        for value, noise in ((ours, spread), (theirs, np.zeros(n)))
+    ]
+    [found] = called("joint", {("mixture", metric): paired(*tables, metric)})
+    return found.outcome
+
+
+def test_lower_loss_and_higher_exact_match_are_better():
+    assert outcome(1.0, 2.0, "loss") == "better"
+    assert outcome(2.0, 1.0, "loss") == "worse"
+    assert outcome(2.0, 1.0, "exact_match") == "better"
+    assert outcome(1.0, 2.0, "exact_match") == "worse"
+    assert outcome(1.0, 1.0, "loss") == "unclear"
+    assert outcome(1.0, 2.0, "loss", n=11) == "few"
+    assert outcome(1.0, 2.0, "loss", n=1) == "few"
+
+
+def test_equal_models_are_not_called():
+    equal = paired(figures([1.0] * 12), figures([1.0] * 12), "loss")
+    assert equal.p == 1.0
+    assert called("joint", {("mixture", "loss"): equal})[0].outcome == "unclear"
+    same_gap = paired(figures([1.0] * 12), figures([1.5] * 12), "loss")
+    assert same_gap.p == pytest.approx(2 / 2**12)
+
+
+def test_sampled_signs_agree_with_all_of_them():
+    values = np.random.default_rng(3).normal(0.5, 1.0, size=15)
+    signs = (np.arange(2**15)[:, None] >> np.arange(15) & 1) * 2.0 - 1
+    exact = np.mean(np.abs(signs @ values) >= abs(values.sum()) * (1 - 1e-12))
+    assert p_value(values) >= exact * 0.9
+    assert p_value(values) == p_value(values)
+
+
+def test_holm_equals_a_reference_written_out():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == pytest.approx([1.0, 1.0])
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize("draw", ["normal", "lognormal"])
+@pytest.mark.parametrize("sizes", [(6, 6, 32), (12, 12, 32), (29, 16, 32)])
+def test_any_false_call_in_at_most_five_percent(draw, sizes, monkeypatch):
+    """Fails on commit f5727a1 (A12): equal models got a call in 20 to 50 % of comparisons."""
+    monkeypatch.setattr(statistics, "RESAMPLES", 200)
+    monkeypatch.setattr(statistics, "FLIPS", 1000)
+    rng, false, trials = np.random.default_rng([1, *sizes]), 0, 250
+    mixture, kept, answers = sizes
+    for seed in range(trials):
+        values = {
+            ("mixture", "loss"): mixture,
+            ("mixture", "exact_match"): mixture,
+            ("kept", "loss"): kept,
+            ("kept", "exact_match"): kept,
+            ("kept", "drift"): answers,
+        }
+        measures = {
+            key: compare(
+                rng.normal(size=n) if draw == "normal" else rng.lognormal(size=n) - np.exp(0.5),
+                None,
+                lower_is_better=key[1] != "exact_match",
+                seed=seed,
+            )
+            for key, n in values.items()
+        }
+        false += any(item.outcome in ("better", "worse") for item in called("joint", measures))
+    assert false / trials <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / trials)
 
 
 def test_drift_weighs_answers_by_their_tokens():
@@ -91,7 +146,6 @@ def test_drift_weighs_answers_by_their_tokens():
     theirs = Drift(0.0, 1.0, 115, 6, (2.0, 4.0, 6.0, 8.0, 10.0, 110.0), counts)
     found = paired_drift(ours, theirs)
     assert found.difference == pytest.approx((75 - 140) / 115)
-    assert found.outcome == "better"
 
 
 def test_summary_holds_what_the_tables_show():

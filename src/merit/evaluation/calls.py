@@ -1,14 +1,21 @@
-"""What the differences come to: for each other model, whether merged learned more, and whether it kept more. No words."""
+"""What the differences come to: whether merged learned more and kept more than each other model, and which to use.
+
+Typed, without words. A comparison of one run is about its models. About the methods that made them, a call takes several
+runs with different seeds (:func:`across_seeds`): another seed alone moves a model by more than chance over datasets.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 from merit.evaluation.figures import Difference, Part, Summary
 
-__all__ = ["Comparison", "Side", "comparisons"]
+__all__ = ["MIN_SEEDS", "Advice", "Comparison", "Recommendation", "Side", "across_seeds", "comparisons", "recommend"]
+
+MIN_SEEDS = 3
+"""Fewest training seeds of a call about methods."""
 
 
 class Side(Enum):
@@ -90,3 +97,77 @@ def _side(items: Iterable[Difference]) -> Side:
     if "worse" in outcomes:
         return Side.LESS
     return Side.SAME if "unclear" in outcomes else Side.UNKNOWN
+
+
+class Advice(Enum):
+    """What a recommendation rests on."""
+
+    BETTER = "better"
+    """The model did better in one column and no worse in the other."""
+    TRADE = "trade"
+    """One model learned more, the other kept more."""
+    EQUAL = "equal"
+    """No clear difference in either column."""
+    ONE_COLUMN = "one column"
+    """The model did better in the one column that could be compared."""
+    MIXED = "mixed"
+    """The measures of a column disagree."""
+    UNKNOWN = "unknown"
+    """Too little was measured."""
+    NOTHING_LEARNED = "nothing learned"
+    """No clear sign that the merged model learned the mixture."""
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """Which model to use.
+
+    Attributes:
+        use: Its name; None where the figures do not decide.
+        advice: Why.
+        against: The comparison that it rests on: joint training's where there is one, else the base's.
+    """
+
+    use: str | None
+    advice: Advice
+    against: Comparison | None = None
+
+
+def recommend(found: Sequence[Comparison]) -> Recommendation:
+    """Which model to use, by the comparisons of one run."""
+    by_name = {item.other: item for item in found}
+    base = by_name.get("base")
+    if base is not None and base.learned in (Side.SAME, Side.LESS):
+        return Recommendation("base", Advice.NOTHING_LEARNED, base)
+    rival = by_name.get("joint", base)
+    if rival is None:
+        return Recommendation(None, Advice.UNKNOWN)
+    sides = {rival.learned, rival.kept}
+    for undecided, advice in ((Side.MIXED, Advice.MIXED), (Side.UNKNOWN, Advice.UNKNOWN)):
+        if undecided in sides and (advice is Advice.MIXED or not sides & {Side.MORE, Side.LESS}):
+            return Recommendation(None, advice, rival)
+    if {Side.MORE, Side.LESS} <= sides:
+        return Recommendation(None, Advice.TRADE, rival)
+    if sides == {Side.SAME}:
+        return Recommendation(None, Advice.EQUAL, rival)
+    better = "merged" if Side.MORE in sides else rival.other
+    return Recommendation(better, Advice.ONE_COLUMN if Side.UNKNOWN in sides else Advice.BETTER, rival)
+
+
+def across_seeds(runs: Sequence[Comparison]) -> tuple[Side, Side]:
+    """What runs with different seeds, and the same two methods, say of the methods: learned and kept.
+
+    A method learned (kept) more only where at least :data:`MIN_SEEDS` seeds were run and all of them call it so.
+
+    Args:
+        runs: The comparison of each seed's run.
+    """
+    if len(runs) < MIN_SEEDS:
+        return Side.UNKNOWN, Side.UNKNOWN
+
+    def together(sides: set[Side]) -> Side:
+        if len(sides) == 1:
+            return next(iter(sides))
+        return Side.MIXED if {Side.MORE, Side.LESS} <= sides else Side.SAME
+
+    return together({item.learned for item in runs}), together({item.kept for item in runs})

@@ -148,7 +148,8 @@ class Difference:
         metric: What differs.
         difference: Mean of ``model`` − ``other``.
         ci95: 95 % bootstrap interval of it; None below two units.
-        wilcoxon_p: Two-sided signed-rank p.
+        p: Two-sided p of this measure alone.
+        p_holm: The same, corrected for the number of measures of the comparison; None where there are too few units.
         units: Datasets, or answers.
         wins: Units at which ``model`` is better.
         losses: Units at which it is worse.
@@ -162,7 +163,8 @@ class Difference:
     metric: Metric
     difference: float
     ci95: tuple[float, float] | None
-    wilcoxon_p: float
+    p: float
+    p_holm: float | None
     units: int
     wins: int
     losses: int

@@ -23,12 +23,13 @@ from merit.evaluation.figures import (
     Figures,
     MeanDrift,
     Metric,
+    Outcome,
     Part,
     Summary,
 )
-from merit.evaluation.statistics import Paired, compare
+from merit.evaluation.statistics import ERROR, MIN_UNITS, Paired, compare, holm
 
-__all__ = ["About", "macro", "model_order", "paired", "paired_drift", "summarise"]
+__all__ = ["About", "called", "macro", "model_order", "paired", "paired_drift", "summarise"]
 
 
 @dataclass(frozen=True)
@@ -159,12 +160,43 @@ def _comparisons(
         is_merged = other == "merged" or other == method == "joint"  # a joint run's merged model goes by both names
         if is_merged or other.startswith("branch-"):
             continue
+        measures: dict[tuple[Part, Metric], Paired] = {}
+        metrics: tuple[Metric, ...] = ("loss", "exact_match")
         for part in PARTS:
-            metrics: tuple[Metric, ...] = ("loss", "exact_match")
             for metric in metrics:
                 found = paired(sets[part].get("merged", {}), sets[part].get(other, {}), metric, seed=seed)
                 if found:
-                    yield Difference("merged", other, part, metric, **vars(found))
+                    measures[part, metric] = found
         if "merged" in drift and other in drift and other != "base":
-            found = paired_drift(drift["merged"], drift[other], seed=seed)
-            yield Difference("merged", other, "kept", "drift", **vars(found))
+            measures["kept", "drift"] = paired_drift(drift["merged"], drift[other], seed=seed)
+        yield from called(other, measures)
+
+
+def called(other: str, measures: Mapping[tuple[Part, Metric], Paired]) -> list[Difference]:
+    """What may be said of each measure of one comparison; together they make a false call in at most 5 %.
+
+    Args:
+        other: Whom merged is compared with.
+        measures: Paired differences by part and metric.
+    """
+    family = {key: item.p for key, item in measures.items() if item.units >= MIN_UNITS}
+    adjusted = dict(zip(family, holm(list(family.values())), strict=True))
+    return [
+        Difference(
+            "merged",
+            other,
+            *key,
+            **vars(item),
+            p_holm=adjusted.get(key),
+            outcome=_outcome(key[1], item, adjusted.get(key)),
+        )
+        for key, item in measures.items()
+    ]
+
+
+def _outcome(metric: Metric, item: Paired, p: float | None) -> Outcome:
+    if p is None or item.ci95 is None:
+        return "few"
+    if p > ERROR or item.ci95[0] <= 0 <= item.ci95[1]:
+        return "unclear"
+    return "better" if (item.difference < 0) == (metric != "exact_match") else "worse"

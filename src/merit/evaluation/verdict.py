@@ -1,8 +1,10 @@
 """The verdict: what was learned and what was kept, side by side, in a few plain sentences. Pure: a summary in, text out.
 
-It says no more than the intervals allow: "better" and "worse" only where the 95 % interval leaves out zero, "no clear
-difference" otherwise. It never ranks by one column: a merged model commonly has a higher loss on the training mixture than
-joint training and still does better elsewhere (Choi & Kim 2026, §3 and Appendix B), so the mixture alone would mislead.
+The first sentence says what to use and how sure that is. "Better" and "worse" stand only where the comparison's measures,
+corrected for their number, allow it: any false call in at most 5 % of comparisons. It never ranks by one column: a merged
+model commonly has a higher loss on the training mixture than joint training and still does better elsewhere (Choi & Kim
+2026, §3 and Appendix B), so the mixture alone would mislead. One run has one seed: it speaks of this run's models, never of
+the methods that made them.
 """
 
 from __future__ import annotations
@@ -10,19 +12,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from merit.evaluation.calls import Comparison, Side, comparisons
+from merit.evaluation.calls import MIN_SEEDS, Advice, Comparison, Recommendation, Side, comparisons, recommend
 from merit.evaluation.figures import Average, Averages, Difference, Metric, Part, Summary
+from merit.evaluation.statistics import ERROR
 
 __all__ = ["Verdict", "counted", "judge"]
 
 _NAMES = {
     "base": "the base",
-    "joint": "joint training",
-    "random": "the random split",
-    "kmeans": "the k-means split",
-    "conflict_induced": "the conflict-induced split",
-    "raw_pca": "the raw-gradient PCA split",
-    "pca": "the PCA split",
+    "merged": "the merged model",
+    "joint": "the jointly trained model",
+    "random": "the random split's model",
+    "kmeans": "the k-means split's model",
+    "conflict_induced": "the conflict-induced split's model",
+    "raw_pca": "the raw-gradient PCA split's model",
+    "pca": "the PCA split's model",
 }
 _METRICS: dict[Metric, str] = {"loss": "loss", "exact_match": "exact match", "drift": "drift"}
 _BY_CONFLICT = ("pca", "raw_pca", "kmeans")
@@ -42,9 +46,12 @@ class Verdict:
     """What may be said of the merged model; ``print`` it for the sentences.
 
     Attributes:
+        recommendation: Which model to use.
         comparisons: The merged model against every other one, measure by measure.
-        sentences: The same in plain words.
+        sentences: The same in plain words, the recommendation first.
     """
+
+    recommendation: Recommendation
 
     comparisons: tuple[Comparison, ...]
     sentences: tuple[str, ...]
@@ -60,10 +67,11 @@ class Verdict:
 def judge(summary: Summary) -> Verdict:
     """What was learned, what was kept, how the two go together, and how sure that is."""
     found = comparisons(summary)
-    return Verdict(found, tuple(_sentences(summary, found)))
+    advised = recommend(found)
+    return Verdict(advised, found, tuple(_sentences(summary, found, advised)))
 
 
-def _sentences(summary: Summary, found: Sequence[Comparison]) -> list[str]:
+def _sentences(summary: Summary, found: Sequence[Comparison], advised: Recommendation) -> list[str]:
     averages, remark = summary.macro, summary.about.get("merged")
     opening = [f"merged is not the plain token-weighted average of all branches: {remark}."] if remark else []
     if not any(item.mixture or item.kept or item.drift for item in averages.values()):
@@ -74,6 +82,7 @@ def _sentences(summary: Summary, found: Sequence[Comparison]) -> list[str]:
     base = next((item for item in found if item.other == "base"), Comparison("base", ()))
     baselines = [item for item in found if item.other != "base"]
     return [
+        _advice(advised),
         *opening,
         _learned(averages, base),
         _kept(averages, base, ["base", *(item.other for item in baselines), "merged"]),
@@ -86,6 +95,39 @@ def _sentences(summary: Summary, found: Sequence[Comparison]) -> list[str]:
 def counted(n: int, what: str) -> str:
     """A number with its noun: 1 dataset, 2 datasets."""
     return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
+def _advice(advised: Recommendation) -> str:
+    """What to use, and how sure."""
+    item = advised.against
+    if item is None or advised.advice is Advice.UNKNOWN:
+        return "No recommendation: too little was measured to compare the merged model with another."
+    other = _NAMES.get(item.other, item.other)
+    better, worse = ("merged", item.other) if advised.use == "merged" else (item.other, "merged")
+    better, worse = _NAMES.get(better, better), _NAMES.get(worse, worse)
+    kept_more, learned_more = ("the merged model", other) if item.kept is Side.MORE else (other, "the merged model")
+    did = f"Use {better}: it {_did(item, worse)}"
+    words = {
+        Advice.NOTHING_LEARNED: "Use the base: there is no clear sign that the merged model learned this mixture",
+        Advice.BETTER: did,
+        Advice.ONE_COLUMN: f"{did}; the other column was not measured on enough data",
+        Advice.TRADE: (
+            f"A choice, not a winner: {kept_more} keeps more of the base, {learned_more} has learned more of the mixture"
+        ),
+        Advice.EQUAL: f"Use either the merged model or {other}: there is no clear difference between them",
+        Advice.MIXED: f"No recommendation: the measures disagree on whether the merged model or {other} did better",
+    }
+    budget = ", at different training budgets" if item.budgets else ""
+    sure = f"at most {100 * ERROR:.0f} % risk of a false call over datasets like these; one training seed"
+    return f"{words[advised.advice]} (these models of this run{budget}; {sure})."
+
+
+def _did(item: Comparison, worse: str) -> str:
+    """What the better model of a comparison did."""
+    columns = (("learned", item.learned), ("kept", item.kept))
+    more = " and ".join(f"{word} more" for word, side in columns if side in (Side.MORE, Side.LESS))
+    same = "".join(f", with no clear difference in what was {word}" for word, side in columns if side is Side.SAME)
+    return f"{more} than {worse}{same}"
 
 
 def _learned(averages: Mapping[str, Averages], base: Comparison) -> str:
@@ -160,8 +202,7 @@ def _call(item: Comparison, other: str, method: str) -> str:
     learned, kept = item.learned, item.kept
     if Side.UNKNOWN in (learned, kept) and not {learned, kept} & {Side.MORE, Side.LESS, Side.MIXED}:
         return "too little was measured in one of the two columns to call a difference."
-    what = "merging" if item.other == "joint" else _NAMES.get(method, f"the run's own split, {method}")
-    no_reason = f"nothing here speaks for {what}."
+    no_reason = "this run gives no reason to prefer the merged model."
     more, same, less = Side.MORE, Side.SAME, Side.LESS
     calls = {
         (more, more): "the merged model did better on both: it learned more and kept more.",
@@ -180,12 +221,10 @@ def _call(item: Comparison, other: str, method: str) -> str:
         sets = {entry.outcome for entry in item.of("kept") if entry.metric != "drift"}
         said = "show no clear difference" if "unclear" in sets else "are too few to compare"
         text += " What was kept is judged by drift alone" + (f"; the kept sets {said}." if sets else ".")
-    by_conflict = item.budgets is None and item.other == "random" and method in _BY_CONFLICT
-    if by_conflict and {learned, kept} <= {same, less}:
+    if item.budgets is None and item.other == "random" and method in _BY_CONFLICT and {learned, kept} <= {same, less}:
         text += (
-            " Splitting by conflict did not help here: the random split did better."
-            if less in (learned, kept)
-            else " Splitting by conflict did not matter here: as far as these figures tell, the random split did as well."
+            " So splitting by conflict brought this run nothing over a random split; words about the methods take at least "
+            f"{MIN_SEEDS} seeds."
         )
     return text
 
@@ -235,12 +274,12 @@ def _caution(summary: Summary) -> str:
         ("kept", "drift"): "answer",
     }
     over = [counted(units[key], name) for key, name in names.items() if key in units]
+    seed = f"one training seed, so this is about this run's models; words about methods take at least {MIN_SEEDS} seeds"
     if not over:
-        return (
-            "Caution: one training seed, and too little was measured for intervals. Another seed or mixture can differ."
-        )
+        return f"Caution: {seed}. Too little was measured to call any difference."
     answers = " of the base" if ("kept", "drift") in units else ""
     return (
-        f"Caution: one training seed. The 95 % intervals in brackets are over {', '.join(over)}{answers}; "
-        "another seed or another mixture can differ by more than they show."
+        f"Caution: {seed}. Differences are over {', '.join(over)}{answers}; the 95 % intervals in brackets are each "
+        "measure's own, while better and worse are corrected for the number of measures (any false call: at most "
+        f"{100 * ERROR:.0f} % per comparison)."
     )
