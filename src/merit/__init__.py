@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from merit.conflict.stage import measure_gradients
     from merit.errors import MeritError, UserError
+    from merit.evaluation.stage import evaluate
     from merit.hf.base import Base, open_base
     from merit.merge import Branch, merge_branches, plan_merge, run_merge
     from merit.mixture.found import find_datasets
@@ -29,6 +30,7 @@ _HOME = {
     "Recipe": "merit.recipe.schema",
     "UserError": "merit.errors",
     "encode_mixture": "merit.mixture.stage",
+    "evaluate": "merit.evaluation.stage",
     "find_datasets": "merit.mixture.found",
     "open_base": "merit.hf.base",
     "load_recipe": "merit.recipe.load",
@@ -47,6 +49,7 @@ __all__ = [
     "Recipe",
     "UserError",
     "encode_mixture",
+    "evaluate",
     "find_datasets",
     "load_recipe",
     "measure_gradients",
