@@ -84,11 +84,14 @@ class Eta:
 
     def __init__(self) -> None:
         self._began: tuple[float, float] | None = None
+        self._done = 0.0
 
     def __call__(self, done: float, total: float) -> str:
         """``about 40 s left``, or an empty text."""
         now = time.monotonic()
-        if self._began is None or done < self._began[1]:
+        again = done < self._done
+        self._done = done
+        if self._began is None or again:
             self._began = (now, done)
             return ""
         elapsed, gained = now - self._began[0], done - self._began[1]
