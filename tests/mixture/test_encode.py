@@ -13,10 +13,6 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-FORGETFUL = (  # drops the thinking of earlier turns, as reasoning models' templates do
-    "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' and loop.last %}(thinking) {% endif %}"
-    "{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-)
 text = st.text(st.characters(codec="utf-8", exclude_characters="<|>"), min_size=1, max_size=30).filter(str.strip)
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -78,55 +74,12 @@ def test_marked_and_turn_by_turn_templates_agree(byte_level):
     assert first.targets.tolist() == second.targets.tolist()
 
 
-def test_a_known_familys_template_gets_its_training_variant(byte_level):
-    from trl.chat_template_utils import qwen3_chat_template
-
-    encoder = ChatEncoder(with_template(byte_level, qwen3_chat_template), 1000)
-    assert encoder.template.source == "training variant"
-    [row] = encoder.encode([Chat(chat("one", "two", "three", "four"))])
-    read = target_text(row, byte_level)
-    assert "two<|im_end|>" in read
-    assert "four<|im_end|>" in read
-    assert "three" not in read
-
-
-FAMILIES = [
-    "qwen2_5",
-    "qwen3",
-    "qwen3_5_think",
-    "llama3",
-    "llama3_1",
-    "gemma3",
-    "phi3",
-    "deepseekv3",
-    "gptoss",
-    "smolvlm",
-]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_familys_answers_are_targets_and_its_prompt_is_none(byte_level, family):
-    import trl.chat_template_utils
-
-    tokenizer = with_template(byte_level, getattr(trl.chat_template_utils, f"{family}_chat_template"))
-    conversation = chat("the question", "one answer", "another", "two answers")
-    row = encode_chat(conversation, tokenizer, 10_000)
-    read = target_text(row, tokenizer)
-    assert read.index("one answer") < read.index("two answers")
-    assert "question" not in read
-    assert "another" not in read
-    assert "ssistant" not in read
-    assert row.answer == "two answers"
-    encoder = ChatEncoder(tokenizer, 10_000)
-    text, _ = encoder.template.apply(conversation)
-    prompt, _ = encoder.template.apply(conversation[:-1], prompt=True)
-    if text.startswith(prompt):  # not so where generation is to begin with thinking
-        expected = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        assert row.input_ids[: row.prompt_length].tolist() == expected
-
-
 def test_markers_that_do_not_match_the_turns_are_refused(byte_level):
-    one_block = "{% generation %}{% for m in messages %}{{ m.content }}{% endfor %}<|im_end|>{% endgeneration %}"
+    one_block = (
+        "{% for m in messages %}{% if loop.first %}{{ m.content }}{% endif %}{% endfor %}"
+        "{% if messages|length > 1 %}{% generation %}{% for m in messages[1:] %}{{ m.content }}{% endfor %}<|im_end|>"
+        "{% endgeneration %}{% endif %}"
+    )
     with pytest.raises(MixtureError, match=r"1 stretches .* 2 assistant turns"):
         encode_chat(chat("a", "b", "c", "d"), with_template(byte_level, one_block), 1000)
 
@@ -135,12 +88,6 @@ def test_a_template_that_leaves_the_answer_out_is_refused(byte_level):
     silent = "{% for m in messages %}{% generation %}<|im_end|>{% endgeneration %}{% endfor %}"
     with pytest.raises(MixtureError, match=r"cannot render|stretches"):
         encode_chat(chat("a", "b"), with_template(byte_level, silent), 1000)
-
-
-def test_a_template_that_rewrites_history_is_refused_with_the_way_out(byte_level):
-    tokenizer = with_template(byte_level, FORGETFUL)
-    with pytest.raises(MixtureError, match=r"generation.*model\.chat_template|model\.chat_template"):
-        encode_chat(chat("a", "b", "c", "d"), tokenizer, 1000)
 
 
 def test_an_end_of_turn_that_is_read_as_letters_is_refused(byte_level):

@@ -276,13 +276,18 @@ def _automatic_prefix(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 
 
 def _token_range(encoding: Encoding, start: int, end: int) -> tuple[int, int] | None:
-    """Half-open token range that holds the characters [start, end); None if no token does."""
+    """Half-open token range that holds the characters [start, end); None if no token does.
+
+    A last token that reaches into the next turn is the next turn's: a model ends its turn before it.
+    """
     first = next((t for p in range(start, end) if (t := encoding.char_to_token(p)) is not None), None)
     last = next((t for p in range(end - 1, start - 1, -1) if (t := encoding.char_to_token(p)) is not None), None)
     if first is None or last is None:
         return None
     while last + 1 < len(encoding) and (o := encoding.token_to_chars(last + 1)) and start <= o[0] < end:
         last += 1  # several tokens can share one character (bytes)
+    while last > first and (o := encoding.token_to_chars(last)) and o[1] > end:
+        last -= 1
     return first, last + 1
 
 
