@@ -18,7 +18,7 @@ from merit.files import file_hash
 from merit.hf.images import BadImage
 from merit.mixture.chat import BadRow, Chat
 from merit.mixture.images import look_at_images, usable
-from merit.mixture.part import FileFacts, Part
+from merit.mixture.part import IMAGE_NAME, FileFacts, Part
 from merit.mixture.reading import kind_of
 from merit.mixture.sources import Source, find_kept, find_sources
 from merit.recipe.schema import EvaluateSettings, MixtureSettings
@@ -236,4 +236,4 @@ def _has_the_words(file: Path) -> bool:
     if not file.stat().st_size:
         return False
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return content.find(b"image") >= 0
+        return content.find(IMAGE_NAME if kind_of(file) in (".json", ".jsonl") else b"image") >= 0

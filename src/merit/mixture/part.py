@@ -41,8 +41,9 @@ from merit.mixture.reading import (
     readable,
 )
 
-_FEW = 64
-"""Rows that are read from a mixed Parquet file as it lies; for more it is worth going over it once."""
+_FEW = 8
+"""Rows of each dataset that are read from a mixed Parquet file as it lies."""
+IMAGE_NAME = b'"image'
 
 
 class Store(Protocol):
@@ -168,7 +169,7 @@ class FileFacts:
 
     Attributes:
         sha256: Of its bytes.
-        images: Whether the word ``image`` stands in it.
+        images: Whether a name that begins with ``image`` stands in it, as it does in every row of JSON that names one.
     """
 
     sha256: str
@@ -197,7 +198,8 @@ def cut_by_column(part: Part, column: str, known: dict[Path, FileFacts]) -> dict
         elif kind_of(file) == ".parquet":
             store = _Numbered(file)
             _index_numbers(read_file(file, columns=[own]), own, keys)
-            store.mixed = not holds_bytes(file) and _mixed(file, keys)
+            if not holds_bytes(file) and _mixed(file, keys):
+                store.heads = np.unique(np.concatenate([np.frombuffer(k, np.int64)[:_FEW] for k in keys.values()]))
         elif kind_of(file) == ".jsonl":
             store = _Lines(file)
             known[file] = store.index(own, keys)
@@ -259,7 +261,7 @@ class _Lines:
         digest, images = hashlib.sha256(), False
         with readable(self.file), self.file.open("rb") as handle:
             for number, offset, line in lines(handle, digest.update):
-                images = images or b"image" in line
+                images = images or IMAGE_NAME in line
                 if (row := parse_line(self.file, number, line)) is not None:
                     value = _value(f"{self.file}, line {number}", row[0], column)
                     keys.setdefault(value, array("q")).extend((offset, len(line), number))
@@ -278,26 +280,31 @@ class _Numbered:
     """Rows of a Parquet file or of the hub; an address is the row's number.
 
     Attributes:
-        mixed: The datasets cut from the file lie all over it: it is worth going over it once.
+        heads: Where the datasets cut from the file lie all over it: the first rows of each, read together when one is
+            asked for. For more than those it is worth going over the file once.
     """
 
     def __init__(self, source: Path | Hub) -> None:
         self.source = source
-        self.mixed = False
+        self.heads: np.ndarray | None = None
+        self._first: dict[int, tuple[Place, object]] = {}
         self._scratch: tuple[_Scratch, np.ndarray] | None = None
 
     def rows(self, keys: np.ndarray) -> Iterator[tuple[Place, object]]:
         if not isinstance(self.source, Path):
             yield from read_hub(self.source, keys.tolist())
-            return
-        if self.mixed and self._scratch is None and len(keys) > _FEW:
-            scratch = _Scratch()
-            self._scratch = scratch, np.array([scratch.put(*row) for row in read_file(self.source)], dtype=np.int64)
-        if self._scratch is not None:
+        elif self.heads is None:
+            yield from read_file(self.source, keys.tolist())
+        elif len(keys) <= _FEW and np.isin(keys, self.heads).all():
+            if not self._first:
+                self._first = dict(zip(self.heads.tolist(), read_file(self.source, self.heads.tolist()), strict=True))
+            yield from (self._first[key] for key in keys.tolist())
+        else:
+            if self._scratch is None:
+                scratch, self._first = _Scratch(), {}
+                self._scratch = scratch, np.array([scratch.put(*row) for row in read_file(self.source)], dtype=np.int64)
             scratch, addresses = self._scratch
             yield from scratch.rows(addresses[keys])
-        else:
-            yield from read_file(self.source, keys.tolist())
 
 
 class _Scratch:
