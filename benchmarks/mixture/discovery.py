@@ -2,9 +2,9 @@
 
     python -m benchmarks.mixture.discovery [--gigabytes 1.0]
 
-It writes a JSON Lines file with the rows of 200 datasets in random order, and the same rows as a Parquet file, into a temporary
-folder. Every contestant runs in a process of its own. Passes are bytes read (``rchar`` of /proc/self/io, so cached ones count)
-over the file's size. The floor is `json.loads` on every line, keeping nothing.
+It writes a JSON Lines file with the rows of 200 datasets in random order, and the same rows as a Parquet file, into a
+temporary folder. Every contestant runs in a process of its own. Passes are bytes read (``rchar`` of /proc/self/io, so cached
+ones count) over the file's size. The floor is `json.loads` on every line, keeping nothing.
 """
 
 from __future__ import annotations
@@ -22,22 +22,7 @@ from typing import Any
 from benchmarks.report import table, write
 
 DATASETS = 200
-WORDS = [
-    "merge",
-    "branch",
-    "gradient",
-    "sketch",
-    "dataset",
-    "answer",
-    "question",
-    "instruct",
-    "token",
-    "weight",
-    "image",
-    "group",
-    "split",
-    "mixture",
-]
+TEXT = "merge branch gradient sketch dataset answer question instruct token weight image group split"
 
 
 def make(folder: Path, size: int) -> tuple[Path, Path]:
@@ -46,7 +31,7 @@ def make(folder: Path, size: int) -> tuple[Path, Path]:
     import pyarrow.parquet as pq
 
     rng = random.Random(0)
-    text = [" ".join(rng.choices(WORDS, k=60)) for _ in range(997)]
+    text = [" ".join(rng.choices(TEXT.split(), k=60)) for _ in range(997)]
     lines, parquet = folder / "rows.jsonl", folder / "rows.parquet"
     schema = pa.schema([(name, pa.string()) for name in ("task", "prompt", "completion")])
     written = 0
@@ -141,8 +126,8 @@ def main() -> None:
     floor = facts["JSON Lines: json.loads on every line"]["cpu_seconds"]
     body = (
         f"{rows:,} rows of {DATASETS} datasets in random order: {sizes['JSON Lines'] / 1e9:.2f} GB of JSON Lines, "
-        f"{sizes['Parquet'] / 1e9:.2f} GB of Parquet. Memory is the growth of the process's peak while it works; a pass over "
-        "the scratch file of the Parquet rows counts as bytes read.\n\n"
+        f"{sizes['Parquet'] / 1e9:.2f} GB of Parquet. Memory is the growth of the process's peak while it works; what "
+        "is read of the scratch file of the Parquet rows counts as well.\n\n"
     )
     header = ("", "passes over the file's bytes", "seconds", "CPU seconds", "CPU / floor", "memory, MiB")
     body += table(

@@ -13,18 +13,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from safetensors.numpy import save_file
 
 from merit.errors import MixtureError
-from merit.hf.base import Base
 from merit.hf.images import digest, read_image
 from merit.mixture import load_split
 from merit.mixture.formats import to_chat
+from merit.mixture.found import refuse_images
 from merit.mixture.images import ImageFile, ImageFolder, image_threads, look_at_images
 from merit.mixture.part import Part, cut_by_column
 from merit.mixture.sources import Source
 from merit.report import images as image_tables
-from merit.run.check import make_plan
 from mixture.mixture_cases import as_base, check_images, check_sources, discover, prepare_mixture, source_fingerprints
 
 IMAGE_COLUMN = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -484,13 +482,8 @@ def test_a_text_only_base_refuses_rows_with_images(recipe, byte_level, tmp_path)
         prepare_mixture(recipe({**listed(path), **drop}), byte_level, tmp_path / "out")
     [summary] = check_sources(recipe(listed(path)))
     assert summary.first_image == f"{path}, line 2"
-    settings = recipe({**listed(path), **drop}, split={"method": "joint"})
-    facts = {"model_type": "llama", "architecture": "LlamaForCausalLM", "parameters": 10, "dtypes": {"w": "F32"}}
-    base = Base(folder=tmp_path / "base", context=4096, settings=settings.model, **facts)
-    base.folder.mkdir()
-    save_file({"w": np.zeros(10, np.float32)}, base.folder / "model.safetensors")
     with pytest.raises(MixtureError, match=r"Dataset d: .*line 2: the row has images, but the base .*text-only"):
-        make_plan(settings, tmp_path / "run", opened=base)
+        refuse_images([summary])
 
 
 def test_text_rows_are_fine_for_a_base_that_sees(recipe, seeing, tmp_path):
