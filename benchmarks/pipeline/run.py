@@ -142,7 +142,7 @@ def resume(work: Path) -> dict[str, Any]:
     while kills < 3:
         process = subprocess.Popen(merit("train", str(work / "killed"), *words), stdout=subprocess.DEVNULL)
         while process.poll() is None:
-            new = {path.parent.name for path in checkpoints.glob("*/trainer_state.json")} - seen
+            new = {path.parent.name for path in checkpoints.glob("*/complete.json")} - seen
             if new:
                 seen |= new
                 time.sleep(0.3)
