@@ -38,26 +38,26 @@ def fresh() -> Iterator[None]:
 
 
 REPORTS: list[Callable[[Terminal], None]] = [
-    lambda reporter: reporter.stage("x"),
-    lambda reporter: reporter.say("x"),
-    lambda reporter: reporter.note("x"),
-    lambda reporter: stop_if_asked(),
+    lambda terminal: terminal.stage("x"),
+    lambda terminal: terminal.say("x"),
+    lambda terminal: terminal.note("x"),
+    lambda terminal: stop_if_asked(),
 ]
 
 
 @pytest.mark.parametrize("report", REPORTS)
 def test_a_lost_stop_comes_up_at_the_next_report(report: Callable[[Terminal], None]) -> None:
-    reporter = Terminal(quiet=True)
-    report(reporter)
-    with reporter.progress() as tick:
+    terminal = Terminal(quiet=True)
+    report(terminal)
+    with terminal.progress() as tick:
         tick(1, 2)
         Careless()
         with pytest.raises(Interrupted, match="SIGTERM"):
             tick(2, 2)
     with pytest.raises(Interrupted):
-        report(reporter)
+        report(terminal)
     stop_on_sigterm()
-    report(reporter)
+    report(terminal)
 
 
 def test_no_library_takes_a_stop_for_its_own_error() -> None:
