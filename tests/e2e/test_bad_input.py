@@ -179,7 +179,8 @@ def test_a_branch_with_a_flipped_bit(finished: Case, merit, tmp_path: Path) -> N
     file.write_bytes(content)
     result = merit("merge", run)
     assert result.code == 2
-    assert "branch 0" in result.err
+    assert f"{file} is damaged" in result.err
+    assert f"Remove the folder {run / 'branches' / '0'} and" in result.err
     assert not (run / "merged" / "model").exists()
 
 

@@ -308,6 +308,7 @@ def test_fingerprint_tells_names_shapes_and_dtypes_apart(tmp_path):
 
 
 def test_memo_saves_reading_until_a_file_changes(folder, monkeypatch):
+    monkeypatch.setattr(checkpoint, "LARGE", 0)  # small ones are read every time
     memo: dict[str, str] = {}
     before = checkpoint.fingerprint(folder, memo)
     monkeypatch.setattr(checkpoint, "pread_into", None)  # reading now would fail

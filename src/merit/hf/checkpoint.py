@@ -26,6 +26,8 @@ from merit.parallel import parallel, threads
 
 MODEL_STEM, ADAPTER_STEM = "model", "adapter_model"
 _LARGEST = 2**63
+LARGE = 2**31
+"""Bytes of weights from which a known hash is taken for an unchanged file (by size and time) without reading it."""
 _HEADER_LIMIT = 100_000_000  # the limit that the reference implementation sets as well
 
 
@@ -344,13 +346,16 @@ def weights_digest(checkpoint: Checkpoint, memo: MutableMapping[str, str] | None
     Args:
         checkpoint: Headers from ``read_headers``.
         memo: Known digests, read and extended here: the key holds every file's name, size and modification time (ns), so
-            unchanged files are not read again. Persist it or not, as the caller likes; None reads the data.
+            unchanged files are not read again. Only checkpoints of at least ``LARGE`` bytes are remembered; None reads
+            the data.
 
     Returns:
         64 hexadecimal characters; ``TensorDigest`` gives the definition.
     """
     stats = [(n, (s := (checkpoint.folder / n).stat()).st_size, s.st_mtime_ns) for n in checkpoint.files]
     key = json.dumps([str(checkpoint.folder.resolve()), stats])
+    if checkpoint.nbytes < LARGE:  # read in a moment: no reason to trust a modification time
+        memo = None
     if memo is not None and key in memo:
         return memo[key]
     descriptors = {name: os.open(checkpoint.folder / name, os.O_RDONLY) for name in checkpoint.files}

@@ -23,6 +23,7 @@ from merit.mixture.reading import kind_of
 from merit.mixture.sources import Source, find_kept, find_sources
 from merit.recipe.schema import EvaluateSettings, MixtureSettings
 
+_LARGE = 2**28
 _STAT_THREADS = 32  # they wait for a file server, not for a core
 
 
@@ -121,9 +122,12 @@ class Found:
     def _hash(self, file: Path, memo: MutableMapping[str, str]) -> str:
         facts = file.stat()
         key = json.dumps([str(file.resolve()), facts.st_size, facts.st_mtime_ns])
-        if key not in memo:
-            memo[key] = self.files[file].sha256 if file in self.files else file_hash(file)
-        return memo[key]
+        if key in memo:
+            return memo[key]
+        found = self.files[file].sha256 if file in self.files else file_hash(file)
+        if facts.st_size >= _LARGE:  # a smaller one is read in a moment: no reason to trust a modification time
+            memo[key] = found
+        return found
 
     def _may_name_images(self, file: Path, content: str, memo: MutableMapping[str, str]) -> bool:
         """False where no row of a data file can have an image; told without parsing its rows, once per file."""

@@ -21,7 +21,9 @@ def render(run: Path) -> list[RenderableType]:
     shown: list[RenderableType] = []
     if Stage("evaluation", run / "evaluation").begun:
         result = Evaluation.load(run / "evaluation")
-        write_text(run / "evaluation" / "table.md", evaluation.markdown(result))
+        table, text = run / "evaluation" / "table.md", evaluation.markdown(result)
+        if not table.is_file() or table.read_text(encoding="utf-8", errors="replace") != text:
+            write_text(table, text)
         shown += evaluation.terminal(result)
     merged = run / "merged" / "model"
     if merged.is_dir():

@@ -104,7 +104,7 @@ def _checked(stage: Stage) -> tuple[Path, str]:
     folder = stage.path / "model"
     found = checkpoint.fingerprint(folder)
     if found != key.model_content(stage):
-        raise damaged(folder, f"its content is not what {stage.name} wrote")
+        raise damaged(folder, f"its content is not what {stage.name} wrote", stage.path)
     return folder, found
 
 

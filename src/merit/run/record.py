@@ -126,11 +126,11 @@ def write_record(path: Path, content: Mapping[str, Any]) -> None:
     write_json(path, {**value, "checksum": _checksum(value)})
 
 
-def damaged(path: Path, why: str) -> RunFolderError:
-    """The error for a file of a run folder that is not what was written."""
+def damaged(path: Path, why: str, folder: Path | None = None) -> RunFolderError:
+    """The error for a file of a run folder that is not what was written; ``folder`` is its stage's (default: its own)."""
     return RunFolderError(
         f"{path} is damaged: {why}.",
-        f"Remove the folder {path.parent} and run the same command again: the stage is made anew.",
+        f"Remove the folder {folder or path.parent} and run the same command again: the stage is made anew.",
     )
 
 

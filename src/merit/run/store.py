@@ -108,11 +108,11 @@ class Stage:
         for name, facts in outputs.items():
             path = self.path / name
             if not path.is_file():
-                raise damaged(path, "it is missing")
+                raise damaged(path, "it is missing", self.path)
             if path.stat().st_size != facts.bytes:
-                raise damaged(path, f"it has {path.stat().st_size} bytes, {facts.bytes} were written")
+                raise damaged(path, f"it has {path.stat().st_size} bytes, {facts.bytes} were written", self.path)
             if (weights <= _LARGE or not name.endswith(".safetensors")) and Output.of(path) != facts:
-                raise damaged(path, "its content is not what was written")
+                raise damaged(path, "its content is not what was written", self.path)
 
     def clear(self, keep: Sequence[str] = ()) -> None:
         """Remove the record first, then everything but the children named in ``keep``."""
