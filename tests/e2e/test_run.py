@@ -54,7 +54,7 @@ def test_the_merged_model_is_the_token_weighted_average(finished: Case) -> None:
     run = finished.run
     records = [read(run / "branches" / str(k) / "record.json") for k in range(2)]
     branches = [weights(run / "branches" / str(k) / "model") for k in range(2)]
-    tokens = [record["target_tokens"] for record in records]
+    tokens = [record["tokens"] for record in records]
     merged = weights(run / "merged" / "model")
     for name, tensor in merged.items():
         exact = sum(n * branch[name].astype(np.float64) for n, branch in zip(tokens, branches, strict=True)) / sum(
