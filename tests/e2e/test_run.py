@@ -218,7 +218,7 @@ def test_lora_branches_merge_into_a_full_model(case: Case, merit) -> None:
     case.write(model={**case.settings["model"], "trainable": "lora", "lora": lora})
     result = merit("run", case.recipe, "--output", case.run, "--quiet")
     assert result.code == 0, result.err
-    tokens = [read(case.run / "branches" / str(k) / "record.json")["target_tokens"] for k in range(2)]
+    tokens = [read(case.run / "branches" / str(k) / "record.json")["tokens"] for k in range(2)]
     expected: dict[str, torch.Tensor] = {}
     for k, count in enumerate(tokens):
         whole = AutoModelForCausalLM.from_pretrained(case.settings["model"]["base"])

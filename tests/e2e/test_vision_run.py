@@ -114,14 +114,14 @@ def test_every_stage(family: str, axes: int, tmp_path: Path, merit: Any) -> None
     branches = [load_file(run / "branches" / str(k) / "model" / "model.safetensors") for k in range(2**axes)]
     merged = load_file(run / "merged" / "model" / "model.safetensors")
     assert base.keys() == merged.keys()
-    targets = [read(run / "branches" / str(k) / "record.json")["target_tokens"] for k in range(2**axes)]
+    counted = [read(run / "branches" / str(k) / "record.json")["tokens"] for k in range(2**axes)]
     moved = 0
     for name, tensor in base.items():
         if KNOWN[family].role(name) != "language":
             assert all(torch.equal(tensor, branch[name]) for branch in branches), name
             assert torch.equal(tensor, merged[name]), name
             continue
-        mean = sum(n * branch[name].double() for n, branch in zip(targets, branches, strict=True)) / sum(targets)
+        mean = sum(n * branch[name].double() for n, branch in zip(counted, branches, strict=True)) / sum(counted)
         assert torch.equal(mean.to(torch.bfloat16), merged[name]), name
         moved += not torch.equal(tensor, merged[name])
     assert moved > 10

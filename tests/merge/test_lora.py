@@ -429,6 +429,20 @@ def test_odd_values_in_an_adapter_s_config_are_one_message(tmp_path, settings):
         plan_adapters(tmp_path / "base", branches, output=tmp_path / "out")
 
 
+@pytest.mark.parametrize("shape", [(), (4,), (0, 16)])
+def test_factors_of_an_impossible_shape_are_refused_by_name(tmp_path, shape):
+    tiny(tmp_path)
+    branches, _ = adapters(tmp_path, "plain", count=1)
+    file = branches[0].path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(n for n in tensors if "q_proj.lora_A" in n)
+    tensors[name] = torch.zeros(shape)
+    tensors[name.replace("_A", "_B")] = torch.zeros(16, shape[0] if shape else 1)
+    save_file(tensors, file)
+    with pytest.raises(MergeError, match="q_proj"):
+        plan_adapters(tmp_path / "base", branches, output=tmp_path / "out")
+
+
 @pytest.mark.parametrize("rank", [None, 2])
 def test_a_full_disk_is_one_message_in_adapter_merges_too(tmp_path, rank, monkeypatch):
     """Fails on commit f5727a1: no check of the free space, and a traceback when the disk filled up."""

@@ -154,7 +154,7 @@ def read_adapter(branch: Branch, base: Checkpoint) -> Adapter:
                 raise MergeError(f"{branch.name}: {name} is {tensor.shape}, the base's {base.tensors[target].shape}.")
             full[target] = name
         elif part == "lora_B.bias":
-            shifts[target] = (name, _scale(branch, config, module, _rank(head, name)))
+            shifts[target] = (name, _scale(branch, config, module, _rank(branch, head, name)))
         else:
             pairs.setdefault(target, {})["a" if "_A" in part else "b"] = name
     low_rank = {
@@ -165,8 +165,12 @@ def read_adapter(branch: Branch, base: Checkpoint) -> Adapter:
     return Adapter(branch, head, config, low_rank, full, shifts)
 
 
-def _rank(head: Checkpoint, name: str) -> int:
-    return head.tensors[name.replace("lora_B.bias", "lora_A.weight")].shape[0]
+def _rank(branch: Branch, head: Checkpoint, bias: str) -> int:
+    """Rank of the module that ``lora_B``'s own bias belongs to."""
+    a = head.tensors.get(bias.replace("lora_B.bias", "lora_A.weight"))
+    if a is None or not a.shape or not a.shape[0]:
+        raise CheckpointError(f"{branch.path} holds {bias} without its lora_A.")
+    return a.shape[0]
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -230,8 +234,8 @@ def _low_rank(
         raise CheckpointError(f"{branch.path} holds only one of lora_A and lora_B for {target}.")
     a, b = head.tensors[names["a"]].shape, head.tensors[names["b"]].shape
     transposed = bool(config.get("fan_in_fan_out")) or "lora_embedding_A" in names["a"]
-    shape = (b[0], a[1])
-    if a[0] != b[1] or (shape[::-1] if transposed else shape) != base.shape:
+    fits = len(a) == len(b) == 2 and 0 < a[0] == b[1] and base.shape == ((a[1], b[0]) if transposed else (b[0], a[1]))
+    if not fits:
         raise MergeError(
             f"{target} is {base.shape} in the base, but {branch.name} holds A {a} and B {b} for it.",
             "The adapter belongs to another base, or its fan_in_fan_out is wrong. Nothing was written.",

@@ -7,7 +7,7 @@ tensor data is read.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from merit.run.session import Session
 from merit.run.step import stands
 from merit.run.store import Stage
 from merit.run.training import branch_stages
+from merit.train.result import BranchResult
 
 
 def merge_run(session: Session, scope: Scope, *, exclude: Sequence[int] = (), allow_missing: bool = False) -> Stage:
@@ -83,21 +84,6 @@ def choose_branches(
     return taking, sorted(set(branches) - set(taking))
 
 
-@dataclass(frozen=True)
-class _Trained:
-    """A trained branch as its record tells it."""
-
-    model: Path
-    tokens: int
-    target_tokens: int
-    samples: int
-
-    @classmethod
-    def of(cls, stage: Stage) -> _Trained:
-        facts = stage.record().facts
-        return cls(stage.path / "model", *(int(facts[name]) for name in ("tokens", "target_tokens", "samples")))
-
-
 def make_merge(
     session: Session, scope: Scope, taking: Mapping[int, Stage], left_out: Sequence[int], output: Path
 ) -> MergeResult:
@@ -105,7 +91,7 @@ def make_merge(
     settings = session.recipe_of(scope).merge
     if settings.dtype is None and session.recipe_of(scope).train.save_dtype == "float32":
         settings = settings.model_copy(update={"dtype": "base"})  # the branches need not have the base's dtype
-    trained = {k: _Trained.of(stage) for k, stage in taking.items()}
+    trained = {k: BranchResult.load(stage.path) for k, stage in taking.items()}
     branches = weigh(settings.weights, trained, len(taking) + len(left_out))
     with session.reporter.progress("merge") as tick:
         result = merge_branches(
