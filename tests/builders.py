@@ -143,6 +143,20 @@ IDEFICS3_TEMPLATE = (
     "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
+GEMMA3_TEMPLATE = (
+    "<bos>{% for message in messages %}<start_of_turn>"
+    "{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] | trim }}{% else %}"
+    "{% for item in message['content'] %}{% if item['type'] == 'image' %}<start_of_image>"
+    "{% elif item['type'] == 'text' %}{{ item['text'] | trim }}{% endif %}{% endfor %}{% endif %}<end_of_turn>\n"
+    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+INTERNVL_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
+    "{{ message['content'] }}{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' %}"
+    "{{ '<IMG_CONTEXT>\n' }}{% elif content['type'] == 'text' %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 TEXT: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -153,7 +167,7 @@ TEXT: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 FAMILIES = ("qwen2_5_vl", "llava", "idefics3")
-ALL_FAMILIES = (*FAMILIES, "qwen2_vl", "qwen3_vl", "smolvlm")
+ALL_FAMILIES = (*FAMILIES, "qwen2_vl", "qwen3_vl", "smolvlm", "gemma3", "internvl")
 
 
 def byte_symbols() -> list[str]:
@@ -191,7 +205,8 @@ def make_vision_base(
     if family.startswith("qwen"):
         model, tokenizer, template, preprocessor, published = _qwen(family, text or {}, vision or {}, processor or {})
     else:
-        model, tokenizer, template, preprocessor, published = (_llava if family == "llava" else _idefics3)(family)
+        make = {"llava": _llava, "gemma3": _gemma3, "internvl": _internvl}.get(family, _idefics3)
+        model, tokenizer, template, preprocessor, published = make(family)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2))
@@ -286,6 +301,67 @@ def _llava(family: str) -> tuple[Any, ...]:
         "vision_feature_select_strategy": "default",
     }
     return LlavaForConditionalGeneration(config), tokenizer, LLAVA_TEMPLATE, preprocessor, processor
+
+
+def _gemma3(family: str) -> tuple[Any, ...]:
+    import transformers
+
+    marks = ["<start_of_image>", "<end_of_image>", "<image_soft_token>"]
+    tokenizer = byte_tokenizer(
+        ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>", *marks], "<eos>", "<pad>"
+    )
+    boi, eoi, image = tokenizer.convert_tokens_to_ids(marks)
+    text = {"vocab_size": len(tokenizer), "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 512}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config=transformers.Gemma3TextConfig(**TEXT, **text),
+        vision_config=transformers.SiglipVisionConfig(**sizes, image_size=32, patch_size=8),
+        mm_tokens_per_image=4,
+        boi_token_index=boi,
+        eoi_token_index=eoi,
+        image_token_index=image,
+        tie_word_embeddings=False,
+    )
+    model = transformers.Gemma3ForConditionalGeneration(config)
+    model.model.multi_modal_projector.mm_input_projection_weight.data.normal_(0, 0.1)  # the library draws zeros
+    preprocessor = {
+        "image_processor_type": "Gemma3ImageProcessor",
+        "processor_class": "Gemma3Processor",
+        "size": {"height": 32, "width": 32},
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "do_pan_and_scan": None,
+        "do_convert_rgb": None,
+    }
+    processor = {"processor_class": "Gemma3Processor", "image_seq_length": 4}
+    return model, tokenizer, GEMMA3_TEMPLATE, preprocessor, processor
+
+
+def _internvl(family: str) -> tuple[Any, ...]:
+    import transformers
+
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
+    tokenizer = byte_tokenizer(specials, "<|im_end|>", "<|endoftext|>")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.InternVLConfig(
+        text_config=transformers.Qwen2Config(**TEXT, vocab_size=len(tokenizer)),
+        vision_config={**sizes, "image_size": [16, 16], "patch_size": [4, 4]},
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=4,
+        tie_word_embeddings=False,
+    )
+    preprocessor = {
+        "image_processor_type": "GotOcr2ImageProcessor",
+        "processor_class": "InternVLProcessor",
+        "size": {"height": 16, "width": 16},
+        "crop_to_patches": False,
+        "min_patches": 1,
+        "max_patches": 6,
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+    }
+    processor = {"processor_class": "InternVLProcessor", "image_seq_length": 4}
+    return transformers.InternVLForConditionalGeneration(config), tokenizer, INTERNVL_TEMPLATE, preprocessor, processor
 
 
 def _idefics3(family: str) -> tuple[Any, ...]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.vision.bases import ALL_FAMILIES, FAMILIES, make_base
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tests.builders import ALL_FAMILIES, FAMILIES
+from tests.builders import make_vision_base as make_base
 from tests.vision.vision_cases import picture, picture_chats, save
+from transformers import AutoImageProcessor
 
 from merit.errors import CheckpointError, MixtureError, RecipeError
 from merit.evaluation.decode import decode
@@ -30,6 +36,7 @@ from merit.hf.models import (
     trainable_parameters,
 )
 from merit.hf.rows import EncodedRow
+from merit.hf.side_files import edit_json
 from merit.mixture.encode import ChatEncoder, EncodedDataset
 from merit.mixture.formats import IMAGE, Chat
 from merit.recipe.schema import ModelSettings
@@ -62,7 +69,7 @@ def encoded(folder: Path, family: str, count: int = 9, length: int = 512) -> tup
 
 def library_processor(folder: Path, where: str, tokenizer: Any, family: str = "") -> Any:
     """The family's published processor, put together without the parts that need torchvision."""
-    from transformers import AutoImageProcessor, Idefics3Processor, LlavaProcessor
+    from transformers import AutoImageProcessor, Gemma3Processor, Idefics3Processor, LlavaProcessor
     from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 
     family = family or where
@@ -75,6 +82,13 @@ def library_processor(folder: Path, where: str, tokenizer: Any, family: str = ""
         return LlavaProcessor(images, tokenizer, chat_template=template, **options)
     if family in ("idefics3", "smolvlm"):  # SmolVLM writes images as Idefics3 does
         return Idefics3Processor(images, tokenizer, chat_template=template, **options)
+    if family == "gemma3":
+        for key, mark in (("boi", "<start_of_image>"), ("eoi", "<end_of_image>"), ("image", "<image_soft_token>")):
+            setattr(tokenizer, f"{key}_token", mark)
+            setattr(tokenizer, f"{key}_token_id", tokenizer.convert_tokens_to_ids(mark))
+        return Gemma3Processor(images, tokenizer, chat_template=template, **options)
+    if family == "internvl":
+        return internvl_processor(images, tokenizer, template)
 
     class ImagesOnly(Qwen2_5_VLProcessor):
         def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str) -> None:
@@ -88,6 +102,26 @@ def library_processor(folder: Path, where: str, tokenizer: Any, family: str = ""
             return ["image_processor", "tokenizer"]
 
     return ImagesOnly(images, tokenizer, template)
+
+
+def internvl_processor(images: Any, tokenizer: Any, template: str) -> Any:
+    from transformers import InternVLProcessor
+
+    class ImagesOnly(InternVLProcessor):
+        def __init__(self) -> None:
+            marks = {"start_image": "<img>", "end_image": "</img>", "image": "<IMG_CONTEXT>", "video": "<video>"}
+            for key, mark in marks.items():
+                setattr(self, f"{key}_token", mark)
+                setattr(self, f"{key}_token_id", tokenizer.convert_tokens_to_ids(mark))
+            self.image_seq_length, self.chat_template = 4, template
+            self.image_processor, self.tokenizer = images, tokenizer
+            self.multimodal_pattern = re.compile("(?P<image><IMG_CONTEXT>)|(?P<video><video>)")
+
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return ["image_processor", "tokenizer"]
+
+    return ImagesOnly()
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
@@ -109,7 +143,7 @@ def test_ids_and_pixels_are_those_of_the_published_processor(folder: Path, famil
         found = processor(images=pictures or None, text=[text], return_tensors="pt", add_special_tokens=False)
         assert row.input_ids.tolist() == found["input_ids"][0].tolist()
         batch = batcher([row])
-        for key in ("pixel_values", "image_grid_thw", "pixel_attention_mask", "mm_token_type_ids"):
+        for key in ("pixel_values", "image_grid_thw", "pixel_attention_mask", "mm_token_type_ids", "token_type_ids"):
             assert (key in batch) == (key in found and bool(pictures)), key
             if key in batch:
                 assert torch.equal(batch[key].flatten().float(), found[key].flatten().float()), key
@@ -213,6 +247,8 @@ ROLE_OF_MODULE = {
     "qwen3_vl": {"model.visual.merger": "projector", "model.visual.deepstack": "projector", "model.visual": "vision"},
     "llava": {"model.multi_modal_projector": "projector", "model.vision_tower": "vision"},
     "idefics3": {"model.connector": "projector", "model.vision_model": "vision"},
+    "gemma3": {"model.multi_modal_projector": "projector", "model.vision_tower": "vision"},
+    "internvl": {"model.multi_modal_projector": "projector", "model.vision_tower": "vision"},
 }
 
 
@@ -242,8 +278,6 @@ def test_roles(folder: Path, family: str) -> None:
 def test_gradient_names_are_not_file_names_and_branches_have_the_bases(
     folder: Path, family: str, tmp_path: Path
 ) -> None:
-    from safetensors.torch import load_file
-
     base = open_base(settings(folder, family))
     model = load_model(base, CPU, trainable=True)
     if family in ("qwen2_5_vl", "llava"):
@@ -268,8 +302,6 @@ def test_gradient_names_are_not_file_names_and_branches_have_the_bases(
 
 def test_published_llava_files_keep_their_names(folder: Path, tmp_path: Path) -> None:
     """They have ``vision_tower.vision_model.`` in their names, which today's modules do not."""
-    from safetensors.torch import load_file, save_file
-
     old = tmp_path / "old"
     shutil.copytree(folder / "llava", old)
     state = load_file(old / "model.safetensors")
@@ -284,8 +316,6 @@ def test_published_llava_files_keep_their_names(folder: Path, tmp_path: Path) ->
 
 def test_names_that_would_change_are_refused_before_training(folder: Path, tmp_path: Path) -> None:
     """Files without the ``model.`` in front load, but would be written back with it."""
-    from safetensors.torch import load_file, save_file
-
     old = tmp_path / "old"
     shutil.copytree(folder / "qwen3_vl", old)
     state = load_file(old / "model.safetensors")
@@ -347,20 +377,110 @@ def test_images_for_a_text_base_are_refused(folder: Path, tmp_path: Path) -> Non
         encoder_of(base, 99).encode(picture_chats(tmp_path, 1))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_max_pixels_makes_images_cheaper_by_the_processors_own_resizing(folder: Path, family: str) -> None:
+@pytest.mark.parametrize("limit", [784, 1600, 614656])
+def test_max_pixels_limits_the_area_that_a_native_resolution_model_sees(folder: Path, limit: int) -> None:
     large = save(picture("red", (600, 400)), folder / "pictures" / "large.png")
-    counts = {}
-    for limit in (784, 1600, 614656):
-        images = open_base(settings(folder, family, max_pixels=limit)).images
-        counts[limit] = images.text(large).count(images.token)
-        batch = images.tensors([large])
-        if family == "qwen2_5_vl":
-            assert int(batch["image_grid_thw"].prod()) * 16 <= min(limit, 4096)
-            assert counts[limit] * 4 == int(batch["image_grid_thw"].prod())
-        if family == "idefics3":
-            assert batch["pixel_values"].shape[1] * 4 == counts[limit]
-    assert (counts[784] == counts[614656]) == (family == "llava")
+    images = open_base(settings(folder, "qwen2_5_vl", max_pixels=limit)).images
+    patches = int(images.tensors([large])["image_grid_thw"].prod())
+    assert patches * 16 <= min(limit, 4096)
+    assert images.count(600, 400) * 4 == patches
+    assert bool(images.changed) == (limit < 4096)
+
+
+@pytest.mark.parametrize("family", ["llava", "idefics3", "smolvlm", "gemma3", "internvl"])
+def test_max_pixels_does_not_touch_families_that_choose_the_size_themselves(folder: Path, family: str) -> None:
+    """Fails on commit f5727a1: for Idefics3 and SmolVLM the area became the length of an edge (finding A5)."""
+    counts = {
+        limit: [
+            open_base(settings(folder, family, max_pixels=limit)).images.count(*size) for size in [(784, 784), (90, 40)]
+        ]
+        for limit in (784, 614656)
+    }
+    assert counts[784] == counts[614656]
+
+
+def test_a_square_picture_costs_what_smolvlm_publishes(folder: Path, tmp_path: Path) -> None:
+    """784 x 784 pixels are 4 x 4 tiles and the whole, 64 tokens each. Fails on commit f5727a1 with 64 (finding A5)."""
+    shutil.copytree(folder / "smolvlm", tmp_path / "base")
+    edit_json(
+        tmp_path / "base" / "preprocessor_config.json",
+        {"size": {"longest_edge": 2048}, "max_image_size": {"longest_edge": 512}},
+    )
+    edit_json(tmp_path / "base" / "processor_config.json", {"image_seq_len": 64})
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["vision_config"] |= {"image_size": 512, "patch_size": 16}
+    config["scale_factor"] = 4
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    assert open_base(tmp_path / "base").images.count(784, 784) == 1088
+
+
+@pytest.mark.parametrize("trainable", ["language", "lora"])
+def test_a_branch_is_used_with_the_pixels_that_it_was_trained_with(
+    folder: Path, tmp_path: Path, trainable: str
+) -> None:
+    """Fails on commit f5727a1, where a branch kept the base's full-size processor (finding A5)."""
+    base = open_base(settings(folder, "qwen2_5_vl", max_pixels=1600, trainable=trainable))
+    save_branch(load_model(base, CPU, trainable=True), tmp_path / "branch", base, save_dtype="base")
+    large = save(picture("red", (600, 400)), folder / "pictures" / "large.png")
+    for where in ("", "again"):
+        found = AutoImageProcessor.from_pretrained(tmp_path / "branch", backend="pil")
+        pixels = found(images=[read_image(large)], return_tensors="pt")
+        wanted = base.images.tensors([large])
+        assert torch.equal(pixels["image_grid_thw"], wanted["image_grid_thw"])
+        assert torch.equal(pixels["pixel_values"], wanted["pixel_values"])
+        if not where:  # a folder in the library's newer layout
+            found.save_pretrained(tmp_path / "branch")
+            base.write_inputs(tmp_path / "branch")
+
+
+SIZES = [
+    (w, h) for rng in [random.Random(1)] for w, h in ((rng.randint(1, 200), rng.randint(1, 200)) for _ in range(200))
+]
+
+
+@pytest.mark.parametrize("family", ["llava", "idefics3", "smolvlm", "gemma3", "internvl", "qwen2_5_vl", "qwen3_vl"])
+def test_tokens_of_200_sizes_are_those_of_processing_a_picture(folder: Path, family: str) -> None:
+    """The size function against what the image processor makes of a blank picture (finding B10: 0.2 s for each)."""
+    base = open_base(settings(folder, family))
+    images = base.images
+    for width, height in SIZES:
+        if max(width, height) > 60 * min(width, height):
+            continue
+        found = images.pixels([Image.new("RGB", (width, height))])
+        if family.startswith("qwen"):
+            wanted = int(found["image_grid_thw"].prod()) // 4
+        elif family == "llava":
+            wanted = 16
+            assert found["pixel_values"].shape[-2:] == (32, 32)
+        else:
+            tiles = found["pixel_values"].shape[1 if family in ("idefics3", "smolvlm") else 0]
+            wanted = 4 * tiles
+        assert images.count(width, height) == wanted, (width, height)
+
+
+def test_no_picture_is_processed_to_count_its_tokens(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails on commit f5727a1 for LLaVA and Idefics3, which processed a blank picture for every new size (finding B10)."""
+    for family in ALL_FAMILIES:
+        images = open_base(settings(folder, family)).images
+        monkeypatch.setattr(
+            type(images.processor), "preprocess", lambda *_, **__: pytest.fail("a picture was processed")
+        )
+        assert all(images.count(*size) > 0 for size in [(40, 24), (33, 90), (200, 170)])
+
+
+@pytest.mark.parametrize(
+    ("size", "crop"),
+    [({"shortest_edge": 40}, True), ({"height": 24, "width": 40}, False), ({"shortest_edge": 32}, False)],
+)
+def test_llava_counts_what_its_processor_makes_of_other_settings(
+    folder: Path, tmp_path: Path, size: dict[str, int], crop: bool
+) -> None:
+    shutil.copytree(folder / "llava", tmp_path / "base")
+    edit_json(tmp_path / "base" / "preprocessor_config.json", {"size": size, "do_center_crop": crop})
+    images = open_base(tmp_path / "base").images
+    for width, height in SIZES[:40]:
+        rows, columns = images.pixels([Image.new("RGB", (width, height))])["pixel_values"].shape[-2:]
+        assert images.count(width, height) == (rows // 8) * (columns // 8)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -460,14 +580,46 @@ def test_the_librarys_new_folder_layout_loads_as_well(folder: Path, tmp_path: Pa
             assert row.input_ids.tolist() == other.input_ids.tolist()
 
 
-def test_unknown_families_are_named(folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder / "llava", tmp_path / "blip")
-    config = json.loads((tmp_path / "blip" / "config.json").read_text())
-    (tmp_path / "blip" / "config.json").write_text(
-        json.dumps({**config, "model_type": "blip-2", "architectures": ["Blip2ForConditionalGeneration"]})
-    )
-    with pytest.raises(CheckpointError, match="qwen2_5_vl, qwen3_vl, llava"):
-        open_base(ModelSettings(base=str(tmp_path / "blip")))
+@pytest.mark.parametrize(
+    ("model_type", "architecture"),
+    [
+        ("blip-2", "Blip2ForConditionalGeneration"),
+        ("gemma3n", "Gemma3nForConditionalGeneration"),
+        ("gemma4", "Gemma4ForConditionalGeneration"),
+        ("got_ocr2", "GotOcr2ForConditionalGeneration"),
+        ("mllama", "MllamaForConditionalGeneration"),
+        ("llama4", "Llama4ForConditionalGeneration"),
+        ("llama", "LlamaForCausalLM"),  # with a vision part in its config
+        ("some_new_model", "NewForCausalLM"),
+    ],
+)
+def test_other_models_that_see_are_refused_by_name(
+    folder: Path, tmp_path: Path, model_type: str, architecture: str
+) -> None:
+    """Fails on commit f5727a1, where Gemma 3n, Gemma 4 and GOT-OCR2 passed as text models (finding A6)."""
+    shutil.copytree(folder / "llava", tmp_path / "other")
+    edit_json(tmp_path / "other" / "config.json", {"model_type": model_type, "architectures": [architecture]})
+    with pytest.raises(CheckpointError, match="qwen2_5_vl, qwen3_vl, llava") as caught:
+        open_base(tmp_path / "other")
+    assert architecture in str(caught.value)
+    assert model_type in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_every_tensor_has_exactly_one_role(folder: Path, family: str, tmp_path: Path) -> None:
+    """Fails on commit f5727a1, where a tensor of no known part counted as language (finding A6)."""
+    base = open_base(settings(folder, family))
+    roles = {name: KNOWN[family].roles(name) for name in base.dtypes}
+    assert {len(found) for found in roles.values()} == {1}
+    assert {found[0] for found in roles.values()} == {"language", "projector", "vision"}
+    model = load_model(base, CPU)
+    assert {KNOWN[family].role(name) for name, _ in model.named_parameters()} == {"language", "projector", "vision"}
+    shutil.copytree(folder / family, tmp_path / "odd")
+    state = load_file(tmp_path / "odd" / "model.safetensors")
+    state["model.audio_tower.weight"] = torch.zeros(2)
+    save_file(state, tmp_path / "odd" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model\.audio_tower\.weight is neither language"):
+        open_base(tmp_path / "odd")
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,15 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging
 
 from merit.errors import CheckpointError, RecipeError
-from merit.files import file_hash, fingerprint
+from merit.files import file_hash, fingerprint, write_json, write_text
 from merit.hf import checkpoint, side_files
 from merit.hf.batches import Batcher
-from merit.hf.families import FAMILIES, Family, ImageInputs, image_inputs
+from merit.hf.families import FAMILIES, Family, image_inputs
+from merit.hf.image_inputs import ImageInputs
 from merit.recipe.schema import ModelSettings
+
+_SENSES = ("vision_config", "audio_config", "video_config", "vision_tower", "mm_vision_tower", "visual", "vision")
+"""Keys of configs that name an encoder of something else than text."""
 
 TemplateOrigin = Literal["recipe", "base", "default"]
 
@@ -130,6 +134,24 @@ class Base(BaseFacts):
         config = side_files.read_config(self.folder)
         return image_inputs(self.folder, config, self.tokenizer, self.settings.max_pixels)
 
+    def write_inputs(self, folder: Path) -> None:
+        """Have a model folder, which holds this base's side files, say how its rows were made.
+
+        That is the chat template, where it is not the base's own, and the image processor's size, where ``max_pixels`` has
+        lowered it: whoever uses the model sees pictures as training did. Tokenizer files are never rewritten, since the
+        library's own rewriting can come back with other ids.
+        """
+        if self.template.origin != "base":
+            write_text(folder / "chat_template.jinja", self.template.text)
+        changed = {} if self.images is None else self.images.changed
+        for name, path in side_files.processor_files(folder).items() if changed else ():
+            content = side_files.read_json(path, side_files.PROCESSOR)
+            inner = content.get("image_processor") if name == "processor_config.json" else content
+            if name.startswith("video") or not inner:
+                continue
+            inner.update({key: value for key, value in changed.items() if key in inner or key == "size"})
+            write_json(path, content)
+
     @property
     def batcher(self) -> Batcher:
         """Makes batches of encoded rows."""
@@ -204,6 +226,15 @@ def open_base(settings: ModelSettings | str | Path, hashes: MutableMapping[str, 
     model_type = config.get("model_type") or ""
     architecture = (config.get("architectures") or [""])[0]
     family = FAMILIES.get(model_type)
+    # Some of these are in the library's list of causal language models, too: they would pass as text models.
+    sees = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or any(config.get(key) for key in _SENSES)
+    if sees and family is None:
+        raise CheckpointError(
+            f"model.base: {settings.base} is a {architecture or 'model'} (model_type {model_type or 'none'}), which takes "
+            "more than text; it is not of a known vision-language family.",
+            f"Known families, by model_type: {', '.join(FAMILIES)}.",
+            "Where only text is wanted, give a checkpoint of its language model alone.",
+        )
     known = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if family is None else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES).get(
         model_type
     )
@@ -223,6 +254,9 @@ def open_base(settings: ModelSettings | str | Path, hashes: MutableMapping[str, 
             "Give the unquantized checkpoint.",
         )
     headers = checkpoint.read_headers(folder)
+    if family is not None:
+        for name in headers.tensors:
+            family.role(name)  # refuses a tensor of no role
     # A vision-language config keeps its language model's settings in a block of their own, or (old files) next to its own.
     text = config.get("text_config") or {}
     context = text.get("max_position_embeddings") or config.get("max_position_embeddings")

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from merit.hf.families import ImageInputs
+from merit.hf.image_inputs import ImageInputs
 from merit.hf.rows import EncodedRow
 
 IGNORE = -100
@@ -36,7 +36,7 @@ class Batcher:
         """``input_ids``, ``attention_mask`` and ``labels`` (−100 where no target), each (B, L) int64.
 
         Vision-language models get their pixels, too (float32, all images of the batch in order, decoded now), where a
-        row of the batch has an image, and ``mm_token_type_ids`` (B, L) where the model wants them.
+        row of the batch has an image, and the input that marks image tokens (B, L) where the model wants one.
 
         Args:
             rows: The batch.
@@ -61,7 +61,7 @@ class Batcher:
             return {name: torch.from_numpy(array) for name, array in batch.items()}
         assert self.images is not None, "rows with images were encoded for a vision-language base"
         if self.images.types:
-            batch["mm_token_type_ids"] = (input_ids == self.images.token_id) * mask
+            batch[self.images.types] = (input_ids == self.images.token_id) * mask
         return {name: torch.from_numpy(array) for name, array in batch.items()} | self.images.tensors(pictures)
 
 

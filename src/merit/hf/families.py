@@ -1,198 +1,24 @@
-"""Vision-language families: which parameters play which role, how an image becomes tokens, and how it becomes pixels.
+"""Vision-language families: which parameters play which role, and how each sees images.
 
-One entry per family in :data:`FAMILIES`; :mod:`merit.hf.models` and the encoder ask here and know no family by name. The
-library's own processors are not used: Qwen's insists on a video processor that needs torchvision, SmolVLM's on a package
-that spells numbers, and ``AutoProcessor`` answers an unknown class with a bare tokenizer. Its image processors are (the
-PIL ones), and so a picture is resized, cut and normalised as the base's authors published it. Not covered: video, audio,
-reading image files (:mod:`merit.hf.images`).
+One entry per family in :data:`FAMILIES`; :mod:`merit.hf.models` and the encoder ask here and know no family by name.
 """
 
 from __future__ import annotations
 
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
-from PIL import Image as pil
-from PIL.Image import Image
-from transformers import AutoImageProcessor, PreTrainedTokenizerFast
-from transformers.image_processing_utils import BaseImageProcessor
+from transformers import PreTrainedTokenizerFast
 
 from merit.errors import CheckpointError
-from merit.hf.images import ImageRef, read_image
-from merit.hf.side_files import PROCESSOR, read_json, reason
+from merit.hf.image_inputs import Gemma3Images, Idefics3Images, ImageInputs, InternVLImages, LlavaImages, QwenImages
 
-MOST_THIN = 200
-"""Longest side over shortest. Qwen's processor refuses what is thinner; others would scale it up to any size."""
 Role = Literal["language", "projector", "vision"]
 ROLES: tuple[Role, ...] = ("language", "projector", "vision")
-
-
-class ImageInputs(ABC):
-    """Images as one base sees them: placeholder text for the prompt, tensors for the model.
-
-    Attributes:
-        token: The text of the image token, which the tokenizer reads as one token.
-        token_id: Its id; the model puts image features where it stands.
-        settings: What decides the tensors (recorded, and part of every encoded dataset's fingerprint).
-    """
-
-    types: ClassVar[bool] = False
-    """The model wants ``mm_token_type_ids`` (1 at image tokens); without them it would number positions as in text."""
-
-    def __init__(
-        self, folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, max_pixels: int
-    ) -> None:
-        self.token_id = int(config.get("image_token_id", config.get("image_token_index", -1)))
-        self.token = _image_token(folder, tokenizer, self.token_id)
-        self._config = config
-        self._published = _processor_config(folder)
-        self.processor: Any = _image_processor(folder)  # each class has its own settings
-        self.limit_pixels(max_pixels)
-        self._text = lru_cache(maxsize=65536)(self.expand)
-        shown = {key: value for key, value in self.processor.to_dict().items() if not key.startswith("_")}
-        self.settings = {"image_processor": shown, "backend": "pil", "image_token": self.token}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_text"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._text = lru_cache(maxsize=65536)(self.expand)
-
-    def text(self, image: ImageRef) -> str:
-        """What stands in the prompt for an image: as many image tokens as the model makes features of it.
-
-        Raises:
-            ValueError: The image is too thin, or the processor refuses its shape.
-        """
-        if max(image.width, image.height) > MOST_THIN * min(image.width, image.height):
-            raise ValueError(f"one side is more than {MOST_THIN} times the other")
-        return self._text(image.width, image.height)
-
-    def tensors(self, images: Sequence[ImageRef]) -> dict[str, torch.Tensor]:
-        """Decode images and make the model's inputs of them, in order."""
-        return self.pixels([read_image(image) for image in images])
-
-    def limit_pixels(self, max_pixels: int) -> None:  # noqa: B027  a family whose images have one size has nothing to limit
-        """Have the processor scale larger images down to ``max_pixels``."""
-
-    @abstractmethod
-    def expand(self, width: int, height: int) -> str:
-        """Placeholder text for an image of this size."""
-
-    @abstractmethod
-    def pixels(self, images: Sequence[Image]) -> dict[str, torch.Tensor]:
-        """Model inputs for RGB images; float32 pixels."""
-
-
-class QwenImages(ImageInputs):
-    """Qwen2-VL, Qwen2.5-VL, Qwen3-VL: native resolution, one token per ``merge_size``² patches, positions in 3-D."""
-
-    types = True
-
-    def limit_pixels(self, max_pixels: int) -> None:
-        """As in :class:`ImageInputs`."""
-        size = dict(self.processor.size)
-        size["longest_edge"] = min(int(size["longest_edge"]), max_pixels)
-        size["shortest_edge"] = min(int(size["shortest_edge"]), size["longest_edge"])
-        self.processor.size = type(self.processor.size)(**size)
-
-    def expand(self, width: int, height: int) -> str:
-        """As in :class:`ImageInputs`."""
-        patches = self.processor.get_number_of_image_patches(height, width)
-        return self.token * int(patches // self.processor.merge_size**2)
-
-    def pixels(self, images: Sequence[Image]) -> dict[str, torch.Tensor]:
-        """As in :class:`ImageInputs`."""
-        found = self.processor(images=list(images), return_tensors="pt")
-        return {"pixel_values": found["pixel_values"], "image_grid_thw": found["image_grid_thw"]}
-
-
-class LlavaImages(ImageInputs):
-    """LLaVA: every image is resized and cropped to one size; one token per patch of the vision encoder."""
-
-    def __init__(
-        self, folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, max_pixels: int
-    ) -> None:
-        vision = str(config.get("vision_config", {}).get("model_type", "clip_vision_model"))
-        if vision not in ("clip_vision_model", "siglip_vision_model"):
-            raise CheckpointError(
-                f"model.base: {folder} is a LLaVA with a vision encoder of type {vision}, whose images are not of one size; "
-                "expected clip_vision_model or siglip_vision_model.",
-                "Choose another base.",
-            )
-        super().__init__(folder, config, tokenizer, max_pixels)
-
-    def expand(self, width: int, height: int) -> str:
-        """As in :class:`ImageInputs`."""
-        rows, columns = self._size(width, height)
-        vision = self._config["vision_config"]
-        patch = int(self._published.get("patch_size") or vision["patch_size"])
-        strategy = self._config.get("vision_feature_select_strategy", "default")
-        default_extra = 1 if vision.get("model_type") == "clip_vision_model" else 0  # CLIP's class token
-        extra = int(self._published.get("num_additional_image_tokens", default_extra))
-        return self.token * int((rows // patch) * (columns // patch) + extra - (strategy == "default"))
-
-    def _size(self, width: int, height: int) -> tuple[int, int]:
-        """Height and width after processing, by processing a blank picture (once per size)."""
-        return tuple(self.pixels([pil.new("RGB", (width, height))])["pixel_values"].shape[-2:])  # type: ignore[return-value]
-
-    def pixels(self, images: Sequence[Image]) -> dict[str, torch.Tensor]:
-        """As in :class:`ImageInputs`."""
-        return {"pixel_values": self.processor(images=list(images), return_tensors="pt")["pixel_values"]}
-
-
-class Idefics3Images(ImageInputs):
-    """Idefics3 and SmolVLM: an image is cut into tiles; each tile, and the whole image once, is a run of tokens.
-
-    The text around the runs is that of the published processors (tile names, line ends, the global tag).
-    """
-
-    def __init__(
-        self, folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, max_pixels: int
-    ) -> None:
-        super().__init__(folder, config, tokenizer, max_pixels)
-        vision = config["vision_config"]
-        side = int(vision["image_size"]) // int(vision["patch_size"])
-        self._run = side**2 // int(config.get("scale_factor", 2)) ** 2
-        published = int(self._published.get("image_seq_len", self._run))
-        if published != self._run:
-            raise CheckpointError(
-                f"model.base: {folder} says that a tile is {published} tokens (processor_config.json), but its model makes "
-                f"{self._run} of one (config.json).",
-                "Correct image_seq_len.",
-            )
-
-    def limit_pixels(self, max_pixels: int) -> None:
-        """As in :class:`ImageInputs`."""
-        tile = int(self.processor.max_image_size["longest_edge"])
-        longest = max(tile, int(max_pixels**0.5) // tile * tile)
-        size = dict(self.processor.size)
-        size["longest_edge"] = min(int(size["longest_edge"]), longest)
-        self.processor.size = type(self.processor.size)(**size)
-
-    def expand(self, width: int, height: int) -> str:
-        """As in :class:`ImageInputs`."""
-        plain = {"do_rescale": False, "do_normalize": False, "do_pad": False, "return_row_col_info": True}
-        found = self.processor(images=[[pil.new("RGB", (width, height))]], **plain)
-        rows, columns = int(found["rows"][0][0]), int(found["cols"][0][0])
-        fake, run = "<fake_token_around_image>", self.token * self._run
-        tiles = "".join(
-            "".join(f"{fake}<row_{r + 1}_col_{c + 1}>{run}" for c in range(columns)) + "\n" for r in range(rows)
-        )
-        return f"{tiles}\n{fake}<global-img>{run}{fake}" if rows else f"{fake}<global-img>{run}{fake}"
-
-    def pixels(self, images: Sequence[Image]) -> dict[str, torch.Tensor]:
-        """As in :class:`ImageInputs`."""
-        # All images of a batch as those of one row: the model takes them in order, whatever row they stand in.
-        found = self.processor(images=[list(images)], return_tensors="pt")
-        return {"pixel_values": found["pixel_values"].float(), "pixel_attention_mask": found["pixel_attention_mask"]}
 
 
 @dataclass(frozen=True)
@@ -201,24 +27,54 @@ class Family:
 
     Attributes:
         inputs: How it sees images.
-        vision: Pattern of the vision encoder's parameter names, as modules or as files.
-        projector: Pattern of the projector's; looked at first, since Qwen keeps its projector inside the encoder.
+        language: Pattern of the language decoder's parameter names, as modules or as files, from the start.
+        vision: Pattern of the vision encoder's.
+        projector: Pattern of the projector's.
     """
 
     inputs: type[ImageInputs]
+    language: str
     vision: str
     projector: str
 
     def role(self, name: str) -> Role:
-        """The role of a parameter, by its module's or its file's name."""
-        if re.search(self.projector, name):
-            return "projector"
-        return "vision" if re.search(self.vision, name) else "language"
+        """The role of a parameter, by its module's or its file's name.
+
+        Raises:
+            CheckpointError: The name is that of no role, so that what is trained would be a guess.
+        """
+        found = self.roles(name)
+        if len(found) != 1:
+            raise CheckpointError(
+                f"model.base: the parameter {name} is {' and '.join(found) or 'neither language, projector nor vision'}: "
+                "the checkpoint is not laid out as others of its family.",
+                "Use a checkpoint as it was published, or one saved by transformers.",
+            )
+        return found[0]
+
+    def roles(self, name: str) -> list[Role]:
+        """Roles whose pattern the name matches: one for every parameter, none for a module above all roles."""
+        core = _WRAPPERS.sub("", name)
+        return [role for role in ROLES if re.match(getattr(self, role), core)]
 
 
-_QWEN = Family(QwenImages, vision=r"(^|\.)visual\.", projector=r"(^|\.)visual\.(deepstack_)?merger")
-_LLAVA = Family(LlavaImages, vision=r"(^|\.)vision_tower\.", projector=r"(^|\.)multi_modal_projector\.")
-_IDEFICS3 = Family(Idefics3Images, vision=r"(^|\.)vision_model\.", projector=r"(^|\.)connector\.")
+_WRAPPERS = re.compile(r"^(base_model\.model\.|module\.)*(model\.)?")
+_HEAD = r"lm_head\."
+_QWEN = Family(
+    QwenImages,
+    language=rf"(language_model\.|layers\.|embed_tokens\.|norm\.|{_HEAD})",
+    vision=r"visual\.(?!(deepstack_)?merger)",
+    projector=r"visual\.(deepstack_)?merger",
+)
+_LLAVA = Family(
+    LlavaImages,
+    language=rf"(language_model\.|{_HEAD})",
+    vision=r"vision_tower\.",
+    projector=r"multi_modal_projector\.",
+)
+_IDEFICS3 = Family(
+    Idefics3Images, language=rf"(text_model\.|{_HEAD})", vision=r"vision_model\.", projector=r"connector\."
+)
 
 FAMILIES: dict[str, Family] = {
     "qwen2_vl": _QWEN,
@@ -227,6 +83,8 @@ FAMILIES: dict[str, Family] = {
     "llava": _LLAVA,
     "idefics3": _IDEFICS3,
     "smolvlm": _IDEFICS3,
+    "gemma3": replace(_LLAVA, inputs=Gemma3Images),
+    "internvl": replace(_LLAVA, inputs=InternVLImages),
 }
 """By transformers' ``model_type``."""
 
@@ -254,39 +112,3 @@ def positions(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> tor
     wanted = ("input_ids", "image_grid_thw", "attention_mask", "mm_token_type_ids")
     found: torch.Tensor = inner.get_rope_index(**{key: inputs[key] for key in wanted})[0]  # type: ignore[operator]
     return found
-
-
-def _image_token(folder: Path, tokenizer: PreTrainedTokenizerFast, token_id: int) -> str:
-    token = tokenizer.convert_ids_to_tokens(token_id) if 0 <= token_id < len(tokenizer) else None
-    whole = token in tokenizer.get_added_vocab() and tokenizer(token, add_special_tokens=False)["input_ids"] == [
-        token_id
-    ]
-    if token is None or not whole:
-        raise CheckpointError(
-            f"model.base: {folder / 'config.json'} names token {token_id} as the image token, but the tokenizer "
-            + ("has no such token." if token is None else f"does not read {token!r} as that one token."),
-            "Tokenizer and model are not of one checkpoint; give the folder as it was published.",
-        )
-    return str(token)
-
-
-def _image_processor(folder: Path) -> BaseImageProcessor:
-    try:
-        found = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)  # type: ignore[no-untyped-call]
-    except Exception as error:  # whatever the library raises on damaged files
-        raise CheckpointError(
-            f"model.base: no image processor could be loaded from {folder}: {reason(error)}",
-            "A vision-language base needs its preprocessor_config.json (or processor_config.json) next to config.json.",
-        ) from None
-    if not isinstance(found, BaseImageProcessor):
-        raise CheckpointError(
-            f"model.base: {folder} gives a {type(found).__name__} where an image processor was expected.",
-            "Its preprocessor_config.json should name one (image_processor_type).",
-        )
-    return found
-
-
-def _processor_config(folder: Path) -> dict[str, Any]:
-    """What the published processor says besides its image processor (``processor_config.json``); empty without it."""
-    file = folder / "processor_config.json"
-    return read_json(file, PROCESSOR) if file.is_file() else {}

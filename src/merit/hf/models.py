@@ -27,7 +27,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
 from merit.errors import CheckpointError, RecipeError, ResourceError
-from merit.files import write_json, write_text
+from merit.files import write_json
 from merit.hf import checkpoint, side_files
 from merit.hf.base import Base
 from merit.hf.families import FAMILIES, ROLES, Family
@@ -233,7 +233,9 @@ def _with_adapters(
 ) -> PreTrainedModel:
     lora = settings.lora
     torch.manual_seed(seed)
-    elsewhere = [name for name, _ in model.named_modules() if family and family.role(f"{name}.weight") != "language"]
+    elsewhere = [
+        name for name, _ in model.named_modules() if family and family.roles(f"{name}.weight") not in ([], ["language"])
+    ]
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a fraction is fine at run time
@@ -315,9 +317,7 @@ def save_branch(model: PreTrainedModel, folder: Path, base: Base, *, save_dtype:
         if save_dtype == "float32":
             config = side_files.read_config(folder)
             write_json(folder / "config.json", side_files.set_config_dtype(config, "float32"))
-    # The base's own tokenizer files, never the library's rewriting of them: that can come back with other ids.
-    if base.template.origin != "base":
-        write_text(folder / "chat_template.jinja", base.template.text)
+    base.write_inputs(folder)
 
 
 def limit_threads(threads: int | None) -> int:

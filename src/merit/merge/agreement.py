@@ -9,19 +9,20 @@ import hashlib
 import importlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from merit.errors import MergeError
 from merit.hf.checkpoint import Checkpoint, TensorInfo
-from merit.hf.side_files import chat_template, read_config, read_json
+from merit.hf.side_files import chat_template, processor_files, read_config, read_json
 
 __all__ = [
     "check_adapter_bases",
     "check_config",
     "check_tokenizer",
     "common_chat_template",
+    "common_processor",
     "core_name",
     "match_tensors",
 ]
@@ -304,3 +305,14 @@ def common_chat_template(base: Path, branches: Mapping[str, Path]) -> tuple[str 
     if len(texts) == 1:
         return json.loads(texts.pop()), ["The base has no chat template; the branches' common one is carried along."]
     return None, ["The branches' chat templates differ and the base has none: none is carried along."] if texts else []
+
+
+def common_processor(base: Path, branches: Sequence[Path]) -> dict[str, Path]:
+    """Image processor files that the merged model gets instead of the base's: those that all branches were trained with.
+
+    A branch that was trained with a lower pixel limit says so in them. Where branches differ, the base's files stay.
+    """
+    names = processor_files(base)
+    found = [processor_files(branch) for branch in branches]
+    common = {name for name in names if all(name in files for files in found)}
+    return {name: found[0][name] for name in sorted(common) if len({files[name].read_bytes() for files in found}) == 1}

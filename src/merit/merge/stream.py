@@ -30,8 +30,8 @@ from merit.hf.checkpoint import (
     read_digest,
 )
 from merit.hf.dtypes import BLOCK
-from merit.hf.side_files import copy_side_files, read_config, set_config_dtype
-from merit.merge import card, native
+from merit.hf.side_files import copy_files, copy_side_files, read_config, set_config_dtype
+from merit.merge import agreement, card, native
 from merit.merge.arithmetic import NonFiniteError
 from merit.merge.plan import MergePlan, OutputFile, TensorPlan, check_output, check_space, index_json
 from merit.merge.result import MergeResult, Source, WrittenFile
@@ -232,6 +232,7 @@ class _Run:
             write_text(folder / "chat_template.jinja", plan.template, durable=False)
         write_text(folder / "README.md", card.model_card(plan, inputs), durable=False)
         copy_side_files(plan.base.folder, folder)
+        copy_files(agreement.common_processor(plan.base.folder, [branch.path for branch in plan.branches]), folder)
         if plan.dtype is not None and (folder / "config.json").is_file():
             config = set_config_dtype(read_config(folder), plan.dtype)
             write_text(folder / "config.json", json.dumps(config, indent=2) + "\n", durable=False)

@@ -18,7 +18,7 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
 from merit.errors import MixtureError
-from merit.hf.families import ImageInputs
+from merit.hf.image_inputs import ImageInputs
 from merit.hf.images import ImageRef
 from merit.hf.rows import EncodedRow
 from merit.mixture.chat import BadRow, Chat, Message
@@ -71,7 +71,7 @@ class ChatEncoder:
         self.max_length = max_length
         self.images = images
         self.inventory = CharacterInventory(tokenizer)
-        self.template = ChatTemplate(tokenizer, None if images is None else images.token)
+        self.template = ChatTemplate(tokenizer, None if images is None else images.place)
         added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self._added = "|".join(re.escape(token) for token in added) or r"(?!)"
         self._pattern, self._pattern_size = re.compile(r"(?!)"), 0
@@ -118,7 +118,9 @@ class ChatEncoder:
                 "A row has images, but the base is text-only.",
                 "Use a vision-language base, or leave the dataset out with mixture.exclude.",
             )
-        if self.images is not None and any(self.images.token in turn["content"] for turn in chat.messages):
+        if self.images is not None and any(
+            token in turn["content"] for turn in chat.messages for token in (self.images.token, self.images.place)
+        ):
             return "image_token_in_text"  # it would be read as a place for an image
         try:
             text, spans = self.template.render(chat.messages, images=len(chat.images))
@@ -136,7 +138,7 @@ class ChatEncoder:
         """Put each image's tokens in its token's place, as the family's processor does, before tokenising."""
         if self.images is None or not chat.images:
             return text, spans
-        token = self.images.token
+        token = self.images.place
         places = [match.start() for match in re.finditer(re.escape(token), text)]
         longer = [self.images.text(image) for image in chat.images]
         pieces, cursor = [], 0

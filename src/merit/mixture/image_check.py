@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from merit.hf.families import ImageInputs
+from merit.hf.image_inputs import ImageInputs
 from merit.hf.images import BadImage, ImageRef, renamed
 from merit.mixture.chat import BadRow, Chat
 from merit.mixture.found import Found

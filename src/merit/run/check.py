@@ -128,7 +128,7 @@ def make_plan(session: Session, *, offline: bool = False) -> Plan:
     if base is not None and base.family is None:
         refuse_images(summaries)
     if opened is not None:  # a template that cannot be used for training is refused here, not after a preparation
-        ChatTemplate(opened.tokenizer, opened.images.token if opened.images else None)
+        ChatTemplate(opened.tokenizer, opened.images.place if opened.images else None)
     notes = [
         *_notes_on_tests(recipe, datasets),
         *_notes_on_base(opened, weights, looked_at=base is not None),
