@@ -1,52 +1,50 @@
 """MERIT: measure gradient conflict, split the mixture, train branches apart, merge once.
 
-The public API is loaded lazily, so that ``import merit`` costs milliseconds and no ML library::
+The public names are loaded when they are used, so that ``import merit`` costs milliseconds and no ML library::
 
     import merit
-    recipe = merit.load_recipe(Path("recipe.yaml"))
-    ...
+
+    base = merit.open_base("Qwen/Qwen2.5-0.5B")
+    mix = merit.encode_mixture(merit.find_datasets("data/"), base, max_length=2048)
+    geometry = merit.measure_gradients(mix.train, base)
+
+docs/python-api.md goes on from here.
 """
 
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from merit.conflict.result import Geometry
     from merit.conflict.stage import measure_gradients
     from merit.errors import MeritError, UserError
+    from merit.evaluation.results import Evaluation
     from merit.evaluation.stage import evaluate
     from merit.hf.base import Base, open_base
-    from merit.merge import Branch, merge_branches, plan_merge, run_merge
+    from merit.merge.result import MergeResult
+    from merit.merge.stage import merge_branches
+    from merit.merge.weights import Branch
     from merit.mixture.found import find_datasets
+    from merit.mixture.result import Mixture
     from merit.mixture.stage import encode_mixture
-    from merit.recipe.load import load_recipe, parse_recipe
+    from merit.recipe.load import load_recipe
     from merit.recipe.schema import Recipe
+    from merit.split.result import Split
     from merit.split.stage import split_mixture
+    from merit.train.branch import train_branch
 
 __version__ = "0.1.0"
-
-_HOME = {
-    "Base": "merit.hf.base",
-    "Branch": "merit.merge",
-    "MeritError": "merit.errors",
-    "Recipe": "merit.recipe.schema",
-    "UserError": "merit.errors",
-    "encode_mixture": "merit.mixture.stage",
-    "evaluate": "merit.evaluation.stage",
-    "find_datasets": "merit.mixture.found",
-    "open_base": "merit.hf.base",
-    "load_recipe": "merit.recipe.load",
-    "measure_gradients": "merit.conflict.stage",
-    "parse_recipe": "merit.recipe.load",
-    "merge_branches": "merit.merge",
-    "plan_merge": "merit.merge",
-    "run_merge": "merit.merge",
-    "split_mixture": "merit.split.stage",
-}
 
 __all__ = [
     "Base",
     "Branch",
+    "Evaluation",
+    "Geometry",
+    "MergeResult",
     "MeritError",
+    "Mixture",
     "Recipe",
+    "Split",
     "UserError",
     "encode_mixture",
     "evaluate",
@@ -55,16 +53,38 @@ __all__ = [
     "measure_gradients",
     "merge_branches",
     "open_base",
-    "parse_recipe",
-    "plan_merge",
-    "run_merge",
     "split_mixture",
+    "train_branch",
 ]
 
+_HOME = {
+    "Base": "hf.base",
+    "Branch": "merge.weights",
+    "Evaluation": "evaluation.results",
+    "Geometry": "conflict.result",
+    "MergeResult": "merge.result",
+    "MeritError": "errors",
+    "Mixture": "mixture.result",
+    "Recipe": "recipe.schema",
+    "Split": "split.result",
+    "UserError": "errors",
+    "encode_mixture": "mixture.stage",
+    "evaluate": "evaluation.stage",
+    "find_datasets": "mixture.found",
+    "load_recipe": "recipe.load",
+    "measure_gradients": "conflict.stage",
+    "merge_branches": "merge.stage",
+    "open_base": "hf.base",
+    "split_mixture": "split.stage",
+    "train_branch": "train.branch",
+}
 
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        from importlib import import_module
 
-        return getattr(import_module(_HOME[name]), name)
-    raise AttributeError(f"module 'merit' has no attribute {name!r}")
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'merit' has no attribute {name!r}")
+    return getattr(import_module(f"merit.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
