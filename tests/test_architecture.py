@@ -55,7 +55,9 @@ NOT_YET: dict[str, set[str]] = {
         "merit.recipe.schema",
     },
     "flags": set(),
-    "keys": set(),
+    "keys": {
+        "merit",
+    },
     "mirror": set(),
 }
 # not yet: end
