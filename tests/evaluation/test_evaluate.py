@@ -340,3 +340,28 @@ def test_a_damaged_file_is_named(run, tmp_path, file, damage):
     (tmp_path / file).write_text(damage, encoding="utf-8")
     with pytest.raises(RunFolderError, match=file):
         Evaluation.load(tmp_path)
+
+
+def test_a_kept_figure_that_changed_is_measured_again(run, tmp_path):
+    """Fails on commit f5727a1 (A8): a flipped digit in models/*.json became the run's result."""
+    first = run(tmp_path, ("base", "merged"), max_examples=2)
+    file = tmp_path / "models" / "merged.json"
+    whole = file.read_bytes()
+    rng = np.random.default_rng(0)
+    content = whole.index(b'"mixture"')
+    for place in rng.integers(content, len(whole) - 100, size=4):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        again = run(tmp_path, ("base", "merged"), max_examples=2)
+        assert again.results == first.results
+        assert again.drift == first.drift
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        assert stored["mixture"] == json.loads(whole)["mixture"]
+
+
+def test_who_takes_no_part_is_said(run, tmp_path):
+    """Fails on commit f5727a1 (A9): an unfinished model was left out without a word."""
+    about = About(missing={"merged": "unfinished: merged holds no record.json"})
+    found = run(tmp_path, ("base", "joint"), max_examples=2, about=about)
+    assert found.summary.missing == {"merged": "unfinished: merged holds no record.json"}
+    assert "Not measured: merged (unfinished: merged holds no record.json)." in found.verdict.sentences
+    assert Evaluation.load(tmp_path).summary == found.summary

@@ -27,7 +27,8 @@ Metric = Literal["loss", "exact_match", "drift"]
 Outcome = Literal["better", "worse", "unclear", "few"]
 
 PARTS: tuple[Part, ...] = ("mixture", "kept")
-FORMAT = 1
+FORMAT = 2
+"""Version of the files."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,7 @@ class Summary:
     Attributes:
         models: Names in the order of tables.
         about: Remark by model on how it was made, where that is not the plain way.
+        missing: Models that were expected and take no part, and why.
         method: Split method that ``merged`` was made with.
         seed: Of the bootstrap.
         short_answer_datasets: The mixture's datasets with short answers.
@@ -188,6 +190,7 @@ class Summary:
 
     models: tuple[str, ...]
     about: dict[str, str]
+    missing: dict[str, str]
     method: str
     seed: int
     short_answer_datasets: tuple[str, ...]

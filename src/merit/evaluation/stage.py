@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 
@@ -95,7 +95,7 @@ def _folder(model: Model) -> Path:
 
 @dataclass(frozen=True)
 class _Stored:
-    """What is kept of one model; its fields are the file's keys."""
+    """What is kept of one model; its fields are the file's keys. ``checksum`` is of all the others."""
 
     format: int
     key: str
@@ -104,6 +104,17 @@ class _Stored:
     mixture: ByDataset
     kept: ByDataset
     drift: Drift | None
+    checksum: str = ""
+
+    def content(self) -> str:
+        """What ``checksum`` must be."""
+        return fingerprint({key: value for key, value in asdict(self).items() if key != "checksum"})
+
+    def save(self, file: Path) -> Self:
+        """Write it, with its checksum."""
+        whole = replace(self, checksum=self.content())
+        write_json(file, asdict(whole))
+        return whole
 
     def figures(self) -> ModelFigures:
         return ModelFigures({"mixture": self.mixture, "kept": self.kept}, self.drift, self.seconds)
@@ -221,8 +232,7 @@ class _Measuring:
         for name in names:
             if name not in stored:
                 twin = replace(stored[first[self._keys[name]]], model=name, seconds=0.0)
-                write_json(self._file(name), asdict(twin))
-                found[name] = twin.figures()
+                found[name] = twin.save(self._file(name)).figures()
         return {name: found[name] for name in names}
 
     def _measure(self, name: str) -> _Stored:
@@ -239,13 +249,12 @@ class _Measuring:
         seconds = round(time.monotonic() - started, 3)
         sets = measured.sets
         item = _Stored(FORMAT, self._keys[name], name, seconds, sets["mixture"], sets["kept"], measured.drift)
-        write_json(self._file(name), asdict(item))
-        return item
+        return item.save(self._file(name))
 
     def _read(self, name: str) -> _Stored | None:
         with suppress(RunFolderError):  # missing or damaged: measured again
             item = read_as(self._file(name), _Stored)
-            if item.key == self._keys[name] and item.format == FORMAT:
+            if item.key == self._keys[name] and item.format == FORMAT and item.checksum == item.content():
                 return item
         return None
 

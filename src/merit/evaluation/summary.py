@@ -40,11 +40,13 @@ class About:
         method: Split method that ``merged`` was made with.
         trained_tokens: Target tokens that each model was trained on, by name.
         remarks: In what way a model is not the plain one (``operator ties``, ``without branch 1``), by name.
+        missing: Models that were expected and take no part, by name, and why (``unfinished: ...``).
     """
 
     method: str = "pca"
     trained_tokens: Mapping[str, int] = field(default_factory=dict)
     remarks: Mapping[str, str] = field(default_factory=dict)
+    missing: Mapping[str, str] = field(default_factory=dict)
 
 
 def model_order(models: Iterable[str]) -> tuple[str, ...]:
@@ -125,6 +127,7 @@ def summarise(
     return Summary(
         models=models,
         about={name: about.remarks[name] for name in models if about.remarks.get(name)},
+        missing={name: why for name, why in about.missing.items() if name not in models},
         method=about.method,
         seed=seed,
         short_answer_datasets=tuple(sorted(short)),

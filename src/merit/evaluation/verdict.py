@@ -74,11 +74,14 @@ def judge(summary: Summary) -> Verdict:
 def _sentences(summary: Summary, found: Sequence[Comparison], advised: Recommendation) -> list[str]:
     averages, remark = summary.macro, summary.about.get("merged")
     opening = [f"merged is not the plain token-weighted average of all branches: {remark}."] if remark else []
+    if summary.missing:
+        absent = "; ".join(f"{name} ({why})" for name, why in summary.missing.items())
+        opening.insert(0, f"Not measured: {absent}.")
     if not any(item.mixture or item.kept or item.drift for item in averages.values()):
         nothing = "Nothing was measured, so nothing can be said of what was learned or kept."
         return [*opening, nothing, _NO_LEARNED, _NO_KEPT]
     if "merged" not in averages:
-        return ["No merged model was measured, so nothing is compared."]
+        return ["No merged model was measured, so nothing is compared.", *opening]
     base = next((item for item in found if item.other == "base"), Comparison("base", ()))
     baselines = [item for item in found if item.other != "base"]
     return [

@@ -12,7 +12,7 @@ from merit.evaluation.stage import About, Candidate, Evaluation, HeldOut, ModelS
 from merit.hf import checkpoint
 from merit.mixture import load_split
 from merit.run import key
-from merit.run.record import damaged
+from merit.run.record import Output, damaged
 from merit.run.scope import Scope
 from merit.run.session import Session
 from merit.run.step import Step, Work, run_step
@@ -30,13 +30,16 @@ def evaluate_run(session: Session) -> Evaluation:
     Raises:
         RunFolderError: A model is stale or damaged, or the evaluation was made with other settings.
     """
-    models = find_models(session)
+    models, missing = find_models(session)
+    for name, why in missing.items():
+        session.reporter.note(f"{name} is not measured: {why}")
+    held_out = held_out_rows(session.run / "mixture")
     fingerprints = {name: value for name, (_, value) in models.items()}
 
     def make(work: Work) -> Evaluation:
         found = evaluate(
-            model_set(session, models),
-            HeldOut(load_split(session.run / "mixture", "test"), load_split(session.run / "mixture", "kept")),
+            model_set(session, models, missing),
+            held_out,
             session.recipe.evaluate,
             seed=session.recipe.seed,
             folder=work.folder,
@@ -57,7 +60,7 @@ def evaluate_run(session: Session) -> Evaluation:
         make,
         load=Evaluation.load,
         seed=session.recipe.seed,
-        describe=lambda _folder: f"{len(models)} models",
+        describe=lambda found: f"{len(models)} models: {', '.join(found.summary.models)}",
         begin=f"{len(models)} models on held-out rows",
         unit="models",
         keep=("models",),
@@ -66,15 +69,30 @@ def evaluate_run(session: Session) -> Evaluation:
     return run_step(step, session)
 
 
-def model_set(session: Session, models: Mapping[str, tuple[Path | None, str]]) -> ModelSet:
+def held_out_rows(mixture: Path) -> HeldOut:
+    """Test and kept rows of a run, compared with what the mixture stage wrote: an answer that changed is noticed.
+
+    Raises:
+        RunFolderError: A file is missing or holds something else.
+    """
+    for name, facts in Stage("mixture", mixture).record().outputs.items():
+        path = mixture / name
+        if name.startswith(("test/", "kept/")) and (not path.is_file() or Output.of(path) != facts):
+            raise damaged(
+                path, "its content is not what the mixture stage wrote" if path.is_file() else "it is missing"
+            )
+    return HeldOut(load_split(mixture, "test"), load_split(mixture, "kept"))
+
+
+def model_set(session: Session, models: Mapping[str, tuple[Path | None, str]], missing: Mapping[str, str]) -> ModelSet:
     """The models of a run as the evaluation takes them, with how they were made."""
     method = Split.load(session.run / "split").method
-    about = About(method=method, trained_tokens=trained_tokens(session), remarks=remarks(session))
+    about = About(method=method, trained_tokens=trained_tokens(session), remarks=remarks(session), missing=missing)
     return ModelSet(session.base, {name: Candidate(*facts) for name, facts in models.items()}, about)
 
 
-def find_models(session: Session) -> dict[str, tuple[Path | None, str]]:
-    """Every model there is: name → (folder, content fingerprint); the base has no folder of its own here.
+def find_models(session: Session) -> tuple[dict[str, tuple[Path | None, str]], dict[str, str]]:
+    """Every model that takes part, as name → (folder or None for the base, content); and why others do not.
 
     Raises:
         RunFolderError: A model is stale, or its files are not what was recorded.
@@ -91,7 +109,14 @@ def find_models(session: Session) -> dict[str, tuple[Path | None, str]]:
         wanted["joint"] = wanted["merged"]
     if recipe.evaluate.branches and recipe.group_count > 1:
         wanted |= {f"branch-{k}": stage for k, stage in branch_stages(session, session.scope).items()}
-    return found | {name: _checked(stage) for name, stage in wanted.items() if stage.is_done()}
+    done = {name: stage for name, stage in wanted.items() if stage.is_done()}
+    missing = {name: _why_missing(stage) for name, stage in wanted.items() if name not in done}
+    return found | {name: _checked(stage) for name, stage in done.items()}, missing
+
+
+def _why_missing(stage: Stage) -> str:
+    begun = stage.path.is_dir() and any(stage.path.iterdir())
+    return f"unfinished: {stage.path} holds no record.json; make it again" if begun else f"{stage.name} is not made yet"
 
 
 def _merge_as_made(session: Session, scope: Scope) -> Stage:
