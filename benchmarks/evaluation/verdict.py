@@ -22,7 +22,7 @@ from merit.evaluation.figures import Metric, Part
 from merit.evaluation.summary import called
 from merit.files import write_text
 
-DRAWS = 1000
+DRAWS = 800
 OLD_MIN_UNITS = 6
 Key = tuple[Part, Metric]
 Sizes = tuple[int, int, int]
