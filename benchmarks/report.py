@@ -14,7 +14,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def machine() -> dict[str, Any]:
     """Processor, cores and memory of this machine, and the load it is under; no host name, no path."""
-    from merit.run.store import versions
+    from merit.run.record import versions
 
     model = "unknown"
     for line in (

@@ -190,10 +190,12 @@ def test_the_limit_counts_pixels_to_the_last_one():
 
 
 def test_a_limit_above_pillows_own_holds(monkeypatch):
+    """Fails on commit f5727a1: Pillow's limit was raised for the whole process."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)  # Pillow refuses twice that
     data = encoded(noise(), "PNG")
     assert reason(data, 600)[0] == "image_too_large"
     assert examine(data, 1200) == (40, 30)
+    assert Image.MAX_IMAGE_PIXELS == 300
 
 
 def test_an_image_is_read_from_its_place_and_checked_again(tmp_path):

@@ -8,18 +8,22 @@ which images is :mod:`merit.mixture`'s.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
+import struct
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import xxhash
 from PIL import Image as pillow
 from PIL import UnidentifiedImageError
 from PIL.Image import Image, Transpose
+from PIL.ImageFile import ImageFile
 
 from merit.errors import MixtureError
 
@@ -100,7 +104,7 @@ def renamed(file: Path) -> str:
     if said is None:
         return ""
     try:
-        with pillow.open(file, formats=FORMATS) as image:
+        with file.open("rb") as handle, _open(handle) as image:
             return "" if image.format == said else str(image.format)
     except Exception:  # what is wrong with it is told elsewhere
         return ""
@@ -141,11 +145,10 @@ def decode(data: bytes, max_pixels: int) -> Image:
     Raises:
         BadImage: As :func:`examine`.
     """
-    _allow(max_pixels)
     if not data:
         raise BadImage("image_damaged", "it is empty (0 bytes)")
     try:
-        with pillow.open(io.BytesIO(data), formats=FORMATS) as image:
+        with _open(io.BytesIO(data)) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise BadImage(
@@ -231,14 +234,25 @@ def encode_image(image: Image) -> bytes:
     return buffer.getvalue()
 
 
-def _allow(max_pixels: int) -> None:
-    """Have Pillow's own limit on pixels not be below ours."""
-    if pillow.MAX_IMAGE_PIXELS is not None and max_pixels > pillow.MAX_IMAGE_PIXELS:
-        pillow.MAX_IMAGE_PIXELS = max_pixels
+def _open(file: BinaryIO) -> ImageFile:
+    """Open an image of a known format, whatever its size: ``PIL.Image.open`` has one limit of pixels for the whole process.
+
+    Raises:
+        UnidentifiedImageError: It has none of the formats.
+    """
+    pillow.init()
+    prefix = file.read(16)
+    for name in FORMATS:
+        factory, accept = pillow.OPEN[name]
+        if accept is not None and accept(prefix) is not True:
+            continue
+        file.seek(0)
+        with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):
+            return factory(file, "")
+    raise UnidentifiedImageError("no known format")
 
 
-# Our own check says what is too large, and broken EXIF is harmless: no such lines amid a progress bar.
-warnings.filterwarnings("ignore", category=pillow.DecompressionBombWarning)
+# Broken EXIF is harmless: no such lines amid a progress bar.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
