@@ -98,7 +98,7 @@ def test_turns_after_the_last_answer_are_cut():
         ({"prompt": "q", "completion": " "}, "prompt_completion", "empty_answer", "turn 1"),
         ({"instruction": "", "output": "a"}, "alpaca", "empty_prompt", "turn 0"),
         ({"instruction": "q"}, "alpaca", "not_text", "output"),
-        ({"conversations": [{"from": "tool", "value": "x"}]}, "sharegpt", "unknown_role", "tool"),
+        ({"conversations": [{"from": "narrator", "value": "x"}]}, "sharegpt", "unknown_role", "narrator"),
         (
             {"prompt": "q", "completion": [{"role": "user", "content": "q"}]},
             "prompt_completion",

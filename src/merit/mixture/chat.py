@@ -8,7 +8,7 @@ from typing import Any
 from merit.hf.images import ImageRef
 
 Message = dict[str, Any]
-"""``{"role": "system" | "user" | "assistant", "content": text}``."""
+"""``{"role": "system" | "user" | "assistant" | "tool", "content": text}``; maybe ``tool_calls``, ``reasoning_content``."""
 
 RawImage = str | bytes
 """A path as the row has it, or the bytes of an image file."""
@@ -43,6 +43,9 @@ class Chat:
     Attributes:
         messages: The turns in order; the last is the assistant's.
         first_target: Assistant turns before this message index are context, not targets (a list-valued ``prompt``).
+        untrained: Indices of further assistant turns that are no targets (``weight: 0``).
+        tools: Descriptions of the functions that the assistant may call, for the chat template.
+        ignored: Keys of the row and its turns that nothing reads.
         images: The row's images; the i-th ``IMAGE`` of all contents, in order, stands for the i-th. A row without images
             keeps an ``IMAGE`` that is part of its text.
         raw: The same images before anybody looked at them: a path or bytes, as the row has them, or where the bytes lie
@@ -53,6 +56,18 @@ class Chat:
     first_target: int = 0
     images: tuple[ImageRef, ...] = ()
     raw: tuple[RawImage | ImageRef, ...] = ()
+    untrained: frozenset[int] = frozenset()
+    tools: tuple[dict[str, Any], ...] = ()
+    ignored: frozenset[str] = frozenset()
+
+    @property
+    def targets(self) -> list[bool]:
+        """Per assistant turn, whether it is a target."""
+        return [
+            index >= self.first_target and index not in self.untrained
+            for index, turn in enumerate(self.messages)
+            if turn["role"] == "assistant"
+        ]
 
 
 Row = tuple[str, Chat | BadRow]

@@ -105,7 +105,7 @@ class ChatEncoder:
 
     def _answers_lost(self, chat: Chat) -> bool:
         """Whether nothing but white space is left of every target turn."""
-        answers = [turn["content"] for turn in chat.messages[chat.first_target :] if turn["role"] == "assistant"]
+        answers = _answers(chat)
         return bool(answers) and all(self.inventory.nothing_kept(answer) for answer in answers)
 
     def _tokenize(self, texts: list[str]) -> list[Encoding]:
@@ -123,7 +123,7 @@ class ChatEncoder:
         ):
             return "image_token_in_text"  # it would be read as a place for an image
         try:
-            text, spans = self.template.render(chat.messages, images=len(chat.images))
+            text, spans = self.template.render(chat.messages, len(chat.images), chat.tools)
         except jinja2.TemplateError:
             return "refused_by_template"
         try:
@@ -131,8 +131,7 @@ class ChatEncoder:
                 self.images.text(image)  # type: ignore[union-attr]  # computed once per size
         except ValueError:
             return "image_refused"
-        wanted = sum(turn["role"] == "assistant" for turn in chat.messages[chat.first_target :])
-        return text, spans[-wanted:]
+        return text, list(itertools.compress(spans, chat.targets))
 
     def _with_images(self, chat: Chat, text: str, spans: list[Span]) -> tuple[str, list[Span]]:
         """Put each image's tokens in its token's place, as the family's processor does, before tokenising."""
@@ -153,7 +152,7 @@ class ChatEncoder:
     def fault(self, reason: str, chat: Chat) -> BadRow | None:
         """What to say about a row that cannot be encoded through a fault of its own."""
         if reason == "refused_by_template":
-            said = self.template.refusal(chat.messages)
+            said = self.template.refusal(chat.messages, len(chat.images), chat.tools)
             return BadRow(reason, f"the base's chat template refuses the row: {said}")
         if reason == "image_token_in_text" and (sight := self.images) is not None:
             return BadRow(reason, f"its text holds {sight.token}, which the base reads as a place for an image")
@@ -220,7 +219,7 @@ class ChatEncoder:
             input_ids, targets = input_ids[:end], targets[:end]
         if self.images is not None:
             images = self._images_in(input_ids, images)
-        answers = [turn["content"] for turn in chat.messages if turn["role"] == "assistant"][-len(spans) :]
+        answers = _answers(chat)
         prompt_length, answer = 0, ""
         for token_range, content in zip(ranges, answers, strict=False):
             if token_range is not None and max(token_range[0], 1) < min(token_range[1], self.max_length):
@@ -267,6 +266,12 @@ class ChatEncoder:
             if clean and self.tokenizer.decode(ids) == self.tokenizer.decode(joint):
                 return ids, ranges
         return None
+
+
+def _answers(chat: Chat) -> list[str]:
+    """The texts of the turns that are targets."""
+    answers = [turn["content"] for turn in chat.messages if turn["role"] == "assistant"]
+    return list(itertools.compress(answers, chat.targets))
 
 
 def _automatic_prefix(tokenizer: PreTrainedTokenizerFast) -> list[int]:

@@ -11,10 +11,11 @@ import contextlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from merit.errors import nearest
+from merit.mixture import keys
 from merit.mixture.chat import IMAGE, BadRow, Chat, Message, RawImage
 from merit.mixture.images import raw_image, row_images
 
@@ -33,7 +34,7 @@ COLUMNS: dict[RowFormat, tuple[str, ...]] = {
 """The columns that a format must have. Where a row fits several, the first here is taken."""
 
 _ROLES: dict[RowFormat, dict[str, str]] = {
-    "messages": {"system": "system", "user": "user", "assistant": "assistant"},
+    "messages": {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"},
     "sharegpt": {
         "system": "system",
         "human": "user",
@@ -41,6 +42,9 @@ _ROLES: dict[RowFormat, dict[str, str]] = {
         "gpt": "assistant",
         "chatgpt": "assistant",
         "assistant": "assistant",
+        "function_call": "assistant",
+        "observation": "tool",
+        "tool": "tool",
     },
 }
 
@@ -77,7 +81,8 @@ def to_chat(row: object, row_format: RowFormat) -> Chat:
     place of their own go before the text of the first user turn. docs/mixture.md shows each form.
 
     Raises:
-        BadRow: no_assistant_turn, unknown_role, not_text, empty_answer, empty_prompt; image_count, image_turn,
+        BadRow: no_assistant_turn, unknown_role, not_text, empty_answer, empty_prompt, turn_weight, tools, tool_calls,
+            system_twice, video_refused; image_count, image_turn,
             image_missing, image_format, image_url, image_damaged.
     """
     if not isinstance(row, Mapping):
@@ -88,7 +93,11 @@ def to_chat(row: object, row_format: RowFormat) -> Chat:
         extra = row.get("input")
         if extra is not None and _text(extra, "input").strip():
             question = f"{question}\n\n{extra}" if question.strip() else extra
-        turns = [_Turn("user", [question]), _Turn("assistant", [_text(row.get("output"), "output")])]
+        turns = [
+            *_history(row.get("history")),
+            _Turn("user", [question]),
+            _Turn("assistant", [_text(row.get("output"), "output")]),
+        ]
     elif row_format == "flan":
         turns = [
             _Turn(role, [_text(row.get(key), key)]) for role, key in (("user", "inputs"), ("assistant", "targets"))
@@ -111,8 +120,43 @@ def to_chat(row: object, row_format: RowFormat) -> Chat:
     else:
         column = COLUMNS[row_format][0]
         turns = _turns(row.get(column), row_format, column)
+    if (system := row.get("system")) is not None and _text(system, "system").strip():
+        first_target += _with_system(turns, system)
     raw = _place(turns, row)
-    return _checked([{"role": turn.role, "content": turn.content()} for turn in turns], first_target, raw)
+    ignored = {key for turn in turns for key in turn.ignored} | set(keys.ignored_columns(row, row_format))
+    if not raw:
+        asked = [turn.content() for turn in turns if turn.role != "assistant"]
+        ignored |= {word for word in (PLACEHOLDER, "<video>", "<audio>") if any(word in text for text in asked)}
+    chat = _checked(turns, first_target, raw)
+    tools = keys.tools(row.get("tools"))
+    return replace(chat, tools=tools, ignored=frozenset(ignored)) if tools or ignored else chat
+
+
+def _with_system(turns: list[_Turn], system: str) -> int:
+    """Put a row's ``system`` column in front, unless its turns begin with the same; returns the turns put in."""
+    if not turns or turns[0].role != "system":
+        turns.insert(0, _Turn("system", [system]))
+        return 1
+    if turns[0].content() not in ("", system):
+        raise BadRow("system_twice", "the row has a system column and a system turn with another text")
+    turns[0].pieces = [system]
+    return 0
+
+
+def _history(value: object) -> list[_Turn]:
+    """Alpaca's earlier turns: pairs of question and answer."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
+    if value is None or value == "":
+        return []
+    if not isinstance(value, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in value):
+        raise BadRow("not_text", f"history must be a list of pairs of question and answer; found {_shown(value)}")
+    return [
+        _Turn(role, [_text(text, f"history[{index}]")])
+        for index, pair in enumerate(value)
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
 
 
 @dataclass
@@ -126,6 +170,9 @@ class _Slot:
 class _Turn:
     role: str
     pieces: list[str | _Slot]
+    trained: bool = True
+    extras: dict[str, Any] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
 
     def content(self) -> str:
         return "".join(piece if isinstance(piece, str) else IMAGE for piece in self.pieces)
@@ -236,7 +283,11 @@ def _pairs(value: object) -> list[_Turn]:
     for index, item in enumerate(value):
         if not isinstance(item, Mapping):
             raise BadRow("not_text", f"texts[{index}] must have a user and an assistant text; found {_shown(item)}")
-        turns += [_Turn(role, [_text(item.get(role), f"texts[{index}].{role}")]) for role in ("user", "assistant")]
+        pair = [_Turn(role, [_text(item.get(role), f"texts[{index}].{role}")]) for role in ("user", "assistant")]
+        pair[0].ignored = tuple(
+            f"texts[].{key}" for key in item.keys() - {"user", "assistant"} if item[key] is not None
+        )
+        turns += pair
     return turns
 
 
@@ -256,26 +307,45 @@ def _turns(value: object, row_format: RowFormat, where: str) -> list[_Turn]:
             hint = nearest(role, list(roles)) if isinstance(role, str) else ""
             raise BadRow("unknown_role", f"{where}[{index}] has role {role!r}; known: {', '.join(roles)}.{hint}")
         content = item.get("value") if item.get("value") is not None else item.get("content")
-        turns.append(_Turn(roles[role], _content(content, f"the content of {where}[{index}] ({role})")))
+        at = f"{where}[{index}] ({role})"
+        extras = keys.extras(item, at)
+        if role == "function_call":
+            extras, content = {**extras, "tool_calls": [keys.call(content, at)]}, ""
+        if content is None and extras.get("tool_calls"):
+            content = ""
+        turns.append(
+            _Turn(
+                roles[role],
+                _content(content, f"the content of {at}"),
+                roles[role] != "assistant" or keys.trained(item, at),
+                extras,
+                tuple(f"{where}[].{key}" for key in keys.ignored_in_turn(item, roles[role])),
+            )
+        )
     return turns
 
 
-def _checked(turns: list[Message], first_target: int, raw: tuple[RawImage, ...]) -> Chat:
-    last = max((index for index, turn in enumerate(turns) if turn["role"] == "assistant"), default=-1)
+def _checked(turns: list[_Turn], first_target: int, raw: tuple[RawImage, ...]) -> Chat:
+    learned = [index for index, turn in enumerate(turns) if turn.role == "assistant" and turn.trained]
+    last = max(learned, default=-1)
     if last < first_target:
-        roles = [turn["role"] for turn in turns]
+        roles = [turn.role for turn in turns]
         raise BadRow("no_assistant_turn", f"no assistant turn to learn from; roles found: {roles}")
     kept: list[Message] = []
+    untrained = set()
     for index, turn in enumerate(turns[: last + 1]):
-        if not turn["content"].strip():
-            if turn["role"] == "system":
+        content = turn.content()
+        if not content.strip() and not turn.extras.get("tool_calls") and turn.role != "tool":
+            if turn.role == "system":
                 first_target -= index < first_target
                 continue
-            reason = "empty_answer" if turn["role"] == "assistant" else "empty_prompt"
-            raise BadRow(reason, f"turn {index} ({turn['role']}) has no text")
-        kept.append(turn)
+            reason = "empty_answer" if turn.role == "assistant" else "empty_prompt"
+            raise BadRow(reason, f"turn {index} ({turn.role}) has no text")
+        if not turn.trained:
+            untrained.add(len(kept))
+        kept.append({"role": turn.role, "content": content, **turn.extras})
     placed = sum(turn["content"].count(IMAGE) for turn in kept) if raw else 0
-    return Chat(kept, first_target, raw=raw[:placed])
+    return Chat(kept, first_target, raw=raw[:placed], untrained=frozenset(untrained))
 
 
 def _shown(value: object) -> str:

@@ -24,6 +24,7 @@ class Intake:
     numbers: list[int]
     part: Part
     row_format: RowFormat
+    ignored: Counter[str]
 
     def fetch(self, indices: np.ndarray, folder: ImageFolder) -> None:
         """Read the embedded images of these chats again, where that was put off, and keep them on disk."""

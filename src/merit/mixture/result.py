@@ -44,6 +44,7 @@ class DatasetCounts:
         images: Images of the rows used, each as often as it stands in a row.
         image_bytes: Bytes of those images that were embedded in the rows and lie in the stage's folder, each once.
         image_tokens: Tokens that stand for images (also in tokens).
+        keys_ignored: Rows by key of theirs (or of their turns) that nothing reads.
         rows_answer_lost: Rows whose whole answer the tokenizer cannot represent (also in rows_dropped).
         characters_lost: Share of prompt, answer and all characters that the tokenizer cannot represent.
         characters_lost_most: The lost characters that occur most often.
@@ -70,6 +71,7 @@ class DatasetCounts:
     images: int = 0
     image_bytes: int = 0
     image_tokens: int = 0
+    keys_ignored: dict[str, int] = field(default_factory=dict)
     rows_answer_lost: int = 0
     characters_lost: dict[str, float] = field(default_factory=dict)
     characters_lost_most: str = ""

@@ -21,7 +21,7 @@ from merit.files import publish
 from merit.hf.base import Base
 from merit.hf.rows import EncodedRow
 from merit.mixture.calibration import draw
-from merit.mixture.chat import BadRow, Row
+from merit.mixture.chat import BadRow, Chat, Row
 from merit.mixture.counting import conversation_key, count_losses, listing, not_read_back, quantiles
 from merit.mixture.dataset import EncodedDataset
 from merit.mixture.encode import ChatEncoder
@@ -29,6 +29,7 @@ from merit.mixture.formats import RowFormat
 from merit.mixture.found import Found, images_without_sight, refuse_if_fatal
 from merit.mixture.images import UNREAD, ImageFile, ImageFolder, look_at_images, put_images, usable
 from merit.mixture.intake import Intake, Used
+from merit.mixture.keys import MATTERS
 from merit.mixture.part import Part
 from merit.mixture.result import FILES, DatasetCounts, Encoding, LeftOut, Mixture, load_split, write_facts
 from merit.mixture.sources import Source
@@ -135,6 +136,7 @@ class _Stage:
         with ImageFile(folder, f"images/train/{source.name}.bin") as store:
             chats, counts.format = self._chats(source, source.train, store)
             counts.source_rows = chats.source_rows
+            counts.keys_ignored = dict(sorted(chats.ignored.items()))
             part = self._encode(source, chats, source.image_folder(source.train, self.settings.images, store))
             counts.image_bytes = part.keep_images(store)
         count_losses(counts, self.encoder.inventory, part.seen, part.dropped["answer_lost"])
@@ -220,7 +222,7 @@ class _Stage:
 
     def _chats(self, source: Source, part: Part, store: ImageFile) -> tuple[Intake, RowFormat]:
         row_format = source.format_of(part)
-        found = Intake([], [], Counter(), [], part, row_format)
+        found = Intake([], [], Counter(), [], part, row_format, Counter())
         later = (source.samples is not None or source.tokens is not None) and part.by_number
         for number, (place, chat) in enumerate(part.chats(row_format)):
             if isinstance(chat, BadRow):
@@ -231,11 +233,22 @@ class _Stage:
                 if self.encoder.images is None:
                     raise images_without_sight(source.name, place)
                 chat = put_images(chat, store, later=later)
+            found.ignored.update(chat.ignored)
+            found.ignored.update(self._not_written(chat))
             found.chats.append(chat)
             found.places.append(place)
             found.numbers.append(number)
         store.written()
         return found, row_format
+
+    def _not_written(self, chat: Chat) -> Iterator[str]:
+        """What the row has and the chat template does not write."""
+        if chat.tools and not self.encoder.template.writes("tools"):
+            yield "tools"
+        if any("reasoning_content" in turn for turn in chat.messages) and not self.encoder.template.writes(
+            "reasoning_content"
+        ):
+            yield "reasoning_content"
 
     def _encode(self, source: Source, found: Intake, folder: ImageFolder) -> Used:
         """Encode chats in a seeded order until a budget is reached; without budgets all, in source order.
@@ -327,6 +340,9 @@ class _Stage:
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def _warn(self, counts: DatasetCounts, part: Used) -> None:
+        for key, rows in counts.keys_ignored.items():
+            if key.rpartition(".")[2] in MATTERS:
+                counts.warnings.append(f"{rows} rows have {key}, which is not used (docs/mixture.md)")
         if counts.test_path and not counts.test_rows:
             counts.warnings.append(
                 f"no test row has a target left ({listing(counts.test_rows_dropped)}): it is not scored"

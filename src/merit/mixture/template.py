@@ -72,6 +72,7 @@ class ChatTemplate:
         self._given = ""  # what a marked turn repeats of the generation prompt
         self._between = ""  # what stands between generation prompt and marked text
         self._header = ""  # what the generation prompt adds to a conversation
+        self._written: dict[str, bool] = {}
         self._probe()
         if self._image_token is not None:
             self._probe_images(self._image_token)
@@ -92,6 +93,10 @@ class ChatTemplate:
             jinja2.TemplateError: The template refuses the conversation.
             MixtureError: The template does not tell the assistant's turns apart.
         """
+        if any(turn.get("tool_calls") for turn in messages) and not self.writes("tool_calls"):
+            raise jinja2.TemplateError("it does not write tool calls")
+        if any(turn["role"] == "tool" for turn in messages) and not self.writes("tool"):
+            raise jinja2.TemplateError("it does not write the results of tools")
         if self.source == "turn by turn":
             return self._turn_by_turn(messages, images, tools)
         text, marked = self.apply(messages, markers=True, images=images, tools=tools)
@@ -109,6 +114,29 @@ class ChatTemplate:
                 _WAY_OUT,
             )
         return text, [(self._start(text, start), end) for start, end in spans]
+
+    def writes(self, what: Literal["tools", "tool_calls", "tool", "reasoning_content"]) -> bool:
+        """Whether the template writes descriptions of tools, calls, their results, or reasoning."""
+        if what not in self._written:
+            name = "xyzzy"
+            call = {"type": "function", "id": "a1b2c3d4e", "function": {"name": name, "arguments": {"a": 1}}}
+            described = {"name": name, "description": "d", "parameters": {"type": "object", "properties": {}}}
+            question, answer = _PROBE
+            calling = {"role": "assistant", "content": "", "tool_calls": [call]}
+            result = {"role": "tool", "content": name, "name": "n", "tool_call_id": "a1b2c3d4e"}
+            plain = {**calling, "tool_calls": [{**call, "function": {"name": "n", "arguments": {}}}]}
+            conversations = {
+                "tools": _PROBE,
+                "tool_calls": [question, calling],
+                "tool": [question, plain, result, answer],
+                "reasoning_content": [question, {**answer, "reasoning_content": name}],
+            }
+            tools = [{"type": "function", "function": described}] if what == "tools" else None
+            try:
+                self._written[what] = name in self.apply(conversations[what], tools=tools)[0]
+            except jinja2.TemplateError:
+                self._written[what] = False
+        return self._written[what]
 
     def refusal(self, messages: list[Message], images: int = 0, tools: Tools = None) -> str:
         """What the template says about a conversation that it refuses (for an error message)."""
