@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from merit.errors import MeritError
 from merit.hf.base import open_base
 from merit.hf.rows import EncodedRow
+from merit.launch.outcome import Outcome, own_outcome
 from merit.mixture import EncodedDataset
 from merit.recipe.load import parse_recipe
 from merit.recipe.schema import Recipe
@@ -159,12 +160,14 @@ def main(words: list[str] | None = None) -> int:
     signal_at(options.kill_after_step, signal.SIGKILL, "log")
     signal_at(options.kill_in_save, signal.SIGKILL, "save")
     signal_at(options.stop_after_step, signal.SIGTERM, "step")
+    outcome = Outcome()
     try:
         train(options.folder, *options.set)
     except MeritError as error:
         print(error, file=sys.stderr)
-        return error.exit_code
-    return 0
+        outcome = Outcome.of(error)
+    outcome.save(own_outcome(options.folder / "outcome.json"))
+    return outcome.exit_code
 
 
 if __name__ == "__main__":

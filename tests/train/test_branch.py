@@ -255,7 +255,6 @@ def test_workers_of_the_loader_change_no_bit(root: Path) -> None:
     [
         (["train.optimizer=adamw_8bit"], "bitsandbytes", "merit-tuning[quantize]"),
         (["model.trainable=lora", "model.quantize=4bit"], "bitsandbytes", "merit-tuning[quantize]"),
-        (["train.sharding=deepspeed", "train.processes=2"], "deepspeed", "merit-tuning[deepspeed]"),
     ],
 )
 def test_a_missing_package_is_named_with_its_extra(

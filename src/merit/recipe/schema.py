@@ -278,9 +278,9 @@ class TrainSettings(Settings):
     processes: Annotated[int, Field(ge=1, le=1024)] = 1
     """Processes that train one branch together on this machine, each on a GPU of its own (or on a share of the CPU's cores).
     ``batch_size`` stays the number of examples per step over all of them, so the result is that of one, up to rounding."""
-    sharding: Literal["none", "fsdp2", "deepspeed"] = "none"
+    sharding: Literal["none", "fsdp2"] = "none"
     """How the processes share memory. none: each holds everything (DDP); fsdp2: weights, gradients and optimizer state are
-    cut up among them (PyTorch's FSDP2); deepspeed: gradients and optimizer state are (ZeRO-2; needs deepspeed)."""
+    cut up among them (PyTorch's FSDP2)."""
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 15.0
     """Minutes between resumable checkpoints; a checkpoint is also written when the process is told to stop."""
     checkpoint_steps: Annotated[int, Field(ge=1)] | None = None

@@ -17,7 +17,7 @@ def check_requirements(train: TrainSettings, model: ModelSettings) -> None:
 
     Raises:
         RecipeError: A tracker is not installed.
-        ResourceError: bitsandbytes or DeepSpeed is not installed.
+        ResourceError: bitsandbytes is not installed.
     """
     for tracker in train.report_to:
         if find_spec(_TRACKERS.get(tracker, tracker)) is None:
@@ -25,18 +25,16 @@ def check_requirements(train: TrainSettings, model: ModelSettings) -> None:
                 f"train.report_to: {tracker} is not installed.", f"Install it (pip install {tracker}), or leave it out."
             )
     if train.optimizer.startswith("adamw_8bit"):
-        _need("bitsandbytes", "quantize", f"train.optimizer: {train.optimizer}", "train.optimizer: adamw")
+        _need_bitsandbytes(f"train.optimizer: {train.optimizer}", "train.optimizer: adamw")
     if model.quantize != "none":
-        _need("bitsandbytes", "quantize", f"model.quantize: {model.quantize}", "model.quantize: none")
-    if train.sharding == "deepspeed":
-        _need("deepspeed", "deepspeed", "train.sharding: deepspeed", "train.sharding: fsdp2")
+        _need_bitsandbytes(f"model.quantize: {model.quantize}", "model.quantize: none")
 
 
-def _need(package: str, extra: str, setting: str, instead: str) -> None:
-    if find_spec(package) is None:
+def _need_bitsandbytes(setting: str, instead: str) -> None:
+    if find_spec("bitsandbytes") is None:
         raise ResourceError(
-            f"{setting} needs {package}, which is not installed.",
-            f"Install it (pip install 'merit-tuning[{extra}]'), or use {instead}.",
+            f"{setting} needs bitsandbytes, which is not installed.",
+            f"Install it (pip install 'merit-tuning[quantize]'), or use {instead}.",
         )
 
 
