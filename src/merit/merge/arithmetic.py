@@ -62,7 +62,7 @@ def _exact(value: int | str | Fraction) -> Fraction:
     if isinstance(value, str):
         exponent = value.lower().partition("e")[2]
         if len(value) > 100 or (exponent and abs(int(exponent)) > _LARGEST_EXPONENT):
-            raise ValueError(f"{value[:40]} is no number of a usual size")
+            raise ValueError(f"{value[:40]} is not a number of a usual size")
     return Fraction(value)
 
 

@@ -130,7 +130,7 @@ def _cache_folder() -> Path:
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     if home.startswith("~") and os.environ.get("HOME") == "":
         return Path(home)  # it would be expanded to the root folder
-    return Path(os.path.expanduser(home)) / "merit"  # noqa: PTH111 (a home that cannot be found is no error here)
+    return Path(os.path.expanduser(home)) / "merit"  # noqa: PTH111 (a home that cannot be found is not an error here)
 
 
 def _key() -> str:

@@ -54,7 +54,7 @@ class TensorPlan:
 
     Attributes:
         out: Its place in the output file.
-        sources: θ0's tensor and then one of each branch (the adapters of a LoRA merge are no sources).
+        sources: θ0's tensor and then one of each branch (the adapters of a LoRA merge do not count).
         kind: ``linear``: Σ c_k x_k over ``coefficients`` (θ0 first); ``exact``: identical in all branches, copied;
             ``block`` and ``matrix``: by the operator; ``compute``: by the plan's ``compute``.
     """

@@ -42,7 +42,7 @@ def merge_branches(
     """Merge branches once into a checkpoint folder; LoRA adapters are merged by their full update.
 
     With ``scale: auto`` the plain merge is made first, λ is searched along the line from the base to it, and the chosen λ
-    is merged from the branches anew.
+    is then merged from the branches.
 
     Args:
         base: θ0.

@@ -1,9 +1,9 @@
 """Carry a merge plan out: read blocks of all branches, combine, write in place, verify, rename. A few blocks in memory.
 
 Shards are written one after another; within a shard, one thread per core takes spans of a tensor. Every input block is
-hashed as it passes, every output block is read back and compared. The output is built in a hidden sibling folder, in which
-a shard gets its header only after it is verified and config.json is written last, so that a killed merge leaves nothing
-that loads; the folder then moves to its final name. This guards against kills, not against power loss (no fsync).
+hashed as it passes, every output block is read back and compared. The output is built in a hidden folder next to it in
+which a shard gets its header only after it is verified and config.json is written last, so that a killed merge leaves
+nothing that loads; the folder then moves to its final name. This guards against kills, not against power loss (no fsync).
 """
 
 from __future__ import annotations

@@ -233,7 +233,7 @@ class Worker:
         return np.concatenate([self._merged(tensor, i, stack) for i in range(tensor.out.shape[0] if stack else 1)])
 
     def _merged(self, tensor: TensorPlan, i: int, stack: bool) -> np.ndarray:
-        """Raw merged values of one matrix (``compute``: of one whole tensor, which is no stack), flat."""
+        """Raw merged values of one matrix (``compute``: of one whole tensor, never of a stack), flat."""
         name, plan = tensor.out.name, self.plan
         base = self._matrix(tensor, 0, i)
         if tensor.kind == "compute":
