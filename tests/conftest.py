@@ -43,3 +43,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Case:
     result = builders.call("run", made.recipe, "--output", made.run, "--quiet")
     assert result.code == 0, result.err
     return made
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs are slow: `make check` leaves out what shares one, and everything in these files."""
+    whole = {"test_kill.py", "test_preparation.py", "test_run.py", "test_vision_demo.py", "test_vision_run.py"}
+    for item in items:
+        if "finished" in getattr(item, "fixturenames", ()) or (item.path.parent.name, item.path.name in whole) == (
+            "e2e",
+            True,
+        ):
+            item.add_marker(pytest.mark.slow)

@@ -105,7 +105,7 @@ def test_longer_rows_than_the_base_was_made_for(case: Case, merit) -> None:
         ),
         (lambda base: os.truncate(base / "model.safetensors", 5000), ["model.safetensors"]),
         (lambda base: [file.unlink() for file in base.glob("tokenizer*")], ["tokenizer"]),
-        (lambda base: shutil.rmtree(base), ["no folder"]),
+        (lambda base: shutil.rmtree(base), ["not a folder"]),
     ],
     ids=["no config", "another kind", "classifier", "quantized", "pickle", "truncated", "no tokenizer", "missing"],
 )

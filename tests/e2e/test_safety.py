@@ -70,6 +70,7 @@ def test_a_branch_made_again_makes_the_old_merge_stale(finished: Case, merit, tm
     assert "train.learning_rate" in result.err, "branch 1 still is of the old recipe"
 
 
+@pytest.mark.slow
 def test_what_one_stage_was_told_holds_for_the_next(case: Case, merit) -> None:
     """The run folder's recipe follows what was accepted, so verdict and tables name the method that was used."""
     case.write(evaluate={"drift": {"prompts": 0}, "exact_match": "never"})
@@ -110,6 +111,7 @@ def test_evaluation_refuses_damaged_models(finished: Case, merit, tmp_path: Path
     assert not (run / "evaluation" / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_mixture_stands_in_for_sources_that_are_gone(case: Case, merit) -> None:
     assert merit("run", case.recipe, "--output", case.run, "--until", "split", "--quiet").code == 0
     shutil.rmtree(case.folder / "mixture")
@@ -161,6 +163,7 @@ def test_a_place_that_cannot_be_written_is_one_message(case: Case, merit) -> Non
     assert merit("run", case.recipe, "--output", case.folder / "file").code == 2
 
 
+@pytest.mark.slow
 def test_the_demo_command_with_little_of_everything(tmp_path: Path, merit) -> None:
     little = [f"--set={text}" for text in (
         "mixture.samples=12", "conflict.examples=4", "evaluate.max_examples=2", "evaluate.drift.prompts=2",

@@ -31,4 +31,4 @@ def test_the_example_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_the_page_names_every_public_name_and_no_other() -> None:
     text = DOCS.read_text(encoding="utf-8")
     assert set(re.findall(r"merit\.([A-Za-z_]+)\(", text)) <= set(merit.__all__)
-    assert set(merit.__all__) <= set(re.findall(r"`(?:merit\.)?([A-Za-z_]+)`", text))
+    assert set(merit.__all__) <= set(re.findall(r"`(?:merit\.)?([A-Za-z_]+)[`(]", text))
