@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from benchmarks import report
-from tests.vision.bases import make_base
+from tests.builders import make_vision_base as make_base
 from tests.vision.vision_cases import picture_chats
 
 from merit.conflict.gradients import GradientMeter

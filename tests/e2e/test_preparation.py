@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from tests.builders import make_vision_base as make_base
 from tests.e2e.conftest import Result, make_case, write_rows
-from tests.prepare.test_assemble import make_language_model, tensors
-from tests.vision.bases import make_base
+from tests.prepare.test_assemble import llama_tokenizer, make_encoder, make_language_model, tensors
 from tests.vision.vision_cases import COLOURS, picture
 
 from merit.hf import checkpoint
@@ -351,6 +351,37 @@ def test_other_families_are_prepared_in_the_same_way(
     moved = {name for name in old if not np.array_equal(old[name], new[name])}
     assert {FAMILIES[family].role(name) for name in moved} == {"projector"}
     assert record(tmp_path / "run" / "preparation" / "assemble")["tokens_added"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("encoder", "kind"), [("CLIP", "Llama"), ("Siglip", "Qwen2")])
+def test_a_bare_encoder_and_a_language_model_with_its_own_class_of_tokenizer(
+    root: Path, tmp_path: Path, merit: Callable[..., Result], encoder: str, kind: str
+) -> None:
+    """Folders as they are published: a CLIP or SigLIP with its text tower, and tokenizers that name their class.
+
+    The library may read the joined folder's tokenizer.json by its general class; ids must be the same.
+    """
+    from transformers import AutoTokenizer
+
+    make_encoder(tmp_path / "encoder", encoder, whole=True)
+    tokenizer = llama_tokenizer() if kind == "Llama" else None
+    make_language_model(tmp_path / "lm", kind, image_tokens=False, hidden_size=48, tokenizer=tokenizer)
+    values = absolute(settings(root), root)
+    values["model"]["base"] = str(tmp_path / "lm")
+    values["prepare"]["assemble"]["vision_from"] = str(tmp_path / "encoder")
+    values["prepare"]["stages"] = values["prepare"]["stages"][:2]
+    result = merit("prepare", write_recipe(tmp_path, values), "--output", tmp_path / "run", "--quiet")
+    assert result.code == 0, result.err
+    assembled, prepared = stage_model(tmp_path / "run", "assemble"), tmp_path / "run" / "prepared" / "base"
+    old, new = tensors(assembled), tensors(prepared)
+    moved = {name for name in old if not np.array_equal(old[name], new[name])}
+    assert {FAMILIES["llava"].role(name) for name in moved} == {"projector", "language"}
+    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "lm", prepared))
+    assert type(before).__name__ == f"{kind}Tokenizer"
+    for text in ("Which colour?  It is red.", "naïve 漢字 🙂\n\n\tx=1"):
+        assert after(text, add_special_tokens=False)["input_ids"] == before(text, add_special_tokens=False)["input_ids"]
+    assert after("<image>", add_special_tokens=False)["input_ids"] == [len(before)]
 
 
 def test_a_text_base_is_prepared_without_an_assembly(tmp_path: Path, base: Path, merit: Callable[..., Result]) -> None:

@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.builders import FAMILIES
+from tests.builders import make_vision_base as make_base
 from tests.e2e.conftest import Case
-from tests.vision.bases import FAMILIES, make_base
 from tests.vision.vision_cases import COLOURS, picture
 
 from merit.hf.families import FAMILIES as KNOWN
@@ -131,6 +132,31 @@ def test_every_stage(family: str, axes: int, tmp_path: Path, merit: Any) -> None
     assert results["merged"]["colour"]["exact_match"] is not None
     for file in ("preprocessor_config.json", "chat_template.json", "tokenizer.json"):
         assert (run / "merged" / "model" / file).read_bytes() == (tmp_path / "base" / file).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3", "internvl"])
+def test_every_stage_of_a_larger_circle_of_families(family: str, tmp_path: Path, merit: Any) -> None:
+    """Fails on commit f5727a1 for Gemma 3 and InternVL, which passed as text or were unknown (finding A6)."""
+    test_every_stage(family, 1, tmp_path, merit)
+
+
+def test_the_merged_model_is_used_with_the_pixels_of_training(tmp_path: Path, merit: Any) -> None:
+    """Fails on commit f5727a1, where the merged model kept the base's full-size processor (finding A5)."""
+    from transformers import AutoImageProcessor
+
+    from merit.hf.base import open_base
+    from merit.recipe.schema import ModelSettings
+
+    case = make_case(tmp_path, "qwen2_5_vl", 1, model={"base": "base", "dtype": "float32", "max_pixels": 784})
+    result = merit("run", str(case.recipe), "--output", str(case.run), "--until", "merge")
+    assert result.code == 0, result.err
+    used = AutoImageProcessor.from_pretrained(case.run / "merged" / "model", backend="pil")
+    images = open_base(ModelSettings(base=str(tmp_path / "base"), max_pixels=784)).images
+    shown = picture("red", (200, 120))
+    found, wanted = used(images=[shown], return_tensors="pt"), images.pixels([shown])
+    assert torch.equal(found["image_grid_thw"], wanted["image_grid_thw"])
+    assert torch.equal(found["pixel_values"], wanted["pixel_values"])
 
 
 def test_the_merged_model_loads_in_the_library_and_sees(tmp_path: Path, merit: Any) -> None:

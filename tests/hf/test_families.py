@@ -696,11 +696,47 @@ def test_a_template_for_text_alone_takes_the_image_token_inline(folder: Path, tm
     for chat, row in zip(chats, encoder_of(base, 512).encode(chats), strict=True):
         assert isinstance(row, EncodedRow)
         assert row.images == chat.images
-    joined = "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '</s>' }}{% endfor %}"
+    joined = "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '<|im_end|>' }}{% endfor %}"
     (tmp_path / "joined.jinja").write_text(joined + "{% if add_generation_prompt %}<assistant>{% endif %}")
     wanted = settings(folder, "qwen2_5_vl", chat_template=str(tmp_path / "joined.jinja"))
     rows = encoder_of(open_base(wanted), 512).encode(chats)
     assert [len(row.images) for row in rows] == [len(chat.images) for chat in chats]  # type: ignore[union-attr]
+
+
+PUBLISHED_LLAVA = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% if message['role'] != 'assistant' %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] + ' '}}{% endfor %}{% else %}{% for content in message['content'] | "
+    "selectattr('type', 'equalto', 'text') %}{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def test_the_published_llava_template_without_an_end_of_turn_is_refused(folder: Path, tmp_path: Path) -> None:
+    """Its answers end in a space, which is never a target. Fails on commit f5727a1, silently (finding A4)."""
+    (tmp_path / "llava.jinja").write_text(PUBLISHED_LLAVA)
+    base = open_base(settings(folder, "llava", chat_template=str(tmp_path / "llava.jinja")))
+    with pytest.raises(MixtureError, match="end its turn"):
+        encoder_of(base, 99)
+
+
+def test_training_continues_the_generation_prompt_of_a_llava_template(folder: Path, tmp_path: Path) -> None:
+    """The prompt ends in ``ASSISTANT:``, training in ``ASSISTANT: ``. Fails on commit f5727a1, silently (finding A4)."""
+    ended = PUBLISHED_LLAVA.replace(
+        "{{ content['text'] + ' '}}{% endgeneration %}", "{{ content['text'] + '</s>'}}{% endgeneration %}"
+    )
+    (tmp_path / "llava.jinja").write_text(ended)
+    base = open_base(settings(folder, "llava", chat_template=str(tmp_path / "llava.jinja")))
+    [chat] = picture_chats(folder / "pictures", 1)
+    try:
+        [row] = encoder_of(base, 512).encode([chat])
+    except MixtureError:
+        return  # refused in so many words is right, too
+    assert isinstance(row, EncodedRow)
+    prompt = base.tokenizer.decode(row.input_ids[: row.prompt_length])
+    assert prompt.endswith("ASSISTANT:")
+    assert base.tokenizer.decode(row.input_ids[row.targets]) == f" {chat.messages[1]['content']}</s>"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.vision.bases import TEXT, byte_tokenizer, make_base
+from tests.builders import TEXT, byte_tokenizer
+from tests.builders import make_vision_base as make_base
 
 from merit.errors import CheckpointError
 from merit.hf import checkpoint
@@ -25,12 +26,23 @@ from merit.recipe.schema import ModelSettings
 IMAGE_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
 
 
-def make_language_model(folder: Path, kind: str = "Qwen2", *, image_tokens: bool = True, **changes: Any) -> Path:
-    """A tiny causal LM in bf16 files with its own byte-level tokenizer."""
+def llama_tokenizer() -> Any:
+    """LlamaTokenizer in small: single characters, bytes for what it lacks, a mark instead of spaces."""
+    from transformers import LlamaTokenizer
+
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *map(chr, range(33, 127))]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    return LlamaTokenizer(vocab=vocabulary, merges=[], bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def make_language_model(
+    folder: Path, kind: str = "Qwen2", *, image_tokens: bool = True, tokenizer: Any = None, **changes: Any
+) -> Path:
+    """A tiny causal LM in bf16 files with its own byte-level tokenizer, or the one given."""
     import transformers
 
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(IMAGE_TOKENS if image_tokens else [])]
-    tokenizer = byte_tokenizer(specials, "<|im_end|>", "<|endoftext|>")
+    tokenizer = tokenizer or byte_tokenizer(specials, "<|im_end|>", "<|endoftext|>")
     rows = len(tokenizer) + changes.pop("unused_rows", 0)
     dtype = getattr(torch, changes.pop("dtype", "bfloat16"))
     ids = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}

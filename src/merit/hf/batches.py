@@ -17,7 +17,7 @@ from merit.hf.image_inputs import ImageInputs
 from merit.hf.rows import EncodedRow
 
 IGNORE = -100
-"""Label of a token that is no target."""
+"""Label of a token that is not a target."""
 
 
 class Batcher:

@@ -275,7 +275,7 @@ class TensorDigest:
     A tensor's digest is the SHA-256 of its blocks' 128-bit XXH3 values; a checkpoint's weights digest is the SHA-256 of
     (name, dtype, shape, digest) over the sorted names. So it does not depend on how tensors are distributed over files.
     XXH3 runs at memory speed (SHA-256 alone would cost more than the whole merge) and finds every accidental change; it
-    is no defence against somebody who forges weights on purpose.
+    is not a defence against somebody who forges weights on purpose.
     """
 
     def __init__(self) -> None:

@@ -293,7 +293,7 @@ def save_branch(model: PreTrainedModel, folder: Path, base: Base, *, save_dtype:
         model: A model from :func:`load_model`, trained or not.
         folder: New folder.
         base: Gives each tensor's file dtype, and the config and tokenizer files that are carried along unchanged. A chat
-            template that is not its own is written beside them.
+            template that is not its own is written next to them.
         save_dtype: ``base``: every tensor in the base's file dtype, so that frozen tensors stay bit-identical;
             ``float32``: everything in float32.
     """

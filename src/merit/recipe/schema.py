@@ -36,7 +36,7 @@ class LoraSettings(Settings):
     target_modules: str | list[str] = "all-linear"
     """Module-name endings to adapt, or all-linear."""
     rslora: bool = False
-    """Scale by alpha / sqrt(rank) in place of alpha / rank."""
+    """Scale by alpha / sqrt(rank) instead of alpha / rank."""
 
 
 def refuse_adapters_in_list(trainable: str | list[str]) -> None:
@@ -53,7 +53,7 @@ class ModelSettings(Settings):
     """The base (θ0): the one checkpoint that every branch starts from."""
 
     base: str
-    """Folder of a Hugging Face checkpoint, or a hub id. A relative folder is looked up beside the recipe, then in the
+    """Folder of a Hugging Face checkpoint, or a hub id. A relative folder is looked up next to the recipe, then in the
     working directory."""
     revision: str | None = None
     """Hub revision (branch, tag or commit); for hub ids only."""
@@ -73,10 +73,10 @@ class ModelSettings(Settings):
     """4bit: train adapters on a base held in 4-bit NF4 (QLoRA; needs trainable: lora, a GPU and bitsandbytes). Gradients,
     merge and evaluation use the base as it is."""
     max_pixels: Annotated[int, Field(ge=784)] = 614656
-    """Most pixels of an image as the model sees it (paper: 784 x 784); larger ones are scaled down by the base's own image
-    processor. Bases whose processor scales every image to one size are not affected."""
+    """Most pixels (width x height) of an image as the model sees it (paper: 784 x 784); larger ones are scaled down by the
+    base's own image processor. Families that scale every image to a size of their own (all but Qwen's) are not affected."""
     chat_template: str | None = None
-    """File with a Jinja chat template to use in place of the base's own. Without either, a documented default is used."""
+    """File with a Jinja chat template to use instead of the base's own. Without either, a documented default is used."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint. Off unless you have read that code."""
 
