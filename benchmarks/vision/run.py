@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from benchmarks import report
 from tests.builders import make_vision_base as make_base
-from tests.vision.vision_cases import picture_chats
+from tests.hf.vision_cases import picture_chats
 
 from merit.conflict.gradients import GradientMeter
 from merit.conflict.store import Sums

@@ -19,8 +19,8 @@ import pytest
 import yaml
 from tests.builders import make_vision_base as make_base
 from tests.e2e.conftest import Result, make_case, write_rows
+from tests.hf.vision_cases import COLOURS, picture
 from tests.prepare.test_assemble import llama_tokenizer, make_encoder, make_language_model, tensors
-from tests.vision.vision_cases import COLOURS, picture
 
 from merit.hf import checkpoint
 from merit.hf.families import FAMILIES

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tests.builders import FAMILIES
 from tests.builders import make_vision_base as make_base
 from tests.e2e.conftest import Case
-from tests.vision.vision_cases import COLOURS, picture
+from tests.hf.vision_cases import COLOURS, picture
 
 from merit.hf.families import FAMILIES as KNOWN
 
@@ -211,6 +211,14 @@ def read_colour(file: Path) -> str:
     pixels = np.asarray(Image.open(file)).reshape(-1, 3)
     present = {tuple(int(v) for v in pixel) for pixel in pixels}
     return next(name for name, value in COLOURS.items() if value in present)
+
+
+def test_the_plan_tells_the_tokens_of_a_picture(tmp_path: Path, merit: Any) -> None:
+    """Fails on commit f5727a1, which did not say what a picture costs (finding A5)."""
+    case = make_case(tmp_path, "qwen2_5_vl", 1)
+    plan = json.loads(merit("check", str(case.recipe), "--json").out)
+    [note] = [note for note in plan["notes"] if "image tokens per picture" in note]
+    assert "784 x 784 pixels: 64" in note, "4096 pixels at most, in patches of 4 x 4, four to a token"
 
 
 def test_a_template_without_a_place_for_images_is_refused_by_check(tmp_path: Path, merit: Any) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tests.builders import ALL_FAMILIES, FAMILIES
 from tests.builders import make_vision_base as make_base
-from tests.vision.vision_cases import picture, picture_chats, save
+from tests.hf.vision_cases import picture, picture_chats, save
 from transformers import AutoImageProcessor
 
 from merit.errors import CheckpointError, MixtureError, RecipeError

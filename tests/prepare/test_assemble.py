@@ -210,7 +210,7 @@ def make_encoder(folder: Path, kind: str, *, whole: bool) -> Path:
 @pytest.mark.parametrize(("kind", "whole"), [("CLIP", True), ("CLIP", False), ("Siglip", True)])
 def test_a_bare_encoder_is_joined_as_llava_does(tmp_path: Path, kind: str, whole: bool) -> None:
     from PIL import Image
-    from tests.vision.vision_cases import save
+    from tests.hf.vision_cases import save
 
     vision = make_encoder(tmp_path / "encoder", kind, whole=whole)
     language = make_language_model(tmp_path / "lm", "Llama", image_tokens=False)

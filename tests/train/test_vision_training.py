@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from tests.builders import FAMILIES, make_vision_base
+from tests.hf.vision_cases import picture_chats
 from tests.train import cases
-from tests.vision.vision_cases import picture_chats
 
 from merit.conflict.gradients import GradientMeter
 from merit.conflict.sketch import Sketch

@@ -180,6 +180,9 @@ def _notes_on_base(opened: Base | None, weights: Weights | None, *, looked_at: b
             "the base has no chat template; a plain default one is used, and carried along into the merged model "
             "(docs/mixture.md). Give your own with model.chat_template."
         )
+    if opened is not None and opened.images is not None:
+        costs = ", ".join(f"{side} x {side} pixels: {opened.images.count(side, side)}" for side in (336, 784, 1536))
+        yield f"image tokens per picture, at model.max_pixels {opened.settings.max_pixels}: {costs}."
     if not looked_at:
         said = "their sizes are those published" if weights else "memory and disk are not known"
         yield f"the base was not looked at: neither its files nor its tokenizer are checked; {said}."
