@@ -212,11 +212,11 @@ def rows_of(seed=0, count=7):
 
 def test_a_saved_dataset_comes_back_whole(tmp_path):
     rows = rows_of()
-    made = EncodedDataset("some-name", rows, [f"reference {i}" for i in range(len(rows))])
+    made = EncodedDataset("some-name", rows)
     made.save(tmp_path / "x.parquet")
     loaded = EncodedDataset.load(tmp_path / "x.parquet")
     assert (loaded.name, len(loaded), loaded.fingerprint) == ("some-name", len(rows), made.fingerprint)
-    assert loaded.references == made.references
+    assert loaded.answers == made.answers
     for row, again in zip(rows, (loaded[i] for i in range(len(loaded))), strict=True):
         assert again.input_ids.tolist() == row.input_ids.tolist()
         assert again.targets.tolist() == row.targets.tolist()

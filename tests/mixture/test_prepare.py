@@ -58,7 +58,6 @@ def test_what_is_counted_is_what_is_written(recipe, mixture, byte_level, tmp_pat
     two = counts[2]
     assert (two.test_rows, two.test_rows_in_train) == (6, 1)
     assert any("also training rows" in warning for warning in two.warnings)
-    assert test["two"].answers == test["two"].references
     assert ticks[0] == (0, 3, "one")
     assert ticks[-1][:2] == (3, 3)
 
@@ -169,7 +168,7 @@ def test_lost_characters_are_counted_apart_for_prompts_and_answers(recipe, dropp
     assert "1 rows lost their whole answer" in warning
     assert (plain.characters_lost["all"], plain.warnings) == (0.0, [])
     test = load_split(tmp_path / "out", "test")["mixed"]
-    assert list(zip(test.answers, test.references, strict=True)) == [("that", "that"), ("한국 is", "is")]
+    assert test.answers == ["that", "한국 is"]
 
 
 def test_whole_words_lose_the_words_they_do_not_know(recipe, whole_words, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,14 +24,13 @@ class EncodedDataset:
     """Encoded rows of one dataset, in memory or in one Parquet file; the token ids are read on first use.
 
     Columns: ``input_ids`` list<int32>, ``targets`` list<bool>, ``length``, ``target_count``, ``prompt_length`` int64,
-    ``truncated`` bool, ``answer`` and ``reference`` text (empty in training files), and ``images`` list<struct> with the
+    ``truncated`` bool, ``answer`` text (empty in training files), and ``images`` list<struct> with the
     fields of :class:`ImageRef` where a row has any. An image file's name that is relative starts from the stage's folder:
     the one above the file's own.
 
     Args:
         name: The dataset's name.
         rows: Rows to hold in memory.
-        references: Per row the text that its last answer's tokens stand for (what exact match compares with).
         seeing: What decides the pixels of the rows' images (:attr:`merit.hf.families.ImageInputs.settings`).
 
     Attributes:
@@ -40,6 +39,7 @@ class EncodedDataset:
         prompt_lengths: (rows,) int64 tokens before the last answer.
         truncated: (rows,) bool, cut at max_length.
         images: Images per row.
+        stored: The same as the file names them: relative to the stage's folder.
         fingerprint: sha256 over lengths, ids and targets, and over images and how they are seen: a changed row, image,
             template, tokenizer, image processor or max_length changes it.
     """
@@ -48,7 +48,6 @@ class EncodedDataset:
         self,
         name: str,
         rows: Sequence[EncodedRow],
-        references: Sequence[str] | None = None,
         seeing: Mapping[str, Any] | None = None,
     ) -> None:
         ids = np.concatenate([row.input_ids for row in rows]) if rows else np.zeros(0, np.int32)
@@ -59,8 +58,7 @@ class EncodedDataset:
         self.prompt_lengths = np.array([row.prompt_length for row in rows], dtype=np.int64)
         self.truncated = np.array([row.truncated for row in rows], dtype=bool)
         self.answers = [row.answer for row in rows]
-        self.references = list(references) if references is not None else [""] * len(rows)
-        self.images = [row.images for row in rows]
+        self.images = self.stored = [row.images for row in rows]
         self.seeing = json.dumps(seeing, sort_keys=True, default=str) if any(self.images) else ""
         self._starts = _starts(self.lengths)
         self._flat = (ids.astype(np.int32), targets.astype(bool))
@@ -82,6 +80,14 @@ class EncodedDataset:
             self.images[index],
         )
 
+    def __iter__(self) -> Iterator[EncodedRow]:
+        return (self[index] for index in range(len(self)))
+
+    def take(self, indices: Iterable[int]) -> EncodedDataset:
+        """The rows with these numbers, in this order, as often as they are named."""
+        rows = [replace(self[index], images=self.stored[index]) for index in indices]
+        return EncodedDataset(self.name, rows, json.loads(self.seeing) if self.seeing else None)
+
     def __repr__(self) -> str:
         return f"EncodedDataset({self.name!r}, {len(self)} rows, {int(self.lengths.sum())} tokens)"
 
@@ -97,7 +103,6 @@ class EncodedDataset:
             "prompt_length": self.prompt_lengths,
             "truncated": self.truncated,
             "answer": pa.array(self.answers, pa.large_string()),
-            "reference": pa.array(self.references, pa.large_string()),
         }
         if any(self.images):
             columns["images"] = pa.array([[asdict(image) for image in images] for images in self.images])
@@ -120,7 +125,7 @@ class _FileDataset(EncodedDataset):
     """The rows of a file; ids and targets are read once, on first use."""
 
     def __init__(self, path: Path) -> None:
-        columns = ["length", "target_count", "prompt_length", "truncated", "answer", "reference"]
+        columns = ["length", "target_count", "prompt_length", "truncated", "answer"]
         try:
             pictured = "images" in pq.read_schema(path).names
             table = pq.read_table(path, columns=[*columns, *["images"] * pictured], partitioning=None)
@@ -131,14 +136,14 @@ class _FileDataset(EncodedDataset):
                 table[column].to_numpy().astype(np.int64) for column in columns[:3]
             )
             self.truncated = table["truncated"].to_numpy().astype(bool)
-            self.answers, self.references = table["answer"].to_pylist(), table["reference"].to_pylist()
+            self.answers = table["answer"].to_pylist()
             stored = table["images"].to_pylist() if pictured else [()] * len(self.lengths)
-            self._stored = [tuple(ImageRef(**image) for image in images) for images in stored]
+            self.stored = [tuple(ImageRef(**image) for image in images) for images in stored]
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
             raise _unreadable(path, error) from None
         self.path = path
         here = path.absolute().parent.parent  # pathlib keeps an absolute name as it is
-        self.images = [tuple(replace(image, file=str(here / image.file)) for image in row) for row in self._stored]
+        self.images = [tuple(replace(image, file=str(here / image.file)) for image in row) for row in self.stored]
         self._starts = _starts(self.lengths)
 
     @cached_property
@@ -151,7 +156,7 @@ class _FileDataset(EncodedDataset):
             table[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)
             for column in ("input_ids", "targets")
         )
-        if _fingerprint(self.lengths, ids, targets, self._stored, self.seeing) != self.fingerprint:
+        if _fingerprint(self.lengths, ids, targets, self.stored, self.seeing) != self.fingerprint:
             raise MixtureError(
                 f"{self.path} is damaged: its rows do not match its fingerprint.", "Run the mixture stage again."
             )

@@ -32,7 +32,8 @@ class DatasetCounts:
 
     Attributes:
         name: Dataset name.
-        rows: Training rows used (0 for kept sets).
+        rows: Training rows of an epoch, repeated ones counted as often (0 for kept sets).
+        rows_distinct: Of these, different rows of the source.
         rows_dropped: Rows looked at and left out, by reason.
         tokens: Tokens of the training rows.
         target_tokens: Of these, predicted in the loss: n_t.
@@ -60,6 +61,7 @@ class DatasetCounts:
 
     name: str
     rows: int = 0
+    rows_distinct: int = 0
     rows_dropped: dict[str, int] = field(default_factory=dict)
     tokens: int = 0
     target_tokens: int = 0

@@ -6,16 +6,18 @@ It reads no row but those of files that are cut (:mod:`merit.mixture.part`) and 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import overload
 
 from merit.errors import MixtureError, nearest
 from merit.mixture.formats import RowFormat, describe_formats, recognise
 from merit.mixture.images import ImageFile, ImageFolder
 from merit.mixture.part import FileFacts, Part, cut_by_column
 from merit.mixture.reading import SUFFIXES, hub_caches, kind_of
-from merit.recipe.schema import DataFormat, DatasetSettings, EvaluateSettings, ImageSettings, MixtureSettings
+from merit.recipe.schema import Column, DataFormat, DatasetSettings, EvaluateSettings, ImageSettings, MixtureSettings
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,119}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -33,6 +35,7 @@ class Source:
         samples: Sample budget (rows).
         tokens: Token budget (target tokens).
         images: Folder that image paths start from; None: that of the data file.
+        repeat: How often each row within the budget is trained per epoch.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Source:
     samples: int | None = None
     tokens: int | None = None
     images: str | None = None
+    repeat: float = 1.0
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -102,11 +106,14 @@ def find_sources(mixture: MixtureSettings, known: dict[Path, FileFacts]) -> list
         sources = [source for item in mixture.datasets for source in _listed(item, "mixture.datasets", known)]
     elif mixture.folder is not None:
         sources = _from_folder(Path(mixture.folder), mixture.format, "mixture.folder", mixture.include, mixture.exclude)
+        named = mixture.columns
+        sources = [replace(s, train=_named(s.train, named), test=_named(s.test, named)) for s in sources]
     else:
         assert mixture.path is not None
         assert mixture.split_by is not None
         train = _part(mixture.path, "mixture.path", None, "train", stem="train")
         test = _part(mixture.test, "mixture.test", None, "test", stem="test") if mixture.test else None
+        train, test = _named(train, mixture.columns), _named(test, mixture.columns)
         sources = _from_column(train, test, mixture.split_by, mixture.format, known)
     sources = _select(sources, mixture)
     _refuse_twins([source.name for source in sources])
@@ -142,11 +149,22 @@ def _listed(item: DatasetSettings, key: str, known: dict[Path, FileFacts]) -> li
     elif (folder := Path(item.path)).is_dir() and _stem_files(folder, "train"):
         files = _stem_files(folder, "test")
         test = Part(str(folder), tuple(files), folder=folder) if files else None
-    own = Source(item.name, train, test, item.format, item.samples, item.tokens, item.images)
+    train, test = _named(train, item.columns), _named(test, item.columns)
+    own = Source(item.name, train, test, item.format, item.samples, item.tokens, item.images, item.repeat)
     if item.split_by is None:
         return [own]
     cut = _from_column(train, test, item.split_by, item.format, known)
     return [replace(own, name=f"{item.name}.{source.name}", train=source.train, test=source.test) for source in cut]
+
+
+@overload
+def _named(part: Part, columns: Mapping[Column, str]) -> Part: ...
+@overload
+def _named(part: Part | None, columns: Mapping[Column, str]) -> Part | None: ...
+def _named(part: Part | None, columns: Mapping[Column, str]) -> Part | None:
+    """A part whose rows have names of their own for a format's columns."""
+    pairs = tuple(("completion" if name == "response" else name, own) for name, own in columns.items())
+    return part if part is None or not pairs else replace(part, columns=pairs)
 
 
 def _part(text: str, where: str, subset: str | None, split: str, stem: str) -> Part:

@@ -30,6 +30,7 @@ from merit.mixture.found import Found, images_without_sight, refuse_if_fatal
 from merit.mixture.images import UNREAD, ImageFile, ImageFolder, look_at_images, put_images, usable
 from merit.mixture.intake import Intake, Used
 from merit.mixture.keys import MATTERS
+from merit.mixture.mixing import repeated, shares
 from merit.mixture.part import Part
 from merit.mixture.result import FILES, DatasetCounts, Encoding, LeftOut, Mixture, load_split, write_facts
 from merit.mixture.sources import Source
@@ -90,6 +91,8 @@ def encode_mixture(
                 f"No dataset is left of {len(left_out)}. The first: {left_out[0].reason}.",
                 "Use a base with another tokenizer, raise mixture.unrepresentable.max_share, or lower mixture.min_rows.",
             )
+        for place, rows in shares(found, counts).items():
+            stage.share(counts[place], rows, unfinished)
         write_facts(unfinished, counts, kept_counts, stage.encoding(left_out))
         for name in FILES:
             _remove(folder / name)
@@ -159,14 +162,10 @@ class _Stage:
                 *(hint for reason, hint in hints.items() if part.dropped[reason]),
                 "Nothing was written.",
             )
-        counts.rows, counts.rows_dropped = len(part.rows), dict(sorted(part.dropped.items()))
+        counts.rows_distinct, counts.rows_dropped = len(part.rows), dict(sorted(part.dropped.items()))
         counts.rows_over_budget = part.over_budget
-        counts.images, counts.image_tokens = self._count_images(part.rows)
-        encoded = EncodedDataset(source.name, [_without_answer(row) for row in part.rows], seeing=self.seeing)
-        counts.tokens, counts.target_tokens = int(encoded.lengths.sum()), int(encoded.target_counts.sum())
-        counts.rows_truncated = int(encoded.truncated.sum())
-        counts.answer_tokens = quantiles(encoded.target_counts)
-        counts.fingerprint = encoded.fingerprint
+        encoded = EncodedDataset(source.name, [replace(row, answer="") for row in part.rows], self.seeing)
+        self._count_encoded(counts, encoded)
         encoded.save(folder / "train" / f"{source.name}.parquet")
         if source.test is not None:
             self._test(
@@ -178,6 +177,23 @@ class _Stage:
             )
         self._warn(counts, part)
         return counts
+
+    def share(self, counts: DatasetCounts, rows: int, folder: Path) -> None:
+        """Repeat or thin out a dataset's training rows, to so many."""
+        file = folder / "train" / f"{counts.name}.parquet"
+        whole = EncodedDataset.load(file)
+        encoded = whole.take(repeated(len(whole), rows, self.seed, counts.name))
+        encoded.save(file)
+        counts.rows_distinct = min(counts.rows, rows)
+        self._count_encoded(counts, encoded)
+
+    def _count_encoded(self, counts: DatasetCounts, encoded: EncodedDataset) -> None:
+        counts.rows = len(encoded)
+        counts.tokens, counts.target_tokens = int(encoded.lengths.sum()), int(encoded.target_counts.sum())
+        counts.rows_truncated = int(encoded.truncated.sum())
+        counts.images, counts.image_tokens = self._count_images(encoded)
+        counts.answer_tokens = quantiles(encoded.target_counts)
+        counts.fingerprint = encoded.fingerprint
 
     def kept_set(self, source: Source, folder: Path) -> DatasetCounts:
         """Encode and write one kept set."""
@@ -302,7 +318,7 @@ class _Stage:
                 bad_images[index] = bad.reason
         return bad_images
 
-    def _count_images(self, rows: Sequence[EncodedRow]) -> tuple[int, int]:
+    def _count_images(self, rows: Sequence[EncodedRow] | EncodedDataset) -> tuple[int, int]:
         """Images of the rows, and the tokens that stand for them."""
         sight = self.encoder.images
         tokens = 0 if sight is None else sum(int((row.input_ids == sight.token_id).sum()) for row in rows)
@@ -327,7 +343,7 @@ class _Stage:
         counts.test_rows_in_train = sum(conversation_key(chat) in train for chat in encoded.chats)
         if not rows:
             return
-        dataset = EncodedDataset(source.name, rows, self._read_back(rows), self.seeing)
+        dataset = EncodedDataset(source.name, rows, self.seeing)
         counts.test_tokens, counts.test_target_tokens = int(dataset.lengths.sum()), int(dataset.target_counts.sum())
         counts.test_rows_truncated = int(dataset.truncated.sum())
         counts.test_answer_tokens = quantiles(np.array([int(row.targets[row.prompt_length :].sum()) for row in rows]))
@@ -363,10 +379,6 @@ def _share(progress: Progress, number: int, total: int, name: str, share: float)
 
 def _reached(rows: int, targets: int, samples: int | None, tokens: int | None) -> bool:
     return (samples is not None and rows >= samples) or (tokens is not None and targets >= tokens)
-
-
-def _without_answer(row: EncodedRow) -> EncodedRow:
-    return replace(row, answer="")
 
 
 def _remove(path: Path) -> None:

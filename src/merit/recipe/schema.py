@@ -18,6 +18,13 @@ Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml"
 DataFormat = Literal["auto", "messages", "prompt_completion", "alpaca", "flan", "sharegpt", "cauldron"]
 
 
+Column = Literal[
+    "messages", "conversations", "texts", "prompt", "completion", "response", "instruction", "input", "output", "inputs",
+    "targets", "system", "history", "tools", "images", "image",
+]  # fmt: skip
+"""Columns that row formats know; ``response`` is another name of ``completion``."""
+
+
 class Settings(BaseModel):
     """Base of every block: frozen, unknown keys refused, attribute docstrings become the schema's descriptions."""
 
@@ -117,6 +124,11 @@ class DatasetSettings(Settings):
     """Sample budget: at most this many rows, drawn by seed. Default: all."""
     tokens: Annotated[int, Field(ge=1)] | None = None
     """Token budget n_t: rows are drawn by seed until their target tokens reach this number. Default: all."""
+    repeat: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """How often each row within the budget is trained per epoch: 2.5 takes every row twice and half of them, drawn by seed,
+    once more; 0.5 takes half of them."""
+    columns: dict[Column, str] = {}
+    """The rows' own names of a format's columns: {prompt: question, response: answer} reads question as prompt."""
 
 
 class UnrepresentableSettings(Settings):
@@ -164,6 +176,11 @@ class MixtureSettings(Settings):
     """Sample budget per dataset (rows) where the dataset has none of its own. Default: all."""
     tokens: Annotated[int, Field(ge=1)] | None = None
     """Target-token budget per dataset where the dataset has none of its own. Default: all."""
+    temperature: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """Mixing temperature T: datasets get rows in proportion to n^(1/T), n being their rows after budget and ``repeat``,
+    at the same total. 1: as they are; larger: towards equal shares, small ones repeated, large ones thinned out by seed."""
+    columns: dict[Column, str] = {}
+    """The rows' own names of a format's columns, for ``folder`` and ``path``; listed datasets have their own."""
     min_rows: Annotated[int, Field(ge=0)] = 0
     """Leave out datasets with fewer usable training rows than this, and say which; a budget does not count against it."""
     bad_rows: Literal["error", "drop"] = "error"
