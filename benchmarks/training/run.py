@@ -29,13 +29,15 @@ import numpy as np
 import psutil
 import torch
 
+from merit.files import write_json, write_text
 from merit.hf import batches, models
 from merit.hf.base import open_base
 from merit.mixture import EncodedDataset
-from merit.mixture.stage import load_split, prepare_mixture
+from merit.mixture.found import find_datasets
+from merit.mixture.stage import encode_mixture
 from merit.recipe.load import parse_recipe
 from merit.recipe.schema import Recipe
-from merit.run import store as run_folder
+from merit.run.record import versions
 from merit.train import branch as train
 from merit.train.batches import CPU_OVERHEAD, GroupRows, StepOrder, steps_for
 from merit.train.guards import silence_libraries
@@ -193,10 +195,8 @@ def main() -> None:
     mixture = {"folder": str(Path(options.mixture).resolve()), "include": options.include or ["*"]}
     base = str(Path(options.base).resolve())
     first = parse_recipe({"name": "benchmark", "model": {"base": base}, "mixture": mixture}, ["train.max_length=512"])
-    with tempfile.TemporaryDirectory() as folder:
-        prepare_mixture(first, open_base(first.model), Path(folder))
-        splits = load_split(Path(folder), "train")
-        group = {name: EncodedDataset(name, [rows[i] for i in range(len(rows))]) for name, rows in splits.items()}
+    mix = encode_mixture(find_datasets(first.mixture), open_base(first.model), max_length=512)
+    group = {name: EncodedDataset(name, [rows[i] for i in range(len(rows))]) for name, rows in mix.train.items()}
     per_epoch = math.ceil(sum(map(len, group.values())) / 16)
     steps = min(options.steps, per_epoch)
     settings = {"batch_size": 16, "epochs": steps / per_epoch, "learning_rate": 1e-4, "max_length": 512}
@@ -241,7 +241,7 @@ def main() -> None:
     facts = {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{os.cpu_count()} x {cpu_model()}, {psutil.virtual_memory().total / 2**30:.0f} GiB, one thread",
-        "versions": run_folder.versions(),
+        "versions": versions(),
         "base": {"model_type": bench.base.model_type, "parameters": bench.base.parameters},
         "work": {
             "datasets": sorted(group),
@@ -260,7 +260,7 @@ def main() -> None:
 
 def write(facts: dict[str, Any], output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    run_folder.write_json(output / "training.json", facts)
+    write_json(output / "training.json", facts)
     work = facts["work"]
     lines = [
         "# Training throughput",
@@ -295,7 +295,7 @@ def write(facts: dict[str, Any], output: Path) -> None:
         "The gain over the bare loop is padding that is not computed; what the trainer itself costs is the fourth row "
         "against the second. Wall times were taken on a machine with other work on it.",
     ]
-    run_folder.write_text(output / "training.md", "\n".join(lines) + "\n")
+    write_text(output / "training.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
