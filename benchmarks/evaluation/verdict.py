@@ -131,8 +131,9 @@ def main() -> None:
         "# False calls of the verdict",
         "",
         f"`python -m benchmarks.evaluation.verdict`, {facts['date']}, {facts['processor']}, "
-        f"{time.process_time() - started:.0f} CPU seconds. {DRAWS:,} comparisons per line (standard error 0.9 points at 5 %) of "
-        "models that do not differ. Until 0.1: one 95 % interval per measure, at least six units. Now: the larger p of sign flips "
+        f"{time.process_time() - started:.0f} CPU seconds. {DRAWS:,} comparisons per line (standard error 0.9 points at "
+        "5 %) of models that do not differ. Until 0.1: one 95 % interval per measure, at least six units. Now: the larger p "
+        "of sign flips "
         "and a skewness-adjusted t, Holm's correction over the comparison's measures, at least "
         f"{statistics.MIN_UNITS} units.",
         "",
