@@ -67,11 +67,11 @@ def time_ratio(model: Any, rows: list[Any], recipe: Any, label: str) -> dict[str
         for memory in ("held", "streamed")
     }
     tokens = meters["held"].batch_tokens
-    out = np.zeros((2, meters["held"].width), dtype=np.float32)
+    out = np.zeros((4, meters["held"].width), dtype=np.float32)
 
     def bare() -> None:
-        for parity in (0, 1):
-            half = rows[parity::2]
+        for part in range(4):
+            half = rows[part::4]
             model.zero_grad(set_to_none=True)
             for _, batch in iterate_batches(
                 half, length_sorted_batches([len(r.input_ids) for r in half], tokens), 0, cpu
@@ -90,7 +90,7 @@ def time_ratio(model: Any, rows: list[Any], recipe: Any, label: str) -> dict[str
             if number:
                 times[name].append(clock)
     least = {name: min(cpu for cpu, _ in found) for name, found in times.items()}
-    batches = sum(len(length_sorted_batches([len(r.input_ids) for r in rows[p::2]], tokens)) for p in (0, 1))
+    batches = sum(len(length_sorted_batches([len(r.input_ids) for r in rows[p::4]], tokens)) for p in range(4))
     return {
         "what": label,
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -138,7 +138,7 @@ def run(args: argparse.Namespace, scratch: Path) -> None:
     plain = best(lambda: bare_gradient(model, parts, batcher, device, cast), args.repeats, device)
     settings = recipe.conflict.model_copy(update={"batch_tokens": 8 * int(dataset.lengths.max())})
     meter = GradientMeter(model, settings, seed=0, batcher=batcher, device=device, autocast=cast)
-    out = np.zeros((2, meter.width), np.float32)
+    out = np.zeros((4, meter.width), np.float32)
     every = [dataset[i] for i in range(len(rows))]
     ours = best(lambda: meter.measure("pictures", every, out, Sums()), args.repeats, device)
     found.append(("gradient of one dataset", ours, plain))

@@ -26,7 +26,7 @@ def meter(model, recipe, **options) -> GradientMeter:
 
 def measure(model, recipe, rows, **options) -> tuple[np.ndarray, dict]:
     made = meter(model, recipe, **options)
-    out = np.full((2, made.width), np.nan, dtype=np.float32)
+    out = np.full((4, made.width), np.nan, dtype=np.float32)
     sums = Sums()
     made.measure("d", rows, out, sums)
     return out, asdict(sums)
@@ -61,18 +61,18 @@ def rows(mixture):
 
 
 @pytest.mark.parametrize("weighting", ["examples", "tokens"])
-def test_exact_halves_equal_float64_autograd(model, make_recipe, rows, weighting):
+def test_exact_quarters_equal_float64_autograd(model, make_recipe, rows, weighting):
     out, facts = measure(model, make_recipe(representation="exact", weighting=weighting), rows)
     each = plain_gradients(model, rows, weighting)
     scale = np.abs(each).sum(axis=0).max()
-    np.testing.assert_allclose(out[0], each[0::2].sum(axis=0), rtol=0, atol=2e-6 * scale)
-    np.testing.assert_allclose(out[1], each[1::2].sum(axis=0), rtol=0, atol=2e-6 * scale)
+    for part in range(4):
+        np.testing.assert_allclose(out[part], each[part::4].sum(axis=0), rtol=0, atol=2e-6 * scale)
     targets = np.array([row.targets.sum() for row in rows])
     weights = targets if weighting == "tokens" else np.ones(13)
-    assert facts["examples"] == [7, 6]
-    assert facts["tokens"] == [targets[0::2].sum(), targets[1::2].sum()]
-    np.testing.assert_allclose(facts["weight"], [weights[0::2].sum(), weights[1::2].sum()])
-    np.testing.assert_allclose(facts["weight_squared"], [(weights[0::2] ** 2).sum(), (weights[1::2] ** 2).sum()])
+    assert facts["examples"] == [4, 3, 3, 3]
+    assert facts["tokens"] == [targets[p::4].sum() for p in range(4)]
+    np.testing.assert_allclose(facts["weight"], [weights[p::4].sum() for p in range(4)])
+    np.testing.assert_allclose(facts["weight_squared"], [(weights[p::4] ** 2).sum() for p in range(4)])
 
 
 def test_cosines_of_sketches_agree_with_exact_float64_ones(model, make_recipe, mixture):
@@ -113,7 +113,7 @@ def test_streamed_gradients_are_freed_one_by_one(model, make_recipe, rows):
         inner(name, parameter)
 
     made._take = watching
-    made.measure("d", rows, np.empty((2, made.width), dtype=np.float32), Sums())
+    made.measure("d", rows, np.empty((4, made.width), dtype=np.float32), Sums())
     assert max(alive) == 1
 
 
@@ -155,7 +155,7 @@ def test_frozen_parameters_cost_nothing(make_recipe, rows):
     out, _ = measure(model, recipe, rows, memory="streamed")
     assert out.shape[1] == 3 * 16 * 24
     each = plain_gradients(model, rows, "examples")
-    np.testing.assert_allclose(out[0], each[0::2].sum(axis=0), rtol=0, atol=2e-6 * np.abs(each).sum(axis=0).max())
+    np.testing.assert_allclose(out[0], each[0::4].sum(axis=0), rtol=0, atol=2e-6 * np.abs(each).sum(axis=0).max())
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -175,12 +175,12 @@ def test_lora_adapters_are_measured(make_recipe, rows):
 
 
 def test_half_precision_parameters_are_folded_in_float32(model, make_recipe, rows):
-    exact = plain_gradients(model, rows, "examples")[0::2].sum(axis=0)
+    exact = plain_gradients(model, rows, "examples")[0::4].sum(axis=0)
     half = model.to(torch.bfloat16)
     recipe = make_recipe(representation="exact", batch_tokens=1)
     made = meter(half, recipe)
     assert not made.held, "bf16 gradients must not be summed in bf16"
-    out = np.empty((2, made.width), dtype=np.float32)
+    out = np.empty((4, made.width), dtype=np.float32)
     made.measure("d", rows, out, Sums())
     cosine = out[0] @ exact / np.linalg.norm(out[0]) / np.linalg.norm(exact)
     assert cosine > 0.99
@@ -217,10 +217,10 @@ def test_running_out_of_memory_halves_the_micro_batch(model, make_recipe, rows):
         return inner(name, batch)
 
     made._backward = scarce
-    out = np.empty((2, made.width), dtype=np.float32)
+    out = np.empty((4, made.width), dtype=np.float32)
     sums = Sums()
     made.measure("d", rows, out, sums)
     assert made.batch_tokens <= 64
-    assert sums.examples == [7, 6]
-    assert sums.weight == [7, 6], "an attempt that failed must not be counted"
+    assert sums.examples == [4, 3, 3, 3]
+    assert sums.weight == [4, 3, 3, 3], "an attempt that failed must not be counted"
     np.testing.assert_allclose(out, expected, rtol=0, atol=3e-6 * np.abs(expected).max())

@@ -68,15 +68,15 @@ def test_files_hold_what_they_promise(make_recipe, mixture, tmp_path):
     assert arrays["scores"].shape == (6, 5)
     np.testing.assert_allclose(np.abs(arrays["scores"]), np.abs(expected.scores), atol=1e-9)
     np.testing.assert_allclose(arrays["explained_variance"], expected.explained_variance, atol=1e-12)
-    half = arrays["half_gram"]
-    np.testing.assert_allclose(half[:6, :6] + half[6:, 6:] + half[:6, 6:] + half[6:, :6], arrays["gram"], rtol=1e-5)
+    quarters = arrays["quarter_gram"].reshape(4, 6, 4, 6)
+    np.testing.assert_allclose(quarters.sum(axis=(0, 2)), arrays["gram"], rtol=1e-5)
     table = json.loads((tmp_path / "c" / "datasets.json").read_text())
     assert [entry["name"] for entry in table] == list(mixture)
     assert table[3]["rows"] == len(mixture["d3"])
     assert table[3]["examples"] == 12
     assert 0 < table[3]["expected_cosine"] <= 1
     summary = json.loads((tmp_path / "c" / "summary.json").read_text())
-    assert summary["suggested_axes"] == geometry.summary.suggested_axes >= 1
+    assert summary["suggested_axes"] == geometry.summary.suggested_axes
     assert f"r = {summary['suggested_axes']}" in summary["suggestion"]
     first = summary["spectral_concentration"][0]
     assert first["ratio"] == pytest.approx(first["gain"] / first["random"])
@@ -144,7 +144,7 @@ def test_damaged_facts_of_an_entry_are_measured_again(make_recipe, mixture, tmp_
     before = files(tmp_path / "c")
     facts = sorted((tmp_path / "c" / "partial").glob("*.json"))
     text = facts[0].read_text()
-    for number, (old, new) in enumerate([("weight", "wEight"), ("6.0", "7.0"), ("[", "{"), ("examples", "exbmples")]):
+    for number, (old, new) in enumerate([("weight", "wEight"), ("3.0", "7.0"), ("[", "{"), ("examples", "exbmples")]):
         assert old in facts[number].read_text(), text
         facts[number].write_text(facts[number].read_text().replace(old, new, 1))
     facts[4].write_text("[" * 100_000)
@@ -170,6 +170,28 @@ def test_damaged_results_are_named(make_recipe, mixture, tmp_path, file):
     (tmp_path / file).unlink()
     with pytest.raises(RunFolderError, match=file):
         Geometry.load(tmp_path)
+
+
+def test_duplicates_are_noticed(make_recipe, mixture, tmp_path):
+    """Fails on commit f5727a1: datasets with the same rows were not noticed, and split by rounding."""
+    rows = [mixture["d1"][i] for i in range(len(mixture["d1"]))]
+    twice = mixture | {"again": EncodedDataset("again", rows)}
+    geometry = run(make_recipe(), twice, tmp_path)
+    assert geometry.duplicates == [["again", "d1"]]
+    assert any("again, d1" in warning for warning in geometry.summary.warnings)
+    split = split_mixture("pca", 2, weights=dict.fromkeys(twice, 1.0), geometry=geometry)
+    assert any({"again", "d1"} <= set(group) for group in split.groups)
+    assert any("duplicates" in warning for warning in split.warnings)
+
+
+def test_single_rows_claim_no_certainty(make_recipe, mixture, tmp_path):
+    """Fails on commit f5727a1: datasets of one row, all of it sampled, got a stability of 1.0."""
+    with_single = mixture | {"one": make_dataset("one", 1, seed=0), "three": make_dataset("three", 3, seed=1)}
+    geometry = run(make_recipe(), with_single, tmp_path)
+    split = split_mixture("pca", 1, weights=dict.fromkeys(with_single, 1.0), geometry=geometry)
+    assert split.stability["one"] is split.stability["three"] is None
+    assert {"one", "three"} <= set(split.open)
+    assert set(split.open) == {n for n, p in split.stability.items() if p is None or p < 0.9}
 
 
 def test_in_a_notebook_nothing_is_left_behind(make_recipe, mixture):
@@ -245,7 +267,9 @@ def test_a_chunked_sample_is_the_same_gradient_as_a_fixed_one(make_recipe, tmp_p
     run(make_recipe(examples=100), mixture, tmp_path / "fixed")
     one, two = (np.load(tmp_path / k / "geometry.npz") for k in ("auto", "fixed"))
     assert one["examples"][0] == two["examples"][0] == 100
-    np.testing.assert_allclose(one["half_gram"], two["half_gram"], rtol=1e-5)
+    np.testing.assert_allclose(
+        one["quarter_gram"], two["quarter_gram"], rtol=1e-4, atol=1e-6 * np.abs(two["gram"]).max()
+    )
     np.testing.assert_allclose(one["q"], two["q"])
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-import pytest
 
-from merit.conflict.reliability import HalfSamples
+from merit.conflict.reliability import SubSamples
 from merit.conflict.resampling import resampled_grams
-from merit.errors import ConflictError
 from merit.split.components import cosine_matrix, principal_components
 from merit.split.stability import split_stability
 
@@ -19,38 +17,36 @@ from merit.split.stability import split_stability
 class Measured:
     """The part of a geometry that stability reads."""
 
-    halves: HalfSamples
+    parts: SubSamples
+    sketch_size: int = 0
 
     @property
     def names(self) -> list[str]:
-        return [f"d{i}" for i in range(len(self.halves.q))]
+        return [f"d{i}" for i in range(len(self.parts.q))]
 
     @property
     def gram(self) -> np.ndarray:
-        return self.halves.gram()
+        return self.parts.products().sum(axis=(0, 1))
 
     @property
     def cosine(self) -> np.ndarray:
         return cosine_matrix(self.gram)
 
     def resampled(self, replicates: int, seed: int) -> Iterator[np.ndarray]:
-        return resampled_grams(self.halves, self.names, replicates, seed)
+        return resampled_grams(self.parts, replicates, seed, self.sketch_size)
 
 
 def measured(means: np.ndarray, noise: float, n: int, seed: int, q_all: float = 0.0) -> Measured:
     rng = np.random.default_rng(seed)
     count = len(means)
     samples = [mean + noise * rng.normal(size=(n, len(mean))) for mean in means]
-    even, odd = (np.array([s[k::2].sum(axis=0) / n for s in samples]) for k in (0, 1))
-    share = np.full(count, len(samples[0][0::2]) / n)
+    sums = np.array([s[p::4].sum(axis=0) / n for p in range(4) for s in samples])
+    sizes = np.array([len(samples[0][p::4]) for p in range(4)])
     return Measured(
-        HalfSamples(
-            even_even=even @ even.T,
-            odd_odd=odd @ odd.T,
-            even_odd=even @ odd.T,
-            share_even=share,
-            q_even=1 / (share * n),
-            q_odd=1 / ((1 - share) * n),
+        SubSamples(
+            gram=sums @ sums.T,
+            shares=np.tile(sizes / n, (count, 1)),
+            q_parts=np.tile(1 / sizes, (count, 1)),
             q=np.full(count, 1 / n),
             q_all=np.full(count, q_all),
         )
@@ -108,8 +104,24 @@ def test_results_are_seeded():
     assert not np.array_equal(one.probability, other.probability)
 
 
-def test_a_lone_example_is_refused():
-    geometry = measured(two_sides(), 1.0, 10, 3)
-    geometry.halves.share_even[2] = 1.0
-    with pytest.raises(ConflictError, match="d2 has a single calibration example"):
-        split_stability(geometry, by_sign)
+def test_the_sketchs_own_error_is_in_the_error_bars():
+    """Fails on commit f5727a1: what a sketch does to cosines was in no error bar."""
+    geometry = measured(two_sides(), 0.0, 12, 3)
+    assert split_stability(geometry, by_sign).mean == 1.0
+    spread = np.array([cosine_matrix(gram) for gram in replace(geometry, sketch_size=4096).resampled(300, 0)])
+    rng, rows = np.random.default_rng(1), two_sides()
+    sketched = []
+    for _ in range(300):  # random projections of the gradients themselves
+        kept = rows @ rng.normal(size=(rows.shape[1], 4096)) / 64
+        sketched.append(cosine_matrix(kept @ kept.T))
+    off = np.triu_indices(8, 1)
+    real = np.std(sketched, axis=0)[off]
+    np.testing.assert_allclose(spread.std(axis=0)[off].mean(), real.mean(), rtol=0.1)
+    np.testing.assert_allclose(spread.mean(axis=0), geometry.cosine, atol=0.005)
+
+
+def test_three_directions_of_noise_not_one():
+    """Fails on commit f5727a1: every dataset moved along one half-sample difference, so that 1.0 was said too often."""
+    geometry = measured(two_sides(), 1.5, 20, 1)
+    moved = np.array([gram - geometry.gram for gram in geometry.resampled(50, 0)])[:, 0, :]
+    assert np.linalg.matrix_rank(moved, tol=1e-6 * np.abs(moved).max()) > 2

@@ -8,20 +8,22 @@ from collections.abc import Sequence
 import numpy as np
 
 from merit.conflict import geometry
-from merit.conflict.reliability import cross_half_cosine, noise_corrected_cosine, reliability
+from merit.conflict.reliability import PARTS, noise_corrected_cosine, reliability
 from merit.conflict.result import Arrays, DatasetFacts, Geometry, Pair, Spread, Summary
-from merit.conflict.sample import Measured, half_samples
+from merit.conflict.sample import Measured, sub_samples
+from merit.conflict.spectrum import PAPER_AXES, Concentration, spectral_concentration, suggest_axes
 from merit.conflict.store import GradientStore
 from merit.recipe.schema import ConflictSettings
-from merit.split.balance import bisect
 from merit.split.components import cosine_matrix, principal_components
-from merit.split.view import Groups
 
 COMPONENTS = 6
 """R: principal axes that are kept (fewer with fewer datasets); recipes ask for at most as many."""
 
+SAME = 1e-6
+"""Cosines closer to 1 than this are of one gradient, measured twice."""
+
 _DOUBLE_LIMIT = 256
-"""Up to so many datasets half-sample products are computed in float64; above, blocks in float32 added in float64."""
+"""Up to so many datasets quarter-sample products are computed in float64; above, blocks in float32 added in float64."""
 
 
 def build_geometry(
@@ -31,25 +33,25 @@ def build_geometry(
     order = sorted(range(len(measured)), key=lambda i: measured[i].name)
     items = [measured[i] for i in order]
     count = len(items)
-    gram = geometry.gram_matrix([item.vector(store, 0, 1) for item in items])
-    parts = [item.vector(store, half) for half in (0, 1) for item in items]
-    half_gram = geometry.gram_matrix(parts, np.float64 if count <= _DOUBLE_LIMIT else np.float32)
-    halves = half_samples(items, half_gram)
-    noise = reliability(halves)
+    gram = geometry.gram_matrix([item.vector(store) for item in items])
+    vectors = [item.vector(store, part) for part in range(PARTS) for item in items]
+    quarters = geometry.gram_matrix(vectors, np.float64 if count <= _DOUBLE_LIMIT else np.float32)
+    parts = sub_samples(items, quarters)
+    noise = reliability(parts)
     cosine = cosine_matrix(gram)
     column, double = (principal_components(cosine, COMPONENTS, centring) for centring in ("columns", "double"))
     raw = principal_components(gram, COMPONENTS)
-    splits = successive_splits(column.scores, [item.dataset_rows for item in items], [item.name for item in items])
-    concentration = geometry.spectral_concentration(cosine, splits, cross_half_cosine(halves))
+    heavy = np.array([item.dataset_rows for item in items], dtype=np.float64)
+    concentration = spectral_concentration(parts, heavy, [item.name for item in items], PAPER_AXES)
     back = np.argsort(order)
     grid = np.ix_(back, back)
-    twice = np.concatenate([back, back + count])
+    fourfold = np.concatenate([back + part * count for part in range(PARTS)])
     arrays = Arrays(
         names=np.array([item.name for item in measured]),
         gram=gram[grid],
         cosine=cosine[grid],
         cosine_corrected=noise_corrected_cosine(gram, noise)[grid],
-        half_gram=half_gram[np.ix_(twice, twice)],
+        quarter_gram=quarters[np.ix_(fourfold, fourfold)],
         examples=np.array([item.examples for item in measured], dtype=np.int64),
         rows=np.array([item.dataset_rows for item in measured], dtype=np.int64),
         norm=np.sqrt(np.diag(gram))[back],
@@ -63,24 +65,28 @@ def build_geometry(
             key: getattr(noise, key)[back]
             for key in ("unbiased_squared_norm", "noise", "reliability", "expected_cosine")
         },
-        **{key: getattr(halves, key)[back] for key in ("share_even", "q_even", "q_odd", "q", "q_all")},
+        **{key: getattr(parts, key)[back] for key in ("shares", "q_parts", "q", "q_all")},
+        sketch_size=np.array(settings.sketch_size if settings.representation == "sketch" else 0),
     )
     table = [_facts(item, arrays, i) for i, item in enumerate(measured)]
     table += [DatasetFacts(item.name, item.dataset_rows, left_out=item.bad) for item in left_out]
-    return Geometry(arrays, table, _summary(arrays, table, concentration, settings))
+    return Geometry(
+        arrays, table, _summary(arrays, table, concentration, settings, _duplicates(measured, arrays.cosine))
+    )
 
 
-def successive_splits(scores: np.ndarray, weights: Sequence[float], names: Sequence[str]) -> list[Groups]:
-    """The split's own groups along 1, 2, ... axes, for as many as T datasets can fill; none where an axis is empty.
-
-    Args:
-        scores: (T, R), as :func:`merit.split.components.principal_components` gives them.
-        weights: (T,) what the cuts balance.
-        names: (T,) sorted.
-    """
-    most = min(scores.shape[1], len(names).bit_length() - 1)
-    heavy = np.asarray(weights, dtype=np.float64)
-    return [bisect(scores[:, :k], heavy, names) if scores[:, k - 1].any() else [] for k in range(1, most + 1)]
+def _duplicates(measured: Sequence[Measured], cosine: np.ndarray) -> list[list[str]]:
+    """Datasets with the same rows, or with the same direction up to rounding, in groups."""
+    group = list(range(len(measured)))
+    for i, item in enumerate(measured):
+        for j in range(i):
+            if item.content == measured[j].content or cosine[i, j] > 1.0 - SAME:
+                old, new = group[i], group[j]
+                group = [new if label == old else label for label in group]
+    names: dict[int, list[str]] = {}
+    for label, item in zip(group, measured, strict=True):
+        names.setdefault(label, []).append(item.name)
+    return sorted(sorted(found) for found in names.values() if len(found) > 1)
 
 
 def _facts(item: Measured, arrays: Arrays, i: int) -> DatasetFacts:
@@ -105,12 +111,13 @@ def _facts(item: Measured, arrays: Arrays, i: int) -> DatasetFacts:
 def _summary(
     arrays: Arrays,
     table: Sequence[DatasetFacts],
-    concentration: list[geometry.Concentration],
+    concentration: list[Concentration],
     settings: ConflictSettings,
+    duplicates: list[list[str]],
 ) -> Summary:
     names, cosine = arrays.names, arrays.cosine
     count = len(names)
-    suggested, why = geometry.suggest_axes(concentration, count)
+    suggested, why = suggest_axes(concentration, count)
     pairs = sorted((float(cosine[i, j]), str(names[i]), str(names[j])) for i in range(count) for j in range(i))
     off = np.array([pair[0] for pair in pairs])
     return Summary(
@@ -131,12 +138,17 @@ def _summary(
         examples=Spread.of(arrays.examples.astype(float)),
         examples_in_all=int(arrays.examples.sum()),
         representation=settings.representation,
-        warnings=_warnings(arrays, settings),
+        duplicates=duplicates,
+        warnings=_warnings(arrays, settings, duplicates),
     )
 
 
-def _warnings(arrays: Arrays, settings: ConflictSettings) -> list[str]:
-    names, warnings = arrays.names, []
+def _warnings(arrays: Arrays, settings: ConflictSettings, duplicates: Sequence[Sequence[str]]) -> list[str]:
+    names = arrays.names
+    warnings = [
+        f"{', '.join(group)} hold the same rows or have the same gradient; a split keeps them together."
+        for group in duplicates
+    ]
     drowned = names[~(arrays.unbiased_squared_norm > 0)]
     if len(drowned):
         warnings.append(
@@ -155,9 +167,10 @@ def _warnings(arrays: Arrays, settings: ConflictSettings) -> list[str]:
             f"{len(short)} dataset(s) stay under conflict.target_reliability {settings.target_reliability} at "
             f"conflict.max_examples, first {short[0]}."
         )
-    single = names[arrays.examples == 1]
-    if len(single):
+    few = names[~(arrays.shares > 0).all(axis=1)]
+    if len(few):
         warnings.append(
-            f"{len(single)} dataset(s) have a single example, first {single[0]}: no half-samples, no error bar."
+            f"{len(few)} dataset(s) have fewer than four examples, first {few[0]}: how sure their gradient is "
+            "cannot be said."
         )
     return warnings

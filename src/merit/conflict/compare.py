@@ -73,7 +73,7 @@ def compare_representations(
     Args:
         rows: Training rows by dataset name; at least three whose gradient can be used.
         probe: Base, calibration sample and device; its representation is ignored.
-        folder: Where exact gradients (two float32 halves per dataset) lie while it runs; removed at the end.
+        folder: Where exact gradients (four float32 vectors per dataset) lie while it runs; removed at the end.
         settings: Sketch sizes (``sketch``) and strides (``stride``) to try. Default: the probe's own.
         jobs: Processes for the gradients.
         progress: Called with datasets done, in all, and the latest name.
@@ -89,7 +89,7 @@ def compare_representations(
         store = GradientStore(Path(scratch))
         measured = measure_datasets(rows, exact, store, jobs=jobs, progress=progress)
         _enough([m.name for m in measured if m.bad is None], [m.bad for m in measured if m.bad])
-        vectors = [m.vector(store, 0, 1) for m in measured if m.bad is None]
+        vectors = [m.vector(store) for m in measured if m.bad is None]
         true = cosine_matrix(gram_matrix(vectors))
         layout = probe.layout()
         table = []

@@ -3,7 +3,7 @@
 Model-facing: it is handed a model, rows and an array to fill; it chooses no rows, no folders, and compares nothing.
 
 Two ways to the same vectors, up to float rounding. *held*: gradients add up in ``parameter.grad`` over all micro-batches
-of a half-sample and are folded once; needs memory for one gradient. *streamed*: a hook folds every parameter's gradient
+of a quarter-sample and are folded once; needs memory for one gradient. *streamed*: a hook folds every parameter's gradient
 the moment it is complete and frees it, so that memory is model + activations + the largest single parameter's gradient.
 """
 
@@ -19,6 +19,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
+from merit.conflict.reliability import PARTS
 from merit.conflict.sketch import Sketch
 from merit.conflict.store import Sums
 from merit.errors import ConflictError, ResourceError
@@ -150,12 +151,12 @@ class GradientMeter:
         self._sums: dict[str, torch.Tensor] = {}
 
     def measure(self, name: str, rows: Sequence[EncodedRow], out: np.ndarray, sums: Sums) -> None:
-        """Fill ``out`` with the weighted gradient *sums* of the rows at even and at odd places.
+        """Fill ``out`` with the weighted gradient *sums* of the rows at places 0, 4, 8 ..., 1, 5 ..., 2, 6 ... and 3, 7 ...
 
         Args:
             name: The dataset's name, for messages.
             rows: The sample in the order drawn; every row has at least one target.
-            out: (2, D) float32. Row 0: Σ w_i ∇L_i over even i, row 1 over odd i, where L_i is example i's mean
+            out: (4, D) float32. Row p: Σ w_i ∇L_i over i = p, p + 4, p + 8 ..., where L_i is example i's mean
                 target-token loss; w_i = 1 with weighting ``examples``, its number of targets with ``tokens``.
             sums: Filled with the same rows' counts, weights and losses.
 
@@ -164,9 +165,9 @@ class GradientMeter:
             ResourceError: Not even one row fits in memory.
         """
         started = time.perf_counter()
-        for parity in (0, 1):
-            part = rows[parity::2]
-            weight, squared, example_loss, token_loss, tokens = self._half(name, part, out[parity]).tolist()
+        for place in range(PARTS):
+            part = rows[place::PARTS]
+            weight, squared, example_loss, token_loss, tokens = self._part(name, part, out[place]).tolist()
             sums.examples.append(len(part))
             sums.weight.append(weight)
             sums.weight_squared.append(squared)
@@ -175,7 +176,7 @@ class GradientMeter:
             sums.tokens.append(int(tokens))
         sums.seconds = time.perf_counter() - started
 
-    def _half(self, name: str, rows: Sequence[EncodedRow], row: np.ndarray) -> np.ndarray:
+    def _part(self, name: str, rows: Sequence[EncodedRow], row: np.ndarray) -> np.ndarray:
         while True:
             try:
                 return self._attempt(name, rows, row)

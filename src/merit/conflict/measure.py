@@ -17,6 +17,7 @@ from multiprocessing.queues import Queue
 import torch
 
 from merit.conflict.gradients import GradientMeter
+from merit.conflict.reliability import PARTS
 from merit.conflict.sample import Measured, Probe, Task, from_store, make_task, measure_task
 from merit.conflict.store import GradientStore
 from merit.errors import ConflictError, ResourceError
@@ -61,9 +62,9 @@ def measure_datasets(
         width = meter.width if meter else probe.width()
         require_space(
             store.folder,
-            int(len(missing) * steps * 8 * width * 1.05) + 2**26,
+            int(len(missing) * steps * 4 * PARTS * width * 1.05) + 2**26,
             f"{len(missing)} gradients of {width:,} entries",
-            "Ways out: conflict.representation: sketch (1 MiB per half-sample by default), a smaller conflict.sketch_size, "
+            "Ways out: conflict.representation: sketch (4 MiB per dataset by default), a smaller conflict.sketch_size, "
             "a larger conflict.stride, or another disk (--output DIR, conflict.cache).",
         )
         tasks = (make_task(datasets[name], probe, with_rows=True) for name in missing)

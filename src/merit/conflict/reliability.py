@@ -1,55 +1,58 @@
-"""What two half-samples tell: sampling noise, unbiased norms, noise-corrected cosines, and how many examples are enough.
+"""What sub-samples tell: sampling noise, unbiased norms, noise-corrected cosines, and how many examples are enough.
 
-Pure NumPy on the inner products of half-sample gradients; it runs no model and reads no file. Every dataset t has two
-partial gradients, from the even and the odd positions of its calibration sample, whose sum is the sample's mean gradient:
-g = S_e + S_o. With a and b = 1 − a the halves' shares of the weight, S_e/a and S_o/b are two independent estimates of one
-gradient, and their squared distance measures the noise:
+Pure NumPy on the inner products of quarter-sample gradients; it runs no model and reads no file. Every dataset has four
+partial gradients, from places 0, 4, 8 ..., 1, 5 ..., 2, 6 ... and 3, 7 ... of its calibration sample, whose sum is the
+sample's mean gradient: g = Σ_p S_p. With a_p the quarters' shares of the weight, the S_p/a_p are independent estimates of
+one gradient, and their squared distances measure the noise:
 
-    S² = ‖S_e/a − S_o/b‖² / (q_e + q_o)          E S² = trace of the covariance of one example's gradient
-    E‖g‖² = ‖G‖² + S² (q − Q)                    G: the gradient of all rows of the dataset
+    S² = mean over pairs of ‖S_p/a_p − S_r/a_r‖² / (q_p + q_r)     E S² = trace of the covariance of one example's gradient
+    E‖g‖² = ‖G‖² + S² (q − Q)                                      G: the gradient of all rows of the dataset
 
 q = Σw²/(Σw)² is one over the effective number of examples (exactly 1/n with equal weights); Q is that of the whole dataset,
 the finite-population correction: a sample of all rows has no noise. With token weights both are ratio estimates, right to
 first order. No full gradient is ever needed.
 
-Source: Cochran, Sampling Techniques, 1977 (§2.5 finite populations, §6 ratio estimates); Spearman 1910, Brown 1910.
+Source: Cochran, Sampling Techniques, 1977 (§2.5 finite populations, §6 ratio estimates).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
+PARTS = 4
+"""Sub-samples per dataset: two choose an axis, two judge it."""
+
 
 @dataclass(frozen=True)
-class HalfSamples:
-    """Inner products and weights of T datasets' half-sample gradients; row t everywhere is dataset t.
+class SubSamples:
+    """Inner products and weights of T datasets' quarter-sample gradients; row t everywhere is dataset t.
 
     Attributes:
-        even_even: ⟨S_e, S_e⟩ (T,) or (T, T) float64.
-        odd_odd: ⟨S_o, S_o⟩, likewise.
-        even_odd: ⟨S_e of row, S_o of column⟩, likewise.
-        share_even: a (T,): the even half's share of the weight; 1 where a sample has one example.
-        q_even: q of the even half (T,).
-        q_odd: q of the odd half (T,); infinite where it is empty.
+        gram: (4T, 4T) float64: ⟨S_p of i, S_r of j⟩ at row pT + i, column rT + j.
+        shares: a (T, 4): the quarters' shares of the weight; 0 where a quarter is empty.
+        q_parts: q of the quarters (T, 4); infinite where empty.
         q: q of the sample (T,).
         q_all: Q of all the dataset's rows (T,).
     """
 
-    even_even: np.ndarray
-    odd_odd: np.ndarray
-    even_odd: np.ndarray
-    share_even: np.ndarray
-    q_even: np.ndarray
-    q_odd: np.ndarray
+    gram: np.ndarray
+    shares: np.ndarray
+    q_parts: np.ndarray
     q: np.ndarray
     q_all: np.ndarray
 
-    def gram(self) -> np.ndarray:
-        """⟨g_i, g_j⟩ (T, T), from the full matrices of the halves."""
-        gram: np.ndarray = self.even_even + self.odd_odd + self.even_odd + self.even_odd.T
-        return gram
+    def products(self) -> np.ndarray:
+        """⟨S_p of i, S_r of j⟩ as (4, 4, T, T), a view."""
+        count = len(self.q)
+        return self.gram.reshape(PARTS, count, PARTS, count).transpose(0, 2, 1, 3)
+
+    def excess(self) -> np.ndarray:
+        """q − Q (T,): the share of the noise that remains in the sample; exactly 0 where it is the whole dataset."""
+        left = np.maximum(self.q - self.q_all, 0.0)
+        return np.where(left <= 1e-12 * self.q, 0.0, left)
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,7 @@ class Reliability:
         squared_norm: ‖g‖², inflated by sampling noise.
         unbiased_squared_norm: Unbiased for ‖G‖², the squared norm of all rows' gradient; ≤ 0 where noise drowns it.
         noise: S² (q − Q): the part of ‖g‖² that is sampling noise. NaN with a single example of a larger dataset.
-        reliability: Expected cosine of g with the gradient of another such sample of endless data (Spearman–Brown of the two
-            halves). NaN with a single example.
+        reliability: Expected cosine of g with that of another such sample of endless data. NaN with a single example.
         expected_cosine: Expected cosine of g with G; 1 where the sample is the whole dataset.
     """
 
@@ -72,26 +74,31 @@ class Reliability:
     expected_cosine: np.ndarray
 
 
-def reliability(halves: HalfSamples) -> Reliability:
-    """Noise and reliability of every dataset's gradient, from its own two halves."""
-    ee, oo, eo = (m if m.ndim == 1 else np.diag(m) for m in (halves.even_even, halves.odd_odd, halves.even_odd))
-    a, b = halves.share_even, 1.0 - halves.share_even
-    squared = ee + oo + 2 * eo
-    paired = (a > 0) & (b > 0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        distance = ee / a**2 + oo / b**2 - 2 * eo / (a * b)
-        variance = np.where(paired, distance / (halves.q_even + halves.q_odd), np.nan)
-    left = np.maximum(halves.q - halves.q_all, 0.0)
-    whole = left <= 1e-12 * halves.q
-    noise = np.where(whole, 0.0, variance * left)
-    unbiased = squared - noise
-    return Reliability(
-        squared_norm=squared,
-        unbiased_squared_norm=unbiased,
-        noise=noise,
-        reliability=np.clip(1.0 - variance * halves.q / squared, -1.0, 1.0),
-        expected_cosine=np.where(whole, 1.0, np.sqrt(np.clip(unbiased / squared, 0.0, 1.0))),
+def reliability(parts: SubSamples) -> Reliability:
+    """Noise and reliability of every dataset's gradient, from its own quarters."""
+    own = np.diagonal(parts.products(), axis1=2, axis2=3)  # (4, 4, T)
+    squared = own.sum(axis=(0, 1))
+    shares = np.where(parts.shares > 0, parts.shares, np.nan).T
+    scaled = own / (shares[:, None] * shares[None, :])
+    estimates = np.array(
+        [
+            (scaled[p, p] + scaled[r, r] - 2 * scaled[p, r]) / (parts.q_parts[:, p] + parts.q_parts[:, r])
+            for p, r in combinations(range(PARTS), 2)
+        ]
     )
+    pairs = np.isfinite(estimates).sum(axis=0)
+    with np.errstate(invalid="ignore"):
+        variance = np.where(pairs > 0, np.nansum(estimates, axis=0) / np.maximum(pairs, 1), np.nan)
+        excess = parts.excess()
+        noise = np.where(excess == 0, 0.0, variance * excess)
+        unbiased = squared - noise
+        return Reliability(
+            squared_norm=squared,
+            unbiased_squared_norm=unbiased,
+            noise=noise,
+            reliability=np.clip(1.0 - variance * parts.q / squared, -1.0, 1.0),
+            expected_cosine=np.where(excess == 0, 1.0, np.sqrt(np.clip(unbiased / squared, 0.0, 1.0))),
+        )
 
 
 def noise_corrected_cosine(gram: np.ndarray, found: Reliability) -> np.ndarray:
@@ -109,22 +116,8 @@ def noise_corrected_cosine(gram: np.ndarray, found: Reliability) -> np.ndarray:
     return corrected
 
 
-def cross_half_cosine(halves: HalfSamples) -> np.ndarray | None:
-    """Products of even-half with odd-half gradients over the plain norms: cosines free of shared noise, the diagonal too.
-
-    Returns:
-        (T, T), symmetric, for :func:`merit.conflict.geometry.spectral_concentration`; None where some half is empty.
-    """
-    a, b = halves.share_even, 1.0 - halves.share_even
-    if np.any(a <= 0) or np.any(b <= 0):
-        return None
-    norms = np.sqrt(np.diag(halves.gram()))
-    product: np.ndarray = halves.even_odd / np.outer(a, b) / np.outer(norms, norms)
-    return np.asarray((product + product.T) / 2)
-
-
 def calibration_steps(rows: int, limit: int, first: int = 48) -> list[int]:
-    """Sample sizes at which an automatic draw stops to look: 48, 68, 96, 136, 192 ... (×√2, even), up to what there is.
+    """Sample sizes at which an automatic draw stops to look: 48, 68, 96, 136, 192 ... (×√2, in fours), up to what there is.
 
     Args:
         rows: Rows of the dataset.
@@ -136,5 +129,5 @@ def calibration_steps(rows: int, limit: int, first: int = 48) -> list[int]:
     while size < last:
         steps.append(size)
         k += 1
-        size = 2 * round(first * 2 ** (k / 2) / 2)
+        size = 4 * round(first * 2 ** (k / 2) / 4)
     return [*steps, last]

@@ -1,50 +1,46 @@
-"""Geometries as other calibration samples would have given them. Pure NumPy on half-sample inner products."""
+"""Geometries as other calibration samples and other sketches would have given them. Pure NumPy."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
-from merit.conflict.reliability import HalfSamples
-from merit.errors import ConflictError
+from merit.conflict.reliability import PARTS, SubSamples
 
 
-def resampled_grams(halves: HalfSamples, names: Sequence[str], replicates: int, seed: int) -> Iterator[np.ndarray]:
-    """Gram matrices (T, T) as other calibration samples of the same sizes would have given.
+def resampled_grams(parts: SubSamples, replicates: int, seed: int, sketch_size: int = 0) -> Iterator[np.ndarray]:
+    """Gram matrices (T, T) as other calibration samples of the same sizes, and another sketch, would have given.
 
-    Replicate gradients are g* = g + ε c (S_e/a − S_o/b), one ε = ±1 per dataset, with c² = (q − Q) / (q_e + q_o): then
-    g* varies about g as g does about the gradient of all rows (half-sample replication). A sample of all rows does not
-    vary. g already holds one such error, so replicates are noisier than the truth by one share, and probabilities from
-    them err low.
+    *Samples.* Replicate gradients are g* = g + c Σ_p z_p a_p (S_p/a_p − g), z standard normal: every dataset moves in the
+    three directions in which its quarters differ. With c² = (q − Q) / (q − q Σ_p a_p²), g* varies about g as g does about
+    the gradient of all rows. A sample of all rows does not vary, nor one of a single example, whose noise nothing tells. g
+    already holds one such error, so replicates are noisier than the truth by one share, and probabilities from them err low.
+
+    *Sketch.* G becomes √G (I + W) √G with W symmetric, normal, of variance 1/m (2/m on its diagonal), as another sketch
+    would have it: ⟨g_i, g_j⟩ then has the count sketch's variance, (‖g_i‖²‖g_j‖² + ⟨g_i, g_j⟩²) / m, and parallel gradients
+    stay parallel.
 
     Args:
-        halves: Inner products of the half-samples.
-        names: Dataset names (T,), for the message.
+        parts: Inner products of the quarters.
         replicates: Number of matrices.
-        seed: Of the ε.
+        seed: Of the draws.
+        sketch_size: m; 0 where gradients were kept whole.
 
-    Raises:
-        ConflictError: A dataset has one calibration example out of more rows: nothing tells its noise.
-
-    Source: McCarthy 1969 (balanced half-samples); Wolter, Introduction to Variance Estimation, 2007, ch. 3.
+    Source: Wolter, Introduction to Variance Estimation, 2007, ch. 3 (random groups).
     """
-    a = halves.share_even
-    b = 1.0 - a
-    left = np.maximum(halves.q - halves.q_all, 0.0)
-    left = np.where(left <= 1e-12 * halves.q, 0.0, left)
-    lone = (left > 0) & ((a <= 0) | (b <= 0))
-    if lone.any():
-        raise ConflictError(
-            f"conflict: {names[int(lone.argmax())]} has a single calibration example, so its sampling noise is unknown.",
-            "Set conflict.examples to 2 or more.",
-        )
-    spread = np.sqrt(np.where(left > 0, left / (halves.q_even + halves.q_odd), 0.0))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        to_even, to_odd = np.where(spread > 0, spread / a, 0.0), np.where(spread > 0, spread / b, 0.0)
+    count = len(parts.q)
+    products = parts.products()
+    spare = parts.q * (1.0 - (parts.shares**2).sum(axis=1))
+    scale = np.sqrt(np.divide(parts.excess(), spare, out=np.zeros(count), where=spare > 0))
     generator = np.random.Generator(np.random.PCG64(seed))
     for _ in range(replicates):
-        sign = generator.choice([-1.0, 1.0], len(names))
-        even, odd = 1.0 + sign * to_even, 1.0 - sign * to_odd
-        cross = halves.even_odd * np.outer(even, odd)
-        yield halves.even_even * np.outer(even, even) + halves.odd_odd * np.outer(odd, odd) + cross + cross.T
+        z = generator.standard_normal((PARTS, count))
+        weights = 1.0 + scale * (z - (parts.shares.T * z).sum(axis=0))
+        gram: np.ndarray = np.einsum("pi,rj,prij->ij", weights, weights, products, optimize=True)
+        if sketch_size:
+            values, vectors = np.linalg.eigh((gram + gram.T) / 2)
+            root = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+            error = generator.standard_normal((count, count))
+            gram = gram + root @ (error + error.T) @ root / np.sqrt(2 * sketch_size)
+        yield gram

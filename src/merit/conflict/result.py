@@ -16,9 +16,9 @@ from typing import Self
 
 import numpy as np
 
-from merit.conflict.geometry import Concentration
-from merit.conflict.reliability import HalfSamples
+from merit.conflict.reliability import SubSamples
 from merit.conflict.resampling import resampled_grams
+from merit.conflict.spectrum import Concentration
 from merit.errors import RunFolderError
 from merit.files import read_as, write_bytes, write_json
 
@@ -90,7 +90,7 @@ class Summary:
     Attributes:
         datasets: T.
         left_out: Why, by name of the dataset.
-        suggested_axes: r.
+        suggested_axes: r; 0 where no split is recommended.
         suggestion: The same in words, with the reason.
         spectral_concentration: Per axis, how far its cut pulls gradients apart.
         explained_variance: Shares of variance on the axes of ``scores``.
@@ -105,6 +105,7 @@ class Summary:
         examples: Sample sizes.
         examples_in_all: Their sum.
         representation: As set.
+        duplicates: Datasets with the same rows, or the same gradient up to rounding.
         warnings: Plain sentences.
     """
 
@@ -125,6 +126,7 @@ class Summary:
     examples: Spread
     examples_in_all: int
     representation: str
+    duplicates: list[list[str]]
     warnings: list[str]
 
 
@@ -137,7 +139,7 @@ class Arrays:
         gram: (T, T) inner products ⟨g_i, g_j⟩.
         cosine: (T, T).
         cosine_corrected: (T, T) without the norms' noise; NaN where a dataset's noise drowns its gradient.
-        half_gram: (2T, 2T): even halves, then odd halves, whose pairwise sums are the gradients.
+        quarter_gram: (4T, 4T): all first quarters, all second ones, ..., which add up to the gradients.
         examples: (T,) int64 sample sizes.
         rows: (T,) int64 s_t.
         norm: (T,) ‖g‖.
@@ -152,18 +154,18 @@ class Arrays:
         noise: (T,).
         reliability: (T,).
         expected_cosine: (T,).
-        share_even: (T,), as ``q_even``, ``q_odd``, ``q`` and ``q_all``: :class:`merit.conflict.reliability.HalfSamples`.
-        q_even: (T,).
-        q_odd: (T,).
+        shares: (T, 4), as ``q_parts`` (T, 4), ``q`` and ``q_all``: :class:`merit.conflict.reliability.SubSamples`.
+        q_parts: (T, 4).
         q: (T,).
         q_all: (T,).
+        sketch_size: () int64: m; 0 where gradients were kept whole or by stride.
     """
 
     names: np.ndarray
     gram: np.ndarray
     cosine: np.ndarray
     cosine_corrected: np.ndarray
-    half_gram: np.ndarray
+    quarter_gram: np.ndarray
     examples: np.ndarray
     rows: np.ndarray
     norm: np.ndarray
@@ -177,11 +179,11 @@ class Arrays:
     noise: np.ndarray
     reliability: np.ndarray
     expected_cosine: np.ndarray
-    share_even: np.ndarray
-    q_even: np.ndarray
-    q_odd: np.ndarray
+    shares: np.ndarray
+    q_parts: np.ndarray
     q: np.ndarray
     q_all: np.ndarray
+    sketch_size: np.ndarray
 
     @classmethod
     def load(cls, file: Path) -> Self:
@@ -235,23 +237,31 @@ class Geometry:
         return self.arrays.gram
 
     @property
-    def halves(self) -> HalfSamples:
-        """Inner products and weights of the half-samples."""
-        arrays, count = self.arrays, len(self.arrays.names)
-        return HalfSamples(
-            even_even=arrays.half_gram[:count, :count],
-            odd_odd=arrays.half_gram[count:, count:],
-            even_odd=arrays.half_gram[:count, count:],
-            share_even=arrays.share_even,
-            q_even=arrays.q_even,
-            q_odd=arrays.q_odd,
-            q=arrays.q,
-            q_all=arrays.q_all,
-        )
+    def parts(self) -> SubSamples:
+        """Inner products and weights of the quarter-samples."""
+        arrays = self.arrays
+        return SubSamples(arrays.quarter_gram, arrays.shares, arrays.q_parts, arrays.q, arrays.q_all)
+
+    @property
+    def inflation(self) -> np.ndarray:
+        """‖g‖ over the unbiased norm (T,): what takes the noise out of cosines; 1 where noise drowns the gradient."""
+        unbiased = self.arrays.unbiased_squared_norm
+        known = unbiased > 0
+        return np.where(known, self.arrays.norm / np.sqrt(np.where(known, unbiased, 1.0)), 1.0)
+
+    @property
+    def unknown(self) -> list[str]:
+        """Datasets whose sample has fewer than four examples: nothing tells how sure their gradient is."""
+        return [name for name, shares in zip(self.names, self.arrays.shares, strict=True) if not (shares > 0).all()]
+
+    @property
+    def duplicates(self) -> list[list[str]]:
+        """Datasets with the same rows, or with the same gradient up to rounding; each list is sorted."""
+        return self.summary.duplicates
 
     def resampled(self, replicates: int, seed: int) -> Iterator[np.ndarray]:
         """Gram matrices as other calibration samples would have given (:mod:`merit.conflict.resampling`)."""
-        return resampled_grams(self.halves, self.names, replicates, seed)
+        return resampled_grams(self.parts, replicates, seed, int(self.arrays.sketch_size))
 
     def facts(self) -> dict[str, object]:
         """What a record of the stage should say."""

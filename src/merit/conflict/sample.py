@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from merit.conflict.gradients import GradientMeter, vector_width
-from merit.conflict.reliability import HalfSamples, calibration_steps, reliability
+from merit.conflict.reliability import PARTS, SubSamples, calibration_steps, reliability
 from merit.conflict.store import GradientStore, StoredVector, Sums, content_key
 from merit.errors import ConflictError
 from merit.hf.base import Base
@@ -83,6 +84,7 @@ class Task:
 
     Attributes:
         name: The dataset's name.
+        content: Fingerprint of its rows.
         rows: The largest sample that may be needed, in the order drawn.
         steps: Sample sizes to stop at; a fixed sample has one.
         keys: Content key of the chunk that ends at each step.
@@ -91,6 +93,7 @@ class Task:
     """
 
     name: str
+    content: str
     rows: list[EncodedRow]
     steps: list[int]
     keys: list[str]
@@ -104,12 +107,13 @@ class Measured:
 
     Attributes:
         name: The dataset's name.
+        content: Fingerprint of its rows.
         keys: Entries of the store whose sum it is.
         examples: Size of the sample.
         dataset_rows: s_t.
         q_all: Q of all the dataset's rows.
-        weight: (2,) Σw per half.
-        weight_squared: (2,) Σw² per half.
+        weight: (4,) Σw per quarter.
+        weight_squared: (4,) Σw² per quarter.
         example_loss: Σ of the examples' mean losses (nats).
         token_loss: Σ of the target tokens' losses (nats).
         tokens: Target tokens.
@@ -120,6 +124,7 @@ class Measured:
     """
 
     name: str
+    content: str
     keys: tuple[str, ...]
     examples: int
     dataset_rows: int
@@ -135,8 +140,8 @@ class Measured:
     bad: str | None = None
 
     def vector(self, store: GradientStore, *parts: int) -> StoredVector:
-        """The mean gradient's share that lies in some halves of the sample."""
-        return store.vector(self.keys, self.width, parts, 1.0 / float(self.weight.sum()))
+        """The mean gradient, or the share of it that lies in some quarters of the sample."""
+        return store.vector(self.keys, self.width, parts or tuple(range(PARTS)), 1.0 / float(self.weight.sum()))
 
 
 def make_task(dataset: EncodedDataset, probe: Probe, *, with_rows: bool) -> Task:
@@ -151,11 +156,12 @@ def make_task(dataset: EncodedDataset, probe: Probe, *, with_rows: bool) -> Task
     keys, begin = [], 0
     for end in steps:
         digest = hashlib.sha256(drawn[begin:end].astype("<i8").tobytes()).hexdigest()
-        keys.append(content_key(shared | {"rows": digest, "first_half": begin % 2}))
+        keys.append(content_key(shared | {"rows": digest}))
         begin = end
     weights = np.asarray(dataset.target_counts if settings.weighting == "tokens" else np.ones(rows), dtype=np.float64)
     return Task(
         name=dataset.name,
+        content=dataset.fingerprint,
         rows=[dataset[int(i)] for i in drawn] if with_rows else [],
         steps=steps,
         keys=keys,
@@ -187,7 +193,7 @@ def measure_task(task: Task, store: GradientStore, meter: GradientMeter, setting
         if sums is None:
             try:
                 with store.writing(key, meter.width) as (vectors, sums):
-                    # Steps are even, so that a chunk's even places are the sample's even places.
+                    # Steps are multiples of four, so that a chunk's quarters are the sample's.
                     meter.measure(task.name, task.rows[begin:end], vectors, sums)
             except ConflictError as error:
                 return _bad(task, error.message)
@@ -200,14 +206,15 @@ def measure_task(task: Task, store: GradientStore, meter: GradientMeter, setting
 
 
 def _refuse_zero(task: Task, measured: Measured, store: GradientStore) -> Measured:
-    ee, oo, eo = _products(measured, store)
-    if ee + oo + 2 * eo > 0:
+    if _products(measured, store).sum() > 0:
         return measured
     return _bad(task, f"conflict: the gradient of {task.name} is zero: nothing of it reaches a trainable parameter.")
 
 
 def _bad(task: Task, why: str) -> Measured:
-    return Measured(task.name, (), 0, task.dataset_rows, task.q_all, np.zeros(2), np.zeros(2), bad=why)
+    return Measured(
+        task.name, task.content, (), 0, task.dataset_rows, task.q_all, np.zeros(PARTS), np.zeros(PARTS), bad=why
+    )
 
 
 def _combine(task: Task, chunks: list[Sums], *, reused: bool) -> Measured:
@@ -217,6 +224,7 @@ def _combine(task: Task, chunks: list[Sums], *, reused: bool) -> Measured:
 
     return Measured(
         name=task.name,
+        content=task.content,
         keys=tuple(task.keys[: len(chunks)]),
         examples=task.steps[len(chunks) - 1],
         dataset_rows=task.dataset_rows,
@@ -232,39 +240,32 @@ def _combine(task: Task, chunks: list[Sums], *, reused: bool) -> Measured:
     )
 
 
-def _products(item: Measured, store: GradientStore) -> tuple[float, float, float]:
-    """⟨S_e,S_e⟩, ⟨S_o,S_o⟩, ⟨S_e,S_o⟩ of one dataset, in slices."""
-    even, odd = item.vector(store, 0), item.vector(store, 1)
-    sums = np.zeros(3)
+def _products(item: Measured, store: GradientStore) -> np.ndarray:
+    """Inner products (4, 4) of one dataset's quarters, in slices."""
+    vectors = [item.vector(store, part) for part in range(PARTS)]
+    products = np.zeros((PARTS, PARTS))
     for start in range(0, item.width, 2**20):
-        part = slice(start, start + 2**20)
-        e, o = even[part].astype(np.float64), odd[part].astype(np.float64)
-        sums += (e @ e, o @ o, e @ o)
-    ee, oo, eo = sums.tolist()
-    return ee, oo, eo
+        block = np.array([vector[start : start + 2**20] for vector in vectors], dtype=np.float64)
+        products += block @ block.T
+    return products
 
 
-def half_samples(measured: list[Measured], half_gram: np.ndarray) -> HalfSamples:
-    """Inner products of all even, then all odd halves (2T, 2T), joined with the samples' weights."""
-    count = len(measured)
+def sub_samples(measured: Sequence[Measured], gram: np.ndarray) -> SubSamples:
+    """Inner products of all first quarters, then all second ones, ... (4T, 4T), joined with the samples' weights."""
     weight = np.array([item.weight for item in measured])
     squared = np.array([item.weight_squared for item in measured])
     total = weight.sum(axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        q_half = np.where(weight > 0, squared / weight**2, np.inf)
-    return HalfSamples(
-        even_even=half_gram[:count, :count],
-        odd_odd=half_gram[count:, count:],
-        even_odd=half_gram[:count, count:],
-        share_even=weight[:, 0] / total,
-        q_even=q_half[:, 0],
-        q_odd=q_half[:, 1],
+        q_parts = np.where(weight > 0, squared / weight**2, np.inf)
+    return SubSamples(
+        gram=gram,
+        shares=weight / total[:, None],
+        q_parts=q_parts,
         q=squared.sum(axis=1) / total**2,
         q_all=np.array([item.q_all for item in measured]),
     )
 
 
 def _enough(item: Measured, store: GradientStore, settings: ConflictSettings) -> bool:
-    ee, oo, eo = _products(item, store)
-    expected = reliability(half_samples([item], np.array([[ee, eo], [eo, oo]]))).expected_cosine[0]
+    expected = reliability(sub_samples([item], _products(item, store))).expected_cosine[0]
     return bool(expected >= settings.target_reliability)

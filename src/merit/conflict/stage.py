@@ -4,7 +4,7 @@ Files in its folder:
 
 - ``geometry.npz``, ``datasets.json``, ``summary.json``: :class:`merit.conflict.result.Geometry`;
 - ``sketches.safetensors``: one float32 vector per dataset (representation: sketch);
-- ``partial/``: half-sample vectors by content key, from which a killed run goes on and a changed mixture starts; with
+- ``partial/``: quarter-sample vectors by content key, from which a killed run goes on and a changed mixture starts; with
   ``conflict.cache`` they lie there instead.
 """
 
@@ -72,7 +72,7 @@ def measure_gradients(  # noqa: PLR0913 - public: each is one thing that a calle
         raise ConflictError("conflict: no dataset is left; every gradient was zero or not finite.")
     geometry = build_geometry(good, [item for item in measured if item.bad], store, settings)
     if settings.representation == "sketch":
-        vectors = (item.vector(store, 0, 1)[:] for item in good)
+        vectors = (item.vector(store)[:] for item in good)
         write_vectors(folder / "sketches.safetensors", [item.name for item in good], vectors, good[0].width)
     geometry.save(folder)
     if not settings.cache:

@@ -1,6 +1,6 @@
-"""Files of measured gradients: a pair of half-sample vectors per chunk of a dataset's sample, keyed by content.
+"""Files of measured gradients: four quarter-sample vectors per chunk of a dataset's sample, keyed by content.
 
-It knows names, bytes and hashes, no maths. An entry is ``<key>.npy`` (2, D) float32, the even and the odd sum, and
+It knows names, bytes and hashes, no maths. An entry is ``<key>.npy`` (4, D) float32, one sum per quarter, and
 ``<key>.json``, written last: an entry without it does not exist. The key is a hash of everything that decides the vectors
 (rows drawn, base, trainable subset, representation ...), so a folder can be shared by runs and by processes, and an entry is
 never stale. A damaged entry counts as absent: it is measured again.
@@ -19,16 +19,17 @@ from pathlib import Path
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
+from merit.conflict.reliability import PARTS
 from merit.errors import ResourceError
 from merit.files import PARTIAL, canonical, fingerprint, publish, write_text, writing
 
-FORMAT = 1
+FORMAT = 2
 """Part of every key: raised when the same settings would give other vectors."""
 
 
 @dataclass
 class Sums:
-    """Sums over one chunk of a sample; lists have one figure per part (even places, odd places).
+    """Sums over one chunk of a sample; lists have one figure per quarter.
 
     Attributes:
         examples: Rows.
@@ -71,7 +72,7 @@ class StoredVector:
     Attributes:
         files: The entries' vector files.
         width: D.
-        parts: Rows to add: (0,) even, (1,) odd, (0, 1) both.
+        parts: Rows to add.
         scale: Factor, such as one over the total weight.
     """
 
@@ -87,7 +88,7 @@ class StoredVector:
         start, stop, _ = part.indices(self.width)
         total = np.zeros(stop - start)
         for file in self.files:
-            data = file.stat().st_size - 8 * self.width
+            data = file.stat().st_size - 4 * PARTS * self.width
             for row in self.parts:
                 offset = data + 4 * (row * self.width + start)
                 total += np.fromfile(file, dtype="<f4", count=stop - start, offset=offset)
@@ -123,12 +124,12 @@ class GradientStore:
 
     @contextlib.contextmanager
     def writing(self, key: str, width: int) -> Iterator[tuple[np.ndarray, Sums]]:
-        """Yield zeroed (2, width) float32 vectors backed by a file, and empty sums; both stand after success."""
+        """Yield zeroed (4, width) float32 vectors backed by a file, and empty sums; both stand after success."""
         final, facts = self._paths(key)
         unfinished = final.with_name(f".{key}.{os.getpid()}{PARTIAL}")
         sums = Sums(width=width)
         try:
-            vectors = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float32, shape=(2, width))
+            vectors = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float32, shape=(PARTS, width))
             yield vectors, sums
             vectors.flush()
             del vectors

@@ -251,6 +251,8 @@ class SplitSettings(Settings):
     group, which makes the joint baseline a setting."""
     axes: Annotated[int, Field(ge=1, le=6)] = 2
     """Conflict axes r; K = 2^r groups."""
+    cosine: Literal["plain", "corrected"] = "plain"
+    """plain: cosines of the measured gradients (the paper's); corrected: without the sampling noise in their norms."""
     balance: Literal["samples", "tokens"] = "samples"
     """What the weighted medians balance: sample counts s_t (the paper's text) or target tokens n_t (its poster)."""
 

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from merit.conflict.compare import Comparison
 from merit.conflict.result import Geometry
+from merit.conflict.spectrum import Concentration
 
 
 def render(geometry: Geometry, comparison: Sequence[Comparison] | None = None) -> list[RenderableType]:
@@ -33,12 +34,37 @@ def render(geometry: Geometry, comparison: Sequence[Comparison] | None = None) -
         )
         worst = "; ".join(f"{p.a} / {p.b} {p.cosine:.2f}" for p in summary.most_conflicting[:3])
         lines.append(f"most conflicting: {worst}")
+    if summary.spectral_concentration:
+        lines.append(_axes(summary.spectral_concentration))
+        lines.append(
+            "signal: share of a cut's gain that examples confirm which did not choose it; null: the largest in mixtures "
+            "without conflict, made from the measured noise."
+        )
     lines.append(f"suggested axes: {summary.suggestion}")
     lines += [f"[yellow]note:[/] {warning}" for warning in summary.warnings]
     lines += [f"[yellow]left out:[/] {why}" for why in summary.left_out.values()]
     if comparison:
         lines.append(_comparison(comparison))
     return lines
+
+
+def _axes(concentration: Sequence[Concentration]) -> Table:
+    """Every figure with what it reaches where there is no conflict."""
+    titles = (
+        "axis",
+        "signal",
+        "null",
+        "balanced\nratio",
+        "null",
+        "sign-cut\nratio",
+        "null",
+        "ratio on\nother examples",
+    )
+    table = _table("cuts along principal axes, against chance", titles)
+    for item in concentration:
+        figures = (item.signal, item.signal_null, item.ratio, item.ratio_null, item.sign_cut_ratio)
+        table.add_row(str(item.axis), *map(_number, (*figures, item.sign_cut_ratio_null, item.held_out_ratio)))
+    return table
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:

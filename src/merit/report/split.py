@@ -9,8 +9,15 @@ from merit.split.result import Split
 
 
 def render(split: Split) -> list[RenderableType]:
-    """The groups of a split."""
+    """The groups of a split; datasets whose group is not firm are marked."""
     table = Table("group", split.balance, "datasets", title=f"{split.method} split", title_justify="left")
     for k, (group, weight) in enumerate(zip(split.groups, split.weights, strict=True)):
-        table.add_row(str(k), f"{weight:,.0f}", ", ".join(group))
-    return [table]
+        table.add_row(str(k), f"{weight:,.0f}", ", ".join(f"{name}?" if name in split.open else name for name in group))
+    if split.stability is None:
+        return [table]
+    firm = len(split.stability) - len(split.open)
+    return [
+        table,
+        f"firm: {firm} of {len(split.stability)} datasets land in their group in at least nine of ten resampled geometries; "
+        "the others (?) are open: another calibration sample may move them.",
+    ]

@@ -202,6 +202,7 @@ def split(session: Session, scope: Scope, mixture: Mixture) -> Split:
             weights=mixture.rows if recipe.split.balance == "samples" else mixture.target_tokens,
             geometry=Geometry.load(measured.path) if measured is not None else None,
             balance=recipe.split.balance,
+            cosine=recipe.split.cosine,
             seed=recipe.seed,
         )
         result.save(work.folder)

@@ -11,7 +11,7 @@ import numpy as np
 
 from merit.split.view import Groups
 
-_TIE = 1e-9  # scores closer than this share of the axis' largest are one score: rounding must not decide a cut
+_TIE = 1e-6  # scores closer than this share of the axis' largest are one score: rounding must not decide a cut
 
 
 def bisect(scores: np.ndarray, weights: np.ndarray, names: Sequence[str]) -> Groups:
@@ -68,3 +68,21 @@ def _cut(part: list[int], column: np.ndarray, weights: np.ndarray, names: Sequen
 
     best = min(range(keep, len(order) - keep + 1), key=cost)
     return [order[:best], order[best:]]
+
+
+def tied(scores: np.ndarray, groups: Groups) -> list[int]:
+    """Datasets whose side of some cut was decided by their name: others with the same score lie on the other side.
+
+    Args:
+        scores: (T, r), as :func:`bisect` was given them.
+        groups: What it returned.
+    """
+    found: set[int] = set()
+    for axis in range(scores.shape[1]):
+        column = _orient(scores[:, axis])
+        wide = len(groups) >> (axis + 1)  # groups on each side of a cut on this axis
+        sides = [[i for group in groups[k : k + wide] for i in group] for k in range(0, len(groups), wide)]
+        for lower, upper in zip(sides[::2], sides[1::2], strict=True):
+            shared = set(column[lower]) & set(column[upper])
+            found |= {i for i in (*lower, *upper) if column[i] in shared}
+    return sorted(found)

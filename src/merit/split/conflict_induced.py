@@ -12,7 +12,9 @@ def split(view: MixtureView, axes: int, seed: int) -> Groups:
 
     The K lowest-cosine disjoint pairs start the groups (single datasets where T < 2K). Then, one at a time, the
     (dataset, group) with the lowest resulting mean cosine inside the group is placed. A group that holds its share of the
-    total weight takes no more while another has room: the paper does not say how it balances. ``seed`` plays no part.
+    total weight takes no more while another has room: the paper does not say how it balances. Last, datasets are exchanged
+    between groups while that lowers the cosines inside them: greed alone does hardly better than chance for two groups.
+    ``seed`` plays no part.
     """
     assert view.cosine is not None
     cosine, weights = view.cosine, view.weights
@@ -44,7 +46,47 @@ def split(view: MixtureView, axes: int, seed: int) -> Groups:
         to_group[k] += cosine[:, i]
         groups[k].append(i)
         free.discard(i)
+    _swap(groups, cosine, weights, fixed=2)
     return sorted(sorted(group) for group in groups)
+
+
+def _swap(groups: Groups, cosine: np.ndarray, weights: np.ndarray, fixed: int) -> None:
+    """Exchange datasets between groups, in place, as long as the cosines inside groups get lower on the whole.
+
+    The best exchange comes first. The ``fixed`` first datasets of every group stay; no group's weight moves further than 5 %
+    from its share, or further than the groups were before.
+    """
+    share = float(weights.sum()) / len(groups)
+    label = np.empty(len(cosine), dtype=np.int64)
+    place = {i: (k, n) for k, group in enumerate(groups) for n, i in enumerate(group)}
+    for i, (k, _) in place.items():
+        label[i] = k
+    movable = sorted(i for i, (_, n) in place.items() if n >= fixed)
+    if not movable:
+        return
+    totals = np.array([weights[group].sum() for group in groups])
+    slack = max(0.05 * share, float(np.abs(totals - share).max()))
+    for _ in range(len(cosine) ** 2):
+        one_hot = np.eye(len(groups))[label]
+        inner = (cosine - np.diag(np.diag(cosine))) @ one_hot  # (T, K): cosines of a dataset with each group
+        a = np.array(movable)
+        here, there = label[a], inner[a]
+        change = there[:, here] - there[np.arange(len(a)), here][:, None]  # i in the group of j, less in its own
+        change = change + change.T - 2 * cosine[np.ix_(a, a)]
+        moved = weights[a][None, :] - weights[a][:, None]  # what the group of i gains
+        off = np.abs(totals[here] - share)[:, None]
+        new = np.abs((totals[here] - share)[:, None] + moved)
+        allowed = (here[:, None] != here[None, :]) & ((new <= slack) | (new <= off))
+        allowed &= allowed.T
+        change = np.where(allowed, change, 0.0)
+        if change.min() > -1e-9:
+            return
+        i, j = (int(a[x]) for x in np.unravel_index(int(change.argmin()), change.shape))
+        k, m = int(label[i]), int(label[j])
+        groups[k][groups[k].index(i)], groups[m][groups[m].index(j)] = j, i
+        label[i], label[j] = m, k
+        totals[k] += weights[j] - weights[i]
+        totals[m] += weights[i] - weights[j]
 
 
 def _lowest(means: np.ndarray) -> np.ndarray:

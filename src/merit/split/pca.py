@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from merit.split.balance import bisect
 from merit.split.components import principal_components
 from merit.split.view import Groups, MixtureView
@@ -9,5 +11,10 @@ from merit.split.view import Groups, MixtureView
 
 def split(view: MixtureView, axes: int, seed: int) -> Groups:
     """Cut along the top ``axes`` principal components of the cosine matrix; ``seed`` plays no part."""
+    return bisect(scores(view, axes), view.weights, view.names)
+
+
+def scores(view: MixtureView, axes: int) -> np.ndarray:
+    """Coordinates (T, axes) that the cuts are made along."""
     assert view.cosine is not None
-    return bisect(principal_components(view.cosine, axes).scores, view.weights, view.names)
+    return principal_components(view.cosine, axes).scores

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from merit.errors import RecipeError
+import numpy as np
+
 from merit.split.balance import bisect
 from merit.split.components import principal_components
 from merit.split.view import Groups, MixtureView
 
 
 def split(view: MixtureView, axes: int, seed: int) -> Groups:
-    """Cut along the top ``axes`` principal components of the Gram matrix; ``seed`` plays no part.
+    """Cut along the top ``axes`` principal components of the Gram matrix; ``seed`` plays no part."""
+    return bisect(scores(view, axes), view.weights, view.names)
 
-    Raises:
-        RecipeError: The view holds no Gram matrix.
-    """
-    if view.gram is None:
-        raise RecipeError("split.method raw_pca needs the gradients' inner products; run `merit gradients` first.")
-    return bisect(principal_components(view.gram, axes).scores, view.weights, view.names)
+
+def scores(view: MixtureView, axes: int) -> np.ndarray:
+    """Coordinates (T, axes) that the cuts are made along."""
+    assert view.gram is not None
+    return principal_components(view.gram, axes).scores

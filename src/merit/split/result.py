@@ -20,9 +20,10 @@ class Split:
         groups: Dataset names per group, sorted within each group.
         weights: Total weight per group.
         left_out: Datasets of the mixture that the geometry does not hold, sorted.
-        warnings: Plain sentences: imbalance, a dominating dataset.
-        stability: Per dataset, the probability to land in its group, had another calibration sample been drawn; None where
-            no gradient was read, or where nothing tells the noise.
+        warnings: Plain sentences: imbalance, a dominating dataset, ties, duplicates.
+        stability: Per dataset, the share of resampled geometries in which it lands in its group; None where nothing tells
+            its noise. None altogether where no gradient was read.
+        open: Datasets whose group is not firm: a stability under 0.9 or unknown, or a tie that names decided; sorted.
     """
 
     method: str
@@ -32,7 +33,8 @@ class Split:
     weights: list[float]
     left_out: list[str]
     warnings: list[str]
-    stability: dict[str, float] | None
+    stability: dict[str, float | None] | None
+    open: list[str]
 
     def save(self, folder: Path) -> None:
         """Write ``split.json``."""

@@ -51,9 +51,6 @@ def split_stability(
         split: The split, as a function of the geometry.
         replicates: Resampled geometries.
         seed: Of the resampling.
-
-    Raises:
-        ConflictError: Some dataset's noise is unknown.
     """
     size = len(geometry.names)
     own = _labels(split(geometry.cosine, geometry.gram), size)

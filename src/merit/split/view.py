@@ -29,6 +29,18 @@ class GradientGeometry(Protocol):
     def cosine(self) -> np.ndarray:
         """Cosines (T, T)."""
 
+    @property
+    def inflation(self) -> np.ndarray:
+        """Plain over unbiased norms (T,): what takes the noise out of cosines."""
+
+    @property
+    def unknown(self) -> Sequence[str]:
+        """Datasets whose sampling noise nothing tells."""
+
+    @property
+    def duplicates(self) -> Sequence[Sequence[str]]:
+        """Datasets that are the same, in groups."""
+
     def resampled(self, replicates: int, seed: int) -> Iterator[np.ndarray]:
         """Gram matrices as other calibration samples would have given them."""
 

@@ -1,0 +1,322 @@
+"""Does a split along principal axes pull gradients apart on examples that did not choose it? And what would chance give?
+
+Pure NumPy on the inner products of quarter-samples. Three parts: what a cut gains, how much of it other examples confirm,
+and the same figures for mixtures without any conflict, made from the measured noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from scipy.linalg import eigh
+
+from merit.conflict.reliability import PARTS, SubSamples
+from merit.split.balance import bisect
+from merit.split.components import cosine_matrix, doubly_centred
+from merit.split.view import Groups
+
+PAPER_AXES = 3
+"""Largest r of the paper (K = 8), and the largest that is suggested."""
+LEAST_RATIO = 1.1
+"""A balanced cut must gain a tenth more than random ones: among near-equal cuts one is always the best, to no purpose."""
+_FEWEST = 6
+"""Datasets with four quarters below which nothing is judged."""
+_HADAMARD = np.array([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]]) / 2
+_PAIRS = tuple((pair, tuple(set(range(PARTS)) - set(pair))) for pair in combinations(range(PARTS), 2))
+"""The six ways to choose an axis on two quarters and to judge it on the other two."""
+
+
+@dataclass(frozen=True)
+class Concentration:
+    """How far one axis pulls gradients apart, against chance.
+
+    Attributes:
+        axis: 1, 2, ...
+        gain: sᵀMs of the balanced cut along this axis, added over the parts that it cuts; on the sample that chose it.
+        random: Mean of the same over random cuts of the same parts into sides of the same sizes.
+        ratio: gain / random; 0 for an axis without variance.
+        ratio_null: Largest ratio of the mixtures without conflict.
+        sign_cut_gain: sᵀMs of the cut at zero of the same axis, whose sides may be of any size.
+        sign_cut_random: T/(T−1) tr(M), the mean of sᵀMs over random splits into equal halves.
+        sign_cut_ratio: sign_cut_gain / sign_cut_random: the paper's condition. The split does not make this cut.
+        sign_cut_ratio_null: Largest sign_cut_ratio of the mixtures without conflict.
+        signal: Share of the gain that examples confirm which did not choose the cut: 1 without noise, 0 on average without
+            conflict. None where too few datasets have four examples.
+        signal_null: Largest signal of the mixtures without conflict.
+        held_out_ratio: As ratio, on those examples; says nothing while signal is within its band.
+    """
+
+    axis: int
+    gain: float
+    random: float
+    ratio: float
+    ratio_null: float | None
+    sign_cut_gain: float
+    sign_cut_random: float
+    sign_cut_ratio: float
+    sign_cut_ratio_null: float | None
+    signal: float | None
+    signal_null: float | None
+    held_out_ratio: float | None
+
+
+def spectral_concentration(
+    parts: SubSamples, weights: np.ndarray, names: Sequence[str], axes: int
+) -> list[Concentration]:
+    """Judge the axes that the split cuts along.
+
+    *The gain of a cut.* For s ∈ {±1}^T with Σs = 0, sᵀMs is (up to a constant) the merging gain of the cut s when M_ij =
+    g_iᵀHg_j. Here H = I, the g_i have unit length and their mean is taken out: M = J C J. So this is about the *squared
+    distance between the two sides' mean unit gradients*; it says the same of the loss only where curvature is alike in all
+    directions that matter. The cuts are those that the split makes: along the components of the column-centred cosine
+    matrix, axis 1 cuts the mixture, axis k every part that the axes before it left, each part with its own mean taken out.
+    For random s with n₊ and n₋ entries of each sign in a part of n datasets, E[s_i s_j] = ((n₊ − n₋)² − n) / (n(n − 1)) for
+    i ≠ j, and M1 = 0, so E[sᵀMs] = 4 n₊n₋ / (n(n − 1)) · tr(M): the paper's n/(n − 1) · tr(M) for equal halves.
+
+    *Signal.* A cut that was chosen on noise gains on that noise. So axes are also found and cut on two quarters of every
+    sample, and judged on the products of the other two, whose noise is independent: signal is that gain over the gain on the
+    quarters that chose, both added over the six ways to do so. There, gradients are scaled by their unbiased norms, so that
+    small samples do not look like gradients of another kind.
+
+    *Null.* The same figures for mixtures in which every dataset has the same gradient, and its own measured noise
+    (:func:`null_products`): 99 of them (39 above 200 datasets). An axis counts only above all of them.
+
+    Args:
+        parts: The quarters of all T datasets, in name order.
+        weights: (T,) what the cuts balance.
+        names: (T,) sorted.
+        axes: Axes to judge; as many are as T datasets can fill 2^k groups.
+
+    Source: paper Prop. F.10, F.11, Remark F.13.
+    """
+    products = parts.products()
+    axes = min(axes, len(names).bit_length() - 1, len(names) - 1)
+    if axes < 1:
+        return []
+    whole = _Seen.of(cosine_matrix(products.sum(axis=(0, 1))), weights, names, axes)
+    judged = np.flatnonzero((parts.shares > 0).all(axis=1)).tolist()
+    fewer = min(axes, len(judged).bit_length() - 1)
+    held, nulls = None, []
+    if len(judged) >= _FEWEST:
+        places = list(range(PARTS))
+        grid = np.ix_(places, places, judged, judged)
+        shares = parts.shares[judged].T
+        means = products[grid] / (shares[:, None, :, None] * shares[None, :, None, :])
+        chosen = [names[i] for i in judged]
+        held = _Held.of(means, weights[judged], chosen, fewer)
+        generator = np.random.Generator(np.random.PCG64(0))
+        for null in null_products(means, 99 if len(judged) <= 200 else 39, generator):
+            cosine = cosine_matrix(null.sum(axis=(0, 1)))
+            seen = _Seen.of(cosine, weights[judged], chosen, fewer)
+            nulls.append((seen.ratio, seen.sign_ratio, _Held.of(null, weights[judged], chosen, fewer).signal))
+    limits = np.max(nulls, axis=0) if nulls else None
+    return [
+        Concentration(
+            axis=k + 1,
+            gain=float(whole.gain[k]),
+            random=float(whole.random[k]),
+            ratio=float(whole.ratio[k]),
+            ratio_null=_figure(limits, 0, k),
+            sign_cut_gain=float(whole.sign_gain[k]),
+            sign_cut_random=whole.sign_random,
+            sign_cut_ratio=float(whole.sign_ratio[k]),
+            sign_cut_ratio_null=_figure(limits, 1, k),
+            signal=float(held.signal[k]) if held and k < fewer else None,
+            signal_null=_figure(limits, 2, k),
+            held_out_ratio=float(held.ratio[k]) if held and k < fewer else None,
+        )
+        for k in range(axes)
+    ]
+
+
+def _over(gain: np.ndarray, by: np.ndarray) -> np.ndarray:
+    found: np.ndarray = np.divide(gain, by, out=np.zeros_like(gain), where=by > 0)
+    return found
+
+
+def _figure(limits: np.ndarray | None, row: int, k: int) -> float | None:
+    return float(limits[row, k]) if limits is not None and k < limits.shape[1] else None
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Cuts on the cosines that chose them; arrays have one entry per axis."""
+
+    gain: np.ndarray
+    random: np.ndarray
+    sign_gain: np.ndarray
+    sign_random: float
+
+    @classmethod
+    def of(cls, cosine: np.ndarray, weights: np.ndarray, names: Sequence[str], axes: int) -> _Seen:
+        scores = leading_scores(cosine, axes)
+        gains = np.array([cut_gain(cosine, cut) for cut in successive_splits(scores, weights, names)])
+        centred = doubly_centred(cosine)
+        signs = np.where(scores > 0, 1.0, -1.0) * scores.any(axis=0)
+        halves = len(cosine) / (len(cosine) - 1) * float(np.trace(centred))
+        return cls(gains[:, 0], gains[:, 1], np.einsum("ik,ij,jk->k", signs, centred, signs, optimize=True), halves)
+
+    @property
+    def ratio(self) -> np.ndarray:
+        return _over(self.gain, self.random)
+
+    @property
+    def sign_ratio(self) -> np.ndarray:
+        return self.sign_gain / self.sign_random if self.sign_random > 0 else np.zeros_like(self.sign_gain)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Cuts on quarters that did not choose them; arrays have one entry per axis."""
+
+    gain: np.ndarray
+    random: np.ndarray
+    seen: np.ndarray
+
+    @classmethod
+    def of(cls, means: np.ndarray, weights: np.ndarray, names: Sequence[str], axes: int) -> _Held:
+        """From products of quarter means (4, 4, T, T)."""
+        unit = _unbiased_scale(means)
+        gain, random, seen = np.zeros((3, axes))
+        for (a, b), (c, d) in _PAIRS:
+            cosine = cosine_matrix(means[a, a] + means[b, b] + means[a, b] + means[b, a])
+            other = (means[c, d] + means[d, c]) / 2 * unit
+            for k, cut in enumerate(successive_splits(leading_scores(cosine, axes), weights, names)):
+                held = cut_gain(other, cut)
+                gain[k] += held[0]
+                random[k] += held[1]
+                seen[k] += cut_gain(cosine, cut)[0]
+        return cls(gain, random, seen)
+
+    @property
+    def signal(self) -> np.ndarray:
+        return _over(self.gain, self.seen)
+
+    @property
+    def ratio(self) -> np.ndarray:
+        return _over(self.gain, self.random)
+
+
+def _unbiased_scale(means: np.ndarray) -> np.ndarray:
+    """1 / (‖G_i‖‖G_j‖) (T, T), norms from products of different quarters; not below a quarter of the plain norm."""
+    own = np.diagonal(means, axis1=2, axis2=3)
+    plain = own.mean(axis=(0, 1))
+    unbiased = (own.sum(axis=(0, 1)) - np.trace(own)) / (PARTS * (PARTS - 1))
+    norms = np.sqrt(np.maximum(unbiased, plain / 16))
+    return np.asarray(1.0 / np.outer(norms, norms))
+
+
+def null_products(means: np.ndarray, draws: int, generator: np.random.Generator) -> list[np.ndarray]:
+    """Products of quarter means (4, 4, T, T) of mixtures whose datasets all have one gradient, with their measured noise.
+
+    In units of its own norm, a dataset's quarters span the grand mean and three contrasts, which hold noise alone. A null
+    mixture has quarters m + ½ Σ_k H_pk c_k for every dataset: m the mixture's mean direction with unit length, H the
+    Hadamard signs, c_1..c_3 the dataset's own contrasts in random order with random signs, and c_0, the noise of its mean,
+    a contrast of another dataset scaled to its noise. So the noise keeps its size in every dataset and its real, low-ranked
+    shape; norms, axes, cuts and figures are then found anew.
+
+    Args:
+        means: ⟨S_p/a_p of i, S_r/a_r of j⟩, (4, 4, T, T).
+        draws: Number of null mixtures.
+        generator: Of the draws.
+    """
+    count = means.shape[2]
+    products = np.einsum("ka,lb,abij->kilj", _HADAMARD, _HADAMARD, means * _unbiased_scale(means), optimize=True)
+    noise = products[1:, :, 1:, :].reshape(3 * count, 3 * count)
+    length = max(float(products[0, :, 0, :].mean()) / PARTS, 1e-12)  # squared, of the mean over all quarters
+    along = products[1:, :, 0, :].mean(axis=2).reshape(3 * count) / 2 / np.sqrt(length)
+    size = np.sqrt(np.diag(noise).reshape(3, count).mean(axis=0))
+    size = np.where(size > 0, size, 1e-300)
+    found = []
+    for _ in range(draws):
+        other = generator.permutation(count)
+        order = generator.permuted(np.tile(np.arange(3), (count, 1)), axis=1).T  # (3, T)
+        places = np.vstack([generator.integers(0, 3, count) * count + other, order * count + np.arange(count)]).ravel()
+        signs = generator.choice([-1.0, 1.0], (PARTS, count))
+        signs[0] *= size / size[other]
+        factor = signs.ravel()
+        contrasts = (noise[np.ix_(places, places)] * np.outer(factor, factor)).reshape(PARTS, count, PARTS, count)
+        mixed = np.einsum("ka,lb,kilj->abij", _HADAMARD, _HADAMARD, contrasts, optimize=True)
+        drift = _HADAMARD.T @ (along[places] * factor).reshape(PARTS, count)
+        found.append(1.0 + drift[:, None, :, None] + drift[None, :, None, :] + mixed)
+    return found
+
+
+def leading_scores(cosine: np.ndarray, axes: int) -> np.ndarray:
+    """Scores (T, axes) of the column-centred cosines, as the split finds them; axes without variance are zero."""
+    centred = cosine - cosine.mean(axis=0)
+    count = len(cosine)
+    values, vectors = eigh(centred @ centred.T, subset_by_index=(count - axes, count - 1))
+    kept = np.sqrt(np.where(values > (1e-8 * count) ** 2, values, 0.0))
+    return np.asarray((vectors * kept)[:, ::-1])
+
+
+def successive_splits(scores: np.ndarray, weights: np.ndarray, names: Sequence[str]) -> list[Groups]:
+    """The split's own groups along 1, 2, ... axes; none where an axis is empty.
+
+    Args:
+        scores: (T, R), of as many axes as T datasets can fill.
+        weights: (T,) what the cuts balance.
+        names: (T,) sorted.
+    """
+    axes = range(1, scores.shape[1] + 1)
+    return [bisect(scores[:, :k], weights, names) if scores[:, k - 1].any() else [] for k in axes]
+
+
+def cut_gain(matrix: np.ndarray, groups: Groups) -> tuple[float, float]:
+    """Gain sᵀMs of the last cuts that made ``groups`` (both sides of a part in a row), and its mean over random cuts."""
+    gain = random = 0.0
+    for lower, upper in zip(groups[::2], groups[1::2], strict=True):
+        part, size = [*lower, *upper], len(lower) + len(upper)
+        centred = doubly_centred(matrix[np.ix_(part, part)])
+        s = np.repeat([-1.0, 1.0], [len(lower), len(upper)])
+        gain += float(s @ centred @ s)
+        random += 4 * len(lower) * len(upper) / (size * (size - 1)) * float(np.trace(centred))
+    return gain, random
+
+
+def suggest_axes(concentration: Sequence[Concentration], datasets: int) -> tuple[int, str]:
+    """A suggested r, and why, in words; 0 where no split is recommended.
+
+    An axis counts when its signal is above that of every mixture without conflict, and its balanced cut gains at least a
+    tenth more than random cuts into sides of the same sizes on examples that did not choose it. r is the number of leading
+    axes that count, at most 3 (the paper's largest) and so many that the 2^r groups hold two datasets or more on average.
+    """
+    room = max(1, int(np.log2(max(2, datasets // 2))))
+    limit = min(PAPER_AXES, room)
+    passed, why = 0, "there are too few datasets with four examples or more to tell"
+    for item in concentration:
+        if item.signal is None or item.signal_null is None or item.held_out_ratio is None:
+            why = f"axis {item.axis} cannot be judged: too few datasets have four examples or more"
+        elif item.signal <= item.signal_null:
+            why = (
+                f"on axis {item.axis} other examples confirm {item.signal:.0%} of the cut's gain, and up to "
+                f"{item.signal_null:.0%} where there is no conflict at all"
+            )
+        elif item.held_out_ratio < LEAST_RATIO:
+            why = (
+                f"on axis {item.axis} the balanced cut has no room to beat random cuts of the same sizes "
+                f"(ratio {item.held_out_ratio:.2f} on other examples, needs {LEAST_RATIO})"
+            )
+        else:
+            passed += 1
+            why = (
+                f"{datasets} datasets fill no more than {2**limit} groups"
+                if limit == room < PAPER_AXES
+                else "the paper tried no more than three axes"
+            )
+            if passed < limit:
+                continue
+        break
+    if not passed:
+        return 0, f"r = 0, no split is recommended: {why}."
+    factors = ", ".join(f"{item.held_out_ratio:.1f}" for item in concentration[:passed])
+    who = "the first axis beats" if passed == 1 else f"the first {passed} axes beat"
+    by = "a factor of" if passed == 1 else "factors of"
+    return passed, (
+        f"r = {passed} ({2**passed} groups): {who} random balanced cuts by {by} {factors} in squared distance between the "
+        f"sides' mean unit gradients, on examples that did not choose them; it stops there because {why}."
+    )
