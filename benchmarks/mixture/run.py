@@ -15,7 +15,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 from benchmarks.report import table, write
 
-from merit.hf.models import load_tokenizer
+from merit.hf.base import open_base
 from merit.hf.rows import EncodedRow
+from merit.mixture import find_datasets
+from merit.mixture.chat import Chat
 from merit.mixture.encode import ChatEncoder
-from merit.mixture.formats import Chat, to_chat
-from merit.mixture.sources import Source, as_row, discover
+from merit.mixture.sources import Source
 from merit.recipe.load import parse_recipe
 from merit.recipe.schema import Recipe
 
@@ -39,8 +39,8 @@ def read(sources: Sequence[Source], rows: int) -> list[Chat]:
     chats = []
     for source in sources:
         assert source.train is not None
-        row_format = source.recognise(source.train)
-        chats += [to_chat(as_row(row), row_format) for _, row in islice(source.train.read(), rows)]
+        found = source.train.chats(source.format_of(source.train), rows)
+        chats += [chat for _, chat in found if isinstance(chat, Chat)]
     return chats
 
 
@@ -67,8 +67,8 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 def measure(recipe: Recipe, rows: int, rounds: int) -> tuple[str, dict[str, Any]]:
     """The table's text and the figures behind it."""
-    tokenizer = load_tokenizer(recipe.model)
-    sources = discover(recipe.mixture)
+    tokenizer = open_base(recipe.model).tokenizer
+    sources = find_datasets(recipe.mixture).sources
     chats = read(sources, rows)
     encoder = ChatEncoder(tokenizer, 10**9)
     if encoder.template.source == "turn by turn":
