@@ -348,9 +348,9 @@ def test_invented_keys_are_noticed() -> None:
 
 def test_public_names_are_pinned_and_load() -> None:
     assert merit.__all__ == [
-        "Base", "Branch", "Evaluation", "Geometry", "MergeResult", "MeritError", "Mixture", "Recipe", "Split", "UserError",
-        "encode_mixture", "evaluate", "find_datasets", "load_recipe", "measure_gradients", "merge_branches", "open_base",
-        "split_mixture", "train_branch",
+        "Base", "Branch", "BranchResult", "Evaluation", "Geometry", "MergeResult", "MeritError", "Mixture", "Recipe",
+        "Split", "UserError", "encode_mixture", "evaluate", "find_datasets", "load_recipe", "measure_gradients", "merge_branches",
+        "open_base", "split_mixture", "train_branch",
     ]  # fmt: skip
     for name in merit.__all__:
         assert getattr(merit, name).__module__.startswith("merit.")

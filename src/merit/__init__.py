@@ -32,12 +32,14 @@ if TYPE_CHECKING:
     from merit.split.result import Split
     from merit.split.stage import split_mixture
     from merit.train.branch import train_branch
+    from merit.train.result import BranchResult
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Base",
     "Branch",
+    "BranchResult",
     "Evaluation",
     "Geometry",
     "MergeResult",
@@ -60,6 +62,7 @@ __all__ = [
 _HOME = {
     "Base": "hf.base",
     "Branch": "merge.weights",
+    "BranchResult": "train.result",
     "Evaluation": "evaluation.results",
     "Geometry": "conflict.result",
     "MergeResult": "merge.result",
