@@ -60,33 +60,33 @@ __all__ = [
 ]
 
 _HOME = {
-    "Base": "hf.base",
-    "Branch": "merge.weights",
-    "BranchResult": "train.result",
-    "Evaluation": "evaluation.results",
-    "Geometry": "conflict.result",
-    "MergeResult": "merge.result",
-    "MeritError": "errors",
-    "Mixture": "mixture.result",
-    "Recipe": "recipe.schema",
-    "Split": "split.result",
-    "UserError": "errors",
-    "encode_mixture": "mixture.stage",
-    "evaluate": "evaluation.stage",
-    "find_datasets": "mixture.found",
-    "load_recipe": "recipe.load",
-    "measure_gradients": "conflict.stage",
-    "merge_branches": "merge.stage",
-    "open_base": "hf.base",
-    "split_mixture": "split.stage",
-    "train_branch": "train.branch",
+    "Base": "merit.hf.base",
+    "Branch": "merit.merge.weights",
+    "BranchResult": "merit.train.result",
+    "Evaluation": "merit.evaluation.results",
+    "Geometry": "merit.conflict.result",
+    "MergeResult": "merit.merge.result",
+    "MeritError": "merit.errors",
+    "Mixture": "merit.mixture.result",
+    "Recipe": "merit.recipe.schema",
+    "Split": "merit.split.result",
+    "UserError": "merit.errors",
+    "encode_mixture": "merit.mixture.stage",
+    "evaluate": "merit.evaluation.stage",
+    "find_datasets": "merit.mixture.found",
+    "load_recipe": "merit.recipe.load",
+    "measure_gradients": "merit.conflict.stage",
+    "merge_branches": "merit.merge.stage",
+    "open_base": "merit.hf.base",
+    "split_mixture": "merit.split.stage",
+    "train_branch": "merit.train.branch",
 }
 
 
 def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'merit' has no attribute {name!r}")
-    return getattr(import_module(f"merit.{_HOME[name]}"), name)
+    return getattr(import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:
