@@ -175,6 +175,21 @@ def test_what_is_done_is_not_measured_again(run, tmp_path, monkeypatch):
     assert run(tmp_path, names, changed, max_examples=2).reused == ("base", "merged")
 
 
+@pytest.mark.parametrize("file", ["merged.json", "merged.answers.jsonl", "base.json", "answers-of-the-base.json"])
+def test_a_changed_digit_is_measured_again(run, tmp_path, file):
+    """On commit f5727a1 a figure of a kept model that lost a digit goes into the results."""
+    names = ("base", "merged")
+    run(tmp_path, names, max_examples=2)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.json")}
+    path = tmp_path / "models" / file
+    text = path.read_text()
+    place = max(text.rfind(digit) for digit in "0123456789") if file == "merged.json" else len(text) // 2
+    path.write_text(text[:place] + chr(ord(text[place]) ^ 1) + text[place + 1 :])
+    assert len(run(tmp_path, names, max_examples=2).reused) == 1
+    assert path.read_text() == text or file in ("merged.json", "base.json")  # those hold the time that it took
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.json")} == before
+
+
 @pytest.mark.parametrize(
     "change",
     [{"max_new_tokens": 3}, {"max_examples": 1}, {"drift": {"prompts": 0}}, {"seed": 1}, {"kept": {}}, {"test": None}],

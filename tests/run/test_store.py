@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merit.errors import RunFolderError
-from merit.files import canonical, differences, fingerprint, write_json
-from merit.run.record import StaleStageError, content_hash
+from merit.files import canonical, content_hash, differences, fingerprint, write_json
+from merit.run.record import StaleStageError
 from merit.run.store import Stage, is_locked, lock
 
 JSON = st.recursive(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -91,16 +92,32 @@ def test_stopped_twice_then_finished_is_bit_identical(root: Path, uninterrupted:
     assert_same_end(root, facts, uninterrupted())
 
 
-@pytest.mark.parametrize("damage", ["truncated", "no marker", "missing"])
+VICTIMS = {
+    "truncated": "state.pt",
+    "no marker": "complete.json",
+    "missing": "trainable.safetensors",
+    "flipped weight": "trainable.safetensors",
+    "flipped state": "state.pt",
+    "flipped log": "log.jsonl",
+    "other count": "complete.json",
+}
+
+
+@pytest.mark.parametrize("damage", VICTIMS)
 def test_damaged_checkpoint_is_not_used(root: Path, uninterrupted: Callable[..., Finished], damage: str) -> None:
+    """On commit f5727a1 flipped bits and a changed count are gone on from: only sizes were compared."""
     assert train_elsewhere(root, "--stop-after-step", "6") == 75
     checkpoint = newest(root / "branch" / "checkpoints")
     assert checkpoint is not None
-    victim = (
-        checkpoint / {"truncated": "state.pt", "no marker": "complete.json", "missing": "trainable.safetensors"}[damage]
-    )
+    victim = checkpoint / VICTIMS[damage]
+    data = bytearray(victim.read_bytes())
     if damage == "truncated":
-        os.truncate(victim, victim.stat().st_size // 2)
+        os.truncate(victim, len(data) // 2)
+    elif damage.startswith("flipped"):
+        data[-9 if damage == "flipped weight" else len(data) // 2] ^= 1
+        victim.write_bytes(data)
+    elif damage == "other count":
+        victim.write_text(re.sub(r'"target_tokens": \d', '"target_tokens": 9', victim.read_text(), count=1))
     else:
         victim.unlink()
     facts = cases.train(root)

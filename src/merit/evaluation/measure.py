@@ -14,7 +14,7 @@ from merit.errors import CheckpointError
 from merit.evaluation import drift, heldout
 from merit.evaluation.figures import PARTS, ByDataset, Drift, Figures, Part
 from merit.evaluation.forward import Forward
-from merit.evaluation.results import ANSWERS_OF_THE_BASE
+from merit.evaluation.results import ANSWERS_OF_THE_BASE, answers_file
 from merit.evaluation.text import exact_match
 from merit.files import write_json, write_text
 from merit.hf.base import Base
@@ -156,7 +156,7 @@ class Questions:
                 start_asked += len(item.rows)
             sets[item.part][item.name] = Figures(loss, matched, len(item.rows), int(counts[start:stop].sum()))
             start = stop
-        _write_answers(folder / f"{name}.answers.jsonl", asked, answers, matches)
+        _write_answers(folder / answers_file(name), asked, answers, matches)
         return Measured(sets, self._drift(name, model, forward))
 
     def _drift(self, name: str, model: PreTrainedModel, forward: Forward) -> Drift | None:

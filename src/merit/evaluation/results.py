@@ -18,12 +18,17 @@ from merit.evaluation.figures import ByDataset, Drift, Part, Summary
 from merit.evaluation.verdict import Verdict, judge
 from merit.files import read_as, write_json
 
-__all__ = ["ANSWERS_OF_THE_BASE", "DRIFT", "FILES", "MODELS", "SUMMARY", "Evaluation"]
+__all__ = ["ANSWERS_OF_THE_BASE", "DRIFT", "FILES", "MODELS", "SUMMARY", "Evaluation", "answers_file"]
 
 FILES: dict[Part, str] = {"mixture": "results.json", "kept": "kept.json"}
 """File of the figures of each part."""
 DRIFT, SUMMARY, MODELS = "drift.json", "summary.json", "models"
 ANSWERS_OF_THE_BASE = "answers-of-the-base.json"
+
+
+def answers_file(model: str) -> str:
+    """Name of the file in ``models/`` with a model's greedy answers."""
+    return f"{model}.answers.jsonl"
 
 
 @dataclass(frozen=True)

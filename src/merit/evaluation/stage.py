@@ -21,9 +21,9 @@ from merit.errors import RunFolderError
 from merit.evaluation.figures import FORMAT, PARTS, ByDataset, Drift, ModelFigures
 from merit.evaluation.forward import Forward
 from merit.evaluation.measure import HeldOut, Questions
-from merit.evaluation.results import MODELS, Evaluation
+from merit.evaluation.results import ANSWERS_OF_THE_BASE, MODELS, Evaluation, answers_file
 from merit.evaluation.summary import About, model_order, summarise
-from merit.files import fingerprint, read_as, write_json
+from merit.files import content_hash, fingerprint, read_as, write_json
 from merit.hf import checkpoint
 from merit.hf.base import Base
 from merit.hf.models import load_model, pick_device
@@ -104,6 +104,7 @@ class _Stored:
     mixture: ByDataset
     kept: ByDataset
     drift: Drift | None
+    answers: dict[str, str] = field(default_factory=dict)  # content of the files that show its answers
     checksum: str = ""
 
     def content(self) -> str:
@@ -232,7 +233,7 @@ class _Measuring:
         for name in names:
             if name not in stored:
                 twin = replace(stored[first[self._keys[name]]], model=name, seconds=0.0)
-                found[name] = twin.save(self._file(name)).figures()
+                found[name] = self._keep(twin).figures()
         return {name: found[name] for name in names}
 
     def _measure(self, name: str) -> _Stored:
@@ -249,12 +250,20 @@ class _Measuring:
         seconds = round(time.monotonic() - started, 3)
         sets = measured.sets
         item = _Stored(FORMAT, self._keys[name], name, seconds, sets["mixture"], sets["kept"], measured.drift)
-        return item.save(self._file(name))
+        return self._keep(item)
+
+    def _keep(self, item: _Stored) -> _Stored:
+        return replace(item, answers=self._answers(item.model)).save(self._file(item.model))
+
+    def _answers(self, name: str) -> dict[str, str]:
+        names = [answers_file(name), *([ANSWERS_OF_THE_BASE] if name == "base" else [])]
+        return {file: content_hash(self._folder / file) for file in names if (self._folder / file).is_file()}
 
     def _read(self, name: str) -> _Stored | None:
         with suppress(RunFolderError):  # missing or damaged: measured again
             item = read_as(self._file(name), _Stored)
-            if item.key == self._keys[name] and item.format == FORMAT and item.checksum == item.content():
+            whole = item.checksum == item.content() and item.answers == self._answers(name)
+            if whole and item.key == self._keys[name] and item.format == FORMAT:
                 return item
         return None
 

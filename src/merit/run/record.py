@@ -12,17 +12,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from merit.errors import RunFolderError
-from merit.files import canonical, differences, fingerprint, read_json, write_json
+from merit.files import canonical, checksum, content_hash, differences, read_json, sealed, write_json
 
 FORMAT = 2
 """Version of the record format. Records of another version (0.1 wrote version 1) are refused by name."""
 
 _LIBRARIES = ("merit-tuning", "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "numpy")
-_CHUNK = 2**22
 
 
 class StaleStageError(RunFolderError):
@@ -115,7 +113,7 @@ def read_record(path: Path) -> Record:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the whole"
         raise damaged(path, f"{place}: {first['msg'].lower()}") from None
-    if record.checksum != _checksum(value):
+    if record.checksum != checksum(value):
         raise damaged(path, "its content does not match its checksum")
     return record
 
@@ -123,7 +121,7 @@ def read_record(path: Path) -> Record:
 def write_record(path: Path, content: Mapping[str, Any]) -> None:
     """Write a record, complete with format, versions, host and checksum."""
     value: dict[str, Any] = {"format": FORMAT, **content, "versions": versions(), "host": host()}
-    write_json(path, {**value, "checksum": _checksum(value)})
+    write_json(path, sealed(value))
 
 
 def damaged(path: Path, why: str, folder: Path | None = None) -> RunFolderError:
@@ -132,15 +130,6 @@ def damaged(path: Path, why: str, folder: Path | None = None) -> RunFolderError:
         f"{path} is damaged: {why}.",
         f"Remove the folder {folder or path.parent} and run the same command again: the stage is made anew.",
     )
-
-
-def content_hash(path: Path) -> str:
-    """XXH3-128 (hex) of a file's bytes."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def versions() -> dict[str, str]:
@@ -168,6 +157,3 @@ def shown(changes: Sequence[str], most: int = 8) -> list[str]:
     """The first changes, and how many more there are."""
     return [*changes[:most], *([f"... and {len(changes) - most} more"] if len(changes) > most else [])]
 
-
-def _checksum(value: Mapping[str, Any]) -> str:
-    return fingerprint({key: item for key, item in value.items() if key != "checksum"})

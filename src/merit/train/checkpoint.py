@@ -1,12 +1,11 @@
 """Exact checkpoints of a branch in training: weights, optimizer, schedule, random state, log and counts.
 
 A checkpoint holds the trained parameters by name and whole, whatever the number of processes. ``complete.json`` is written
-last, with every file's size, so that a checkpoint that was cut short is never taken for a whole one.
+last, with every file's hash and its own checksum, so that a checkpoint that was cut short or damaged is never gone on from.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -18,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
 from merit.errors import RunFolderError, TrainingError
-from merit.files import differences, read_as, sync, write_json, writing
+from merit.files import checksum, content_hash, differences, read_as, read_json, sealed, sync, write_json, writing
 from merit.hf.models import trainable_parameters
 from merit.train.processes import Team, load_optimizer, part_like, whole, whole_optimizer
 
@@ -50,7 +49,8 @@ class Marker:
         provenance: What the result depends on: settings, and fingerprints of base and data.
         resources: Threads and processes that it was trained with so far.
         resumed_from: Steps of earlier checkpoints that training was taken up from.
-        files: Size in bytes of every file by name.
+        files: Content hash of every file by name.
+        checksum: Of all the rest.
     """
 
     step: int
@@ -59,7 +59,8 @@ class Marker:
     provenance: dict[str, object]
     resources: dict[str, int]
     resumed_from: list[int] = field(default_factory=list)
-    files: dict[str, int] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    checksum: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,14 +87,20 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+
+
 def newest(folder: Path) -> Path | None:
-    """The newest complete checkpoint in ``folder``: its marker stands and every file has the size written there."""
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
+    """The newest whole checkpoint in ``folder``: its marker stands as written, and every file's content is what it says."""
+    for checkpoint in sorted(_checkpoints(folder), key=step_of, reverse=True):
         try:
-            files = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["files"]
-            if all((checkpoint / name).stat().st_size == size for name, size in files.items()):
+            marker = read_json(checkpoint / MARKER)
+            if marker["checksum"] == checksum(marker) and all(
+                content_hash(checkpoint / name) == value for name, value in marker["files"].items()
+            ):
                 return checkpoint
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (RunFolderError, OSError, KeyError, TypeError, AttributeError):
             continue
     return None
 
@@ -140,8 +147,7 @@ def save(folder: Path, training: Training, marker: Marker, log: Path) -> None:
         files = sorted(checkpoint.iterdir())
         for path in files:
             sync(path)
-        sizes = {path.name: path.stat().st_size for path in files}
-        write_json(checkpoint / MARKER, asdict(marker) | {"files": sizes})
+        write_json(checkpoint / MARKER, sealed(asdict(marker) | {"files": {path.name: content_hash(path) for path in files}}))
         sync(checkpoint)
         for other in folder.glob("checkpoint-*"):
             if other != checkpoint:

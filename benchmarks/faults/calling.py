@@ -1,0 +1,85 @@
+"""A `merit` command in this process: how it ended, and what it said."""
+
+from __future__ import annotations
+
+import os
+import signal
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+LIMIT = 60
+"""Seconds after which a command counts as hanging."""
+
+
+def settle() -> None:
+    """One thread, no network, no colours; before torch is imported."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = "1"
+    os.environ.update(
+        TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", COLUMNS="100", NO_COLOR="1"
+    )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call ended.
+
+    Attributes:
+        code: Exit code; 1 where an exception escaped, -1 where it took longer than ``LIMIT``.
+        out: What it printed on stdout.
+        err: What it printed on stderr; the traceback where there was one.
+    """
+
+    code: int
+    out: str
+    err: str
+
+
+class _Hang(BaseException):
+    pass
+
+
+def _late(_number: int, _frame: object) -> None:
+    raise _Hang
+
+
+def limited(work: Callable[[], Any]) -> Outcome:
+    """Call ``work``; a MeritError is exit code 2, any other exception 1."""
+    from merit.errors import MeritError
+
+    before = signal.signal(signal.SIGALRM, _late)
+    signal.alarm(LIMIT)
+    try:
+        work()
+    except MeritError as error:
+        return Outcome(error.exit_code, "", str(error))
+    except _Hang:
+        return Outcome(-1, "", traceback.format_exc(limit=-6))
+    except (Exception, SystemExit, KeyboardInterrupt):
+        return Outcome(1, "", traceback.format_exc(limit=-6))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    return Outcome(0, "", "")
+
+
+def command(*words: object) -> Outcome:
+    """Run a `merit` command."""
+    from typer.testing import CliRunner
+
+    from merit.cli import app
+
+    result: Any = None
+
+    def invoke() -> None:
+        nonlocal result
+        result = CliRunner().invoke(app, [str(word) for word in words])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+
+    found = limited(invoke)
+    if found.code in (1, -1):
+        return found
+    return Outcome(result.exit_code, result.stdout, result.stderr)

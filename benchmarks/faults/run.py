@@ -1,0 +1,227 @@
+"""Damage files of a finished run at random places, run the command that reads them again, and see what it says.
+
+    python -m benchmarks.faults.run --places 1000
+
+Every place is one of: *named* (exit 2, the message names the file or its folder), *healed* (made again, and all files equal
+the undamaged run's), *harmless* (all results equal the undamaged run's; the file keeps its damage and is no result),
+*unnamed* (exit 2 without the file or folder), *silent* (exit 0, and a result or kept file is wrong), *traceback*, *hang*.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import random
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.faults.calling import LIMIT, Outcome, command, settle
+from benchmarks.faults.case import PLACES, Place, files_of, make_run
+from benchmarks.faults.damage import FAULTS, Tree, damage
+
+ENDS = ("named", "healed", "harmless", "unnamed", "silent", "traceback", "hang")
+BAD = ENDS[3:]
+_PASSING = {
+    *("started", "finished", "seconds", "seconds_by_model", "checksum", "peak_memory_bytes", "resumed_from", "reused"),
+    *("reused_datasets", "host", "outputs", "since", "pid", "crc32"),
+}
+"""Keys of files that another attempt at the same result may write otherwise."""
+
+_NO_RESULT = (".lock", "progress.json", ".hashes.json", ".merit", "recipe.yaml")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One place.
+
+    Attributes:
+        kind: Of the file.
+        fault: What was done.
+        file: Where.
+        words: The command that read it.
+        end: One of ``ENDS``.
+        said: The end of its message.
+    """
+
+    kind: str
+    fault: str
+    file: str
+    words: str
+    end: str
+    said: str
+
+
+def main() -> None:
+    """Parse, damage, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--places", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kind", help="Only kinds whose name holds this.")
+    parser.add_argument("--no-write", action="store_true", help="Print only.")
+    given = parser.parse_args()
+    settle()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="merit-faults-") as folder:
+        findings = survey(Path(folder), given.places, given.seed, given.kind or "")
+    seconds = time.monotonic() - started
+    text = summary(findings)
+    print(text)
+    for item in findings:
+        if item.end in BAD:
+            print(f"\n{item.end}: {item.kind}, {item.fault} of {item.file}, {item.words}\n{item.said}")
+    if not given.no_write:
+        from benchmarks.report import write
+
+        write(
+            "faults",
+            "Damage at random places of a run",
+            f"python -m benchmarks.faults.run --places {given.places} --seed {given.seed}",
+            f"{text}\n\n{len(findings)} places in {seconds:.0f} s. Columns: see benchmarks/faults/run.py.",
+            {"places": len(findings), "seconds": round(seconds, 1), "findings": [asdict(item) for item in findings]},
+        )
+
+
+def survey(folder: Path, places: int, seed: int, kind: str = "") -> list[Finding]:
+    """Damage ``places`` places of a run that is made below ``folder``."""
+    rng = random.Random(seed)
+    moments = make_run(folder)
+    trees = {moment: Tree(top) for moment, top in moments.items()}
+    expected: dict[tuple[str, tuple[str, ...]], tuple[Outcome, dict[str, Any]]] = {}
+    chosen = [place for place in PLACES if kind in place.kind]
+    findings: list[Finding] = []
+    while len(findings) < places:
+        place = chosen[len(findings) % len(chosen)]
+        words = rng.choice(place.reads)
+        tree = trees[place.moment]
+        if (place.moment, words) not in expected:
+            outcome = _call(tree.root, words)
+            assert outcome.code == 0, outcome
+            expected[place.moment, words] = outcome, _results(tree)
+            tree.restore()
+        found = _one(tree, place, words, rng, *expected[place.moment, words])
+        if found is not None:
+            findings.append(found)
+    return findings
+
+
+def _call(top: Path, words: tuple[str, ...]) -> Outcome:
+    paths = {"RUN": top / "run", "RECIPE": top / "recipe.yaml"}
+    return command(*(paths.get(word, word) for word in words))
+
+
+def _one(
+    tree: Tree, place: Place, words: tuple[str, ...], rng: random.Random, usual: Outcome, results: dict[str, Any]
+) -> Finding | None:
+    files = files_of(place, tree.root)
+    path, fault = rng.choice(files), rng.choice(FAULTS)
+    touched = damage(path, fault, rng, files)
+    if touched is None:
+        return None
+    names = [file.relative_to(tree.root).as_posix() for file in touched]
+    held = {name: _content(tree.root / name) for name in names}
+    found = _call(tree.root, words)
+    end, why = _end(tree, place, found, usual, results, held)
+    tree.restore(names)
+    said = (found.err[-1500:] if end in BAD else "") + why
+    return Finding(place.kind, fault, names[0], " ".join(words), end, said)
+
+
+def _content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
+
+
+def _end(
+    tree: Tree, place: Place, found: Outcome, usual: Outcome, results: dict[str, Any], held: dict[str, bytes | None]
+) -> tuple[str, str]:
+    if found.code == -1:
+        return "hang", f"longer than {LIMIT} s"
+    if found.code == 2:
+        return ("named" if _names(tree.root, list(held), found.err) else "unnamed"), ""
+    if found.code != 0:
+        return "traceback", f"exit {found.code}"
+    now = _results(tree)
+    kept = {name for name in held if _keeps(tree, name, held[name], results)}
+    wrong = sorted(name for name in {*results, *now} - kept if results.get(name) != now.get(name))
+    if wrong or found.out != usual.out:
+        return "silent", f"other than without damage: {', '.join(wrong) or 'what it printed'}"
+    if kept and not place.unread:
+        return "silent", f"exit 0, and {', '.join(sorted(kept))} keeps its damage"
+    return ("harmless", "") if kept else ("healed", "")
+
+
+def _keeps(tree: Tree, name: str, held: bytes | None, results: dict[str, Any]) -> bool:
+    path = tree.root / name
+    if _content(path) != held or held == tree.files[name]:
+        return False
+    if name.startswith("run/") and path.name not in _NO_RESULT:
+        return name in results or path.exists()  # else the command has used it up
+    return True
+
+
+def _names(root: Path, names: list[str], said: str) -> bool:
+    """Whether a message names a damaged file or a folder that it lies in; of a base or source, the recipe's name for it."""
+    flat = "".join(said.split())
+    for name in names:
+        path = root / name
+        folders = [parent for parent in path.parents if parent.is_relative_to(root) and parent not in (root, root / "run")]
+        if any(str(item) in flat for item in (path, *folders)):
+            return True
+        if name.startswith("base/") and ("input.base" in flat or "input.tokenizer" in flat):
+            return True
+        if name.startswith("mixture/") and f"sourceof{path.parent.name}" in flat:
+            return True
+        if path.name == "recipe.yaml" and str(path.parent) in flat:
+            return True
+    return False
+
+
+def _results(tree: Tree) -> dict[str, Any]:
+    """Everything that the run says, by file; times and the like aside."""
+    found: dict[str, Any] = {}
+    for path in sorted((tree.root / "run").rglob("*")):
+        name = path.relative_to(tree.root).as_posix()
+        if not path.is_file() or path.name in _NO_RESULT:
+            continue
+        found[name] = _meaning(path)
+    return found
+
+
+def _meaning(path: Path) -> Any:
+    data = path.read_bytes()
+    try:
+        if path.suffix == ".json":
+            return _lasting(json.loads(data))
+        if path.suffix == ".jsonl":
+            return [_lasting(json.loads(line)) for line in data.splitlines()]
+    except ValueError:
+        pass
+    return data
+
+
+def _lasting(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _lasting(item) for key, item in value.items() if key not in _PASSING}
+    return [_lasting(item) for item in value] if isinstance(value, list) else value
+
+
+def summary(findings: list[Finding]) -> str:
+    """Two tables: by kind of file, and by fault."""
+    from benchmarks.report import table
+
+    parts = []
+    for title, key in (("file", "kind"), ("fault", "fault")):
+        counts: dict[str, collections.Counter[str]] = {}
+        for item in findings:
+            counts.setdefault(getattr(item, key), collections.Counter())[item.end] += 1
+        total = collections.Counter(item.end for item in findings)
+        rows = [[name, sum(row.values()), *(row[end] for end in ENDS)] for name, row in {**counts, "all": total}.items()]
+        parts.append(table([title, "places", *ENDS], rows))
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    main()
