@@ -62,7 +62,9 @@ PLACES = (
     Place("model's figures, stage done", "finished", ("run/evaluation/models/*",), (EVALUATE,), unread=True),
     Place("model's figures, read again", "evaluation", ("run/evaluation/models/*",), (EVALUATE,)),
     Place("known hashes", "finished", ("run/.hashes.json",), (CHAIN, MERGE), unread=True),
-    Place("locks and markers", "finished", ("run/.merit", "run/**/.lock", "run/**/progress.json"), (CHAIN,), unread=True),
+    Place(
+        "locks and markers", "finished", ("run/.merit", "run/**/.lock", "run/**/progress.json"), (CHAIN,), unread=True
+    ),
     Place("base", "finished", ("base/*",), (SPLIT, MERGE), unread=True),
     Place("sources", "finished", ("mixture/*/*.jsonl",), (SPLIT,), unread=True),
 )

@@ -167,7 +167,9 @@ def _names(root: Path, names: list[str], said: str) -> bool:
     flat = "".join(said.split())
     for name in names:
         path = root / name
-        folders = [parent for parent in path.parents if parent.is_relative_to(root) and parent not in (root, root / "run")]
+        folders = [
+            parent for parent in path.parents if parent.is_relative_to(root) and parent not in (root, root / "run")
+        ]
         if any(str(item) in flat for item in (path, *folders)):
             return True
         if name.startswith("base/") and ("input.base" in flat or "input.tokenizer" in flat):
@@ -218,7 +220,9 @@ def summary(findings: list[Finding]) -> str:
         for item in findings:
             counts.setdefault(getattr(item, key), collections.Counter())[item.end] += 1
         total = collections.Counter(item.end for item in findings)
-        rows = [[name, sum(row.values()), *(row[end] for end in ENDS)] for name, row in {**counts, "all": total}.items()]
+        rows = [
+            [name, sum(row.values()), *(row[end] for end in ENDS)] for name, row in {**counts, "all": total}.items()
+        ]
         parts.append(table([title, "places", *ENDS], rows))
     return "\n\n".join(parts)
 

@@ -156,4 +156,3 @@ def now() -> str:
 def shown(changes: Sequence[str], most: int = 8) -> list[str]:
     """The first changes, and how many more there are."""
     return [*changes[:most], *([f"... and {len(changes) - most} more"] if len(changes) > most else [])]
-

@@ -147,7 +147,8 @@ def save(folder: Path, training: Training, marker: Marker, log: Path) -> None:
         files = sorted(checkpoint.iterdir())
         for path in files:
             sync(path)
-        write_json(checkpoint / MARKER, sealed(asdict(marker) | {"files": {path.name: content_hash(path) for path in files}}))
+        content = {path.name: content_hash(path) for path in files}
+        write_json(checkpoint / MARKER, sealed(asdict(marker) | {"files": content}))
         sync(checkpoint)
         for other in folder.glob("checkpoint-*"):
             if other != checkpoint:
