@@ -1,4 +1,4 @@
-"""What is done to a file: bits, bytes, whole pages, its length, its place. Size and modification time stay where they can."""
+"""What is done to a file: its bits, bytes, pages, length or place. Size and modification time stay where they can."""
 
 from __future__ import annotations
 
