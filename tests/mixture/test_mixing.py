@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from merit.errors import MixtureError, RecipeError
-from mixture.mixture_cases import check_sources, discover, encode
+from mixture.mixture_cases import check_sources, discover, encode, find
 
 
 def rows(count, prefix="q"):
@@ -105,3 +105,21 @@ def test_a_mixed_parquet_file_is_cut_as_lines_are(recipe, byte_level, tmp_path):
         for number, path in enumerate((lines, tmp_path / "x.parquet"))
     ]
     assert [item.fingerprint for item in made[0].counts] == [item.fingerprint for item in made[1].counts]
+
+
+def test_a_cut_file_is_parsed_once_for_finding_checking_and_fingerprints(recipe, tmp_path, monkeypatch):
+    """Fails on commit f5727a1: every caller found the datasets anew, five times per run, and held their rows in memory."""
+    from merit.mixture import part
+
+    parsed = []
+    real = part.parse_line
+    monkeypatch.setattr(part, "parse_line", lambda *given: parsed.append(given[1]) or real(*given))
+    path = write(tmp_path / "x.jsonl", [{**row, "task": f"t{i % 5}"} for i, row in enumerate(rows(500))])
+    found = find(recipe({"path": path, "split_by": "task"}))
+    found.fingerprints()
+    assert len(parsed) == 500
+    found.check()
+    assert len(parsed) == 500 + 5 * (1 + 8)  # the first row tells the format, eight are looked at
+    assert [number for source in found.sources[:1] for number, _ in source.train.read()] == [
+        f"{path}, line {n}" for n in range(1, 501, 5)
+    ]
