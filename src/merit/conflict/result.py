@@ -193,6 +193,10 @@ class Arrays:
             RunFolderError: It is missing, damaged, or of another version.
         """
         try:
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()  # NumPy does not read far enough to notice a wrong checksum
+            if damaged:
+                raise ValueError(f"{damaged} has a wrong checksum")
             with np.load(file, allow_pickle=False) as stored:
                 arrays = cls(**{item.name: stored[item.name] for item in fields(cls)})
             count = len(arrays.names)
