@@ -88,4 +88,4 @@ def out(*renderables: RenderableType) -> None:
 
     console = Console(highlight=False)
     for item in renderables:
-        console.print(item)
+        console.print(item, soft_wrap=isinstance(item, str))  # a command to copy stays on one line

@@ -27,6 +27,10 @@ class StaleStageError(RunFolderError):
     """A stage's record does not match what the recipe asks for now."""
 
 
+class OtherVersionError(RunFolderError):
+    """A run folder of another version of MERIT."""
+
+
 class Output(BaseModel):
     """One file that a stage wrote.
 
@@ -103,7 +107,7 @@ def read_record(path: Path) -> Record:
     value = read_json(path)
     found = value.get("format") if isinstance(value, dict) else None
     if isinstance(found, int) and found != FORMAT:
-        raise RunFolderError(
+        raise OtherVersionError(
             f"{path}: the run was made by another version of MERIT (record format {found}, this version reads {FORMAT}).",
             "Use another run folder (--output DIR), or the version that made it. Nothing was changed.",
         )

@@ -21,7 +21,7 @@ from merit.mixture import read_counts
 from merit.prepare import stage_folder, stage_recipe
 from merit.recipe.schema import Recipe
 from merit.run import key
-from merit.run.record import Record
+from merit.run.record import OtherVersionError, Record
 from merit.run.scope import Scope, recipe_of, scopes_of
 from merit.run.store import Stage, is_locked
 from merit.split.result import Split
@@ -177,6 +177,8 @@ def _row(stage: Stage, wanted: Callable[[], Stage]) -> Row:
         return replace(row, state="partial" if held else "missing")
     try:
         record = stage.record()
+    except OtherVersionError:
+        raise
     except RunFolderError as error:
         return replace(row, state="damaged", detail=error.message)
     row = replace(row, state="done", seconds=record.seconds, finished=record.finished, detail=_detail(record))
