@@ -2,9 +2,10 @@
 
     python -m benchmarks.faults.run --places 1000
 
-Every place is one of: *named* (exit 2, the message names the file or its folder), *healed* (made again, and all files equal
-the undamaged run's), *harmless* (all results equal the undamaged run's; the file keeps its damage and is no result),
-*unnamed* (exit 2 without the file or folder), *silent* (exit 0, and a result or kept file is wrong), *traceback*, *hang*.
+Every place is one of: *named* (exit 2, or a note in the results: the file or its folder is named), *healed* (made again, and
+all files equal the undamaged run's), *harmless* (all results equal the undamaged run's; the file keeps its damage and is no
+result), *unnamed* (exit 2 without the file or folder), *silent* (exit 0, and a result or kept file is wrong), *traceback*,
+*hang*.
 """
 
 from __future__ import annotations
@@ -143,6 +144,8 @@ def _end(
         return ("named" if _names(tree.root, list(held), found.err) else "unnamed"), ""
     if found.code != 0:
         return "traceback", f"exit {found.code}"
+    if found.out != usual.out and _names(tree.root, list(held), found.out + found.err):
+        return "named", ""
     now = _results(tree)
     kept = {name for name in held if _keeps(tree, name, held[name], results)}
     wrong = sorted(name for name in {*results, *now} - kept if results.get(name) != now.get(name))

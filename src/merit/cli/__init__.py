@@ -59,7 +59,8 @@ def _place_error(error: OSError) -> int:
         return 0
     if error.errno not in _PLACES:
         raise error
-    where = f"{error.filename}: " if error.filename else ""
+    place = error.filename2 or error.filename
+    where = f"{place}: " if place else ""
     print(f"merit: {where}{error.strerror}.", file=sys.stderr)
     print("  Check the place's permissions and free space, or use another (--output DIR).", file=sys.stderr)
     return 2

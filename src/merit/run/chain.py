@@ -28,7 +28,7 @@ from merit.run.scope import Scope
 from merit.run.session import Session
 from merit.run.status import ORDER, Known, Row, run_status
 from merit.run.step import Step, Work, run_step, stands
-from merit.run.store import Stage, claim, lock, stale
+from merit.run.store import Stage, claim, lock, split_of, stale
 from merit.run.training import BranchId, train_branches
 from merit.split.result import Split
 from merit.split.stage import split_mixture
@@ -78,6 +78,7 @@ def refuse_stale(session: Session, command: str, until: str | None = None, *, ow
 
     Raises:
         StaleStageError: A stage does not match; the changed fields are named.
+        RunFolderError: A record or a split is damaged.
     """
     if command == "run" and session.redo:
         return
@@ -88,9 +89,12 @@ def refuse_stale(session: Session, command: str, until: str | None = None, *, ow
         if command not in ("merge", "prepare"):  # they read neither rows nor tokenizer
             known = Known(session.base.fingerprint, session.base.input_fingerprint, session.sources)
     for row in run_status(session.run, session.recipe, known).stages:
-        changed = _counted(row)
-        if changed and ORDER.index(row.kind) <= last:
-            raise stale(session.run, row.stage, changed)
+        if ORDER.index(row.kind) > last:
+            continue
+        if row.state == "damaged":
+            raise RunFolderError(row.detail, f"Remove the folder {row.folder} and run the same command again.")
+        if changed := _counted(row):
+            raise stale(Path(row.folder), row.stage, changed)
 
 
 def _rank(command: str) -> int:
@@ -191,7 +195,10 @@ def split(session: Session, scope: Scope, mixture: Mixture) -> Split:
     method = recipe.split.method
     measured = conflict_stage(session, mixture) if needs_conflict(method) else None
     if measured is not None and not stands(measured, session):
-        raise RunFolderError(f"split.method {method} needs the gradients, which are not measured yet.", _NEXT)
+        raise RunFolderError(
+            f"split.method {method} needs the gradients, which are not measured yet ({session.run / 'conflict'}).",
+            _NEXT,
+        )
     content = measured.record().outputs["geometry.npz"].xxh3 if measured is not None else None
     stage = key.split_stage(recipe, scope, rows=mixture.fingerprints, geometry=content)
 
@@ -266,11 +273,7 @@ def run_chain(session: Session, until: str = "evaluate") -> None:
 
 def all_branches(session: Session) -> list[BranchId]:
     """Every branch of the run and of its baselines."""
-    return [
-        BranchId(scope.method, k)
-        for scope in session.scopes
-        for k in range(len(Split.load(scope.root / "split").groups))
-    ]
+    return [BranchId(scope.method, k) for scope in session.scopes for k in range(len(split_of(scope.root).groups))]
 
 
 def merges(session: Session) -> None:
@@ -314,7 +317,7 @@ def split_alone(session: Session) -> Split:
     """`merit split`: the run's split, and every baseline's."""
     with begun(session, "split"):
         splits(session, mixture(session))
-    return Split.load(session.run / "split")
+    return split_of(session.run)
 
 
 def train_alone(session: Session, branches: Sequence[BranchId] | None) -> None:

@@ -16,9 +16,8 @@ from merit.run.record import Output, damaged
 from merit.run.scope import Scope
 from merit.run.session import Session
 from merit.run.step import Step, Work, run_step
-from merit.run.store import Stage
+from merit.run.store import Stage, split_of
 from merit.run.training import branch_stages
-from merit.split.result import Split
 
 
 def evaluate_run(session: Session) -> Evaluation:
@@ -86,7 +85,7 @@ def held_out_rows(mixture: Path) -> HeldOut:
 
 def model_set(session: Session, models: Mapping[str, tuple[Path | None, str]], missing: Mapping[str, str]) -> ModelSet:
     """The models of a run as the evaluation takes them, with how they were made."""
-    method = Split.load(session.run / "split").method
+    method = split_of(session.run).method
     about = About(method=method, trained_tokens=trained_tokens(session), remarks=remarks(session), missing=missing)
     return ModelSet(session.base, {name: Candidate(*facts) for name, facts in models.items()}, about)
 
@@ -126,6 +125,7 @@ def _merge_as_made(session: Session, scope: Scope) -> Stage:
 
 def _checked(stage: Stage) -> tuple[Path, str]:
     """Folder and content of a model, read and compared with its record."""
+    stage.verify(weights=False)
     folder = stage.path / "model"
     found = checkpoint.fingerprint(folder)
     if found != key.model_content(stage):

@@ -23,8 +23,7 @@ from merit.recipe.schema import Recipe
 from merit.run import key
 from merit.run.record import OtherVersionError, Record
 from merit.run.scope import Scope, recipe_of, scopes_of
-from merit.run.store import Stage, is_locked
-from merit.split.result import Split
+from merit.run.store import Stage, is_locked, split_of
 
 State = Literal["done", "stale", "running", "partial", "damaged", "missing"]
 ORDER = ("assemble", "prepared", "mixture", "gradients", "split", "branch", "merged", "evaluation")
@@ -38,6 +37,7 @@ class Row:
     Attributes:
         stage: Its name.
         kind: Its kind.
+        folder: Where its files are.
         state: See the module.
         changed: What differs from the recipe, as ``field: old -> new``.
         seconds: Wall time of making it.
@@ -48,6 +48,7 @@ class Row:
 
     stage: str
     kind: str
+    folder: str
     state: State = "missing"
     changed: list[str] = field(default_factory=list)
     seconds: float | None = None
@@ -120,20 +121,20 @@ def _rows(recipe: Recipe, run: Path, known: Known) -> Iterator[Row]:
 
 
 def _scope_rows(recipe: Recipe, scope: Scope, rows: Mapping[str, str], base: str) -> Iterator[Row]:
-    yield _row(
-        Stage("split", scope.root / "split", title=scope.name("split")),
-        lambda: key.split_stage(recipe, scope, rows=rows, geometry=None),
-    )
-    groups: list[list[str]] = [[] for _ in range(recipe.group_count)]
-    with contextlib.suppress(RunFolderError):
-        groups = Split.load(scope.root / "split").groups
+    split = Stage("split", scope.root / "split", title=scope.name("split"))
+    row = _row(split, lambda: key.split_stage(recipe, scope, rows=rows, geometry=None))
+    groups: list[list[str]] | None = None
+    try:
+        groups = split_of(scope.root).groups
+    except RunFolderError as error:
+        if split.begun:
+            row = replace(row, state="damaged", detail=error.message)
+    yield row
     branches: dict[int, Stage] = {}
-    for k, group in enumerate(groups):
-        branches[k] = Stage("branch", scope.root / "branches" / str(k), title=scope.name(f"branch {k}"))
-        yield _row(
-            branches[k],
-            partial(key.branch_stage, recipe, scope, k, group, base=base, rows=rows),
-        )
+    for k in range(recipe.group_count if groups is None else len(groups)):
+        stage = branches[k] = Stage("branch", scope.root / "branches" / str(k), title=scope.name(f"branch {k}"))
+        wanted = partial(key.branch_stage, recipe, scope, k, groups[k], base=base, rows=rows) if groups else None
+        yield _row(stage, wanted)
     if scope.method != "joint":  # a joint baseline's one branch is its model
         yield _row(
             Stage("merged", scope.root / "merged", title=scope.name("merged")),
@@ -165,8 +166,9 @@ def _preparation(recipe: Recipe, run: Path) -> Iterator[Row]:
     yield replace(final, stage="prepare")
 
 
-def _row(stage: Stage, wanted: Callable[[], Stage]) -> Row:
-    row = Row(stage.name, stage.kind)
+def _row(stage: Stage, wanted: Callable[[], Stage] | None) -> Row:
+    """``wanted``: the stage as asked now; None where that cannot be known."""
+    row = Row(stage.name, stage.kind, str(stage.path))
     if not stage.path.is_dir():
         return row
     row = replace(row, bytes=sum(file.stat().st_size for file in stage.path.rglob("*") if file.is_file()))
@@ -182,6 +184,8 @@ def _row(stage: Stage, wanted: Callable[[], Stage]) -> Row:
     except RunFolderError as error:
         return replace(row, state="damaged", detail=error.message)
     row = replace(row, state="done", seconds=record.seconds, finished=record.finished, detail=_detail(record))
+    if wanted is None:
+        return row
     with contextlib.suppress(RunFolderError, KeyError):
         asked = wanted()
         changed = record.changes(asked.settings, record.inputs) + _changed_inputs(record.inputs, asked.inputs)

@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from merit.errors import RunFolderError
 from merit.files import fingerprint, write_json
 from merit.run.record import Output, Record, StaleStageError, damaged, now, plain, read_record, shown, write_record
+from merit.split.result import Split
 
 RECORD = "record.json"
 MARKER = ".merit"
@@ -97,21 +98,24 @@ class Stage:
             raise stale(self.path, self.name, changes)
         return True
 
-    def verify(self) -> None:
+    def verify(self, *, weights: bool = True) -> None:
         """Compare the files with the record by content.
+
+        Args:
+            weights: Read the weights, too, where they have at most 4 GiB; else only their sizes are compared.
 
         Raises:
             RunFolderError: One is missing or holds something else.
         """
         outputs = self.record().outputs
-        weights = sum(facts.bytes for name, facts in outputs.items() if name.endswith(".safetensors"))
+        weights &= sum(facts.bytes for name, facts in outputs.items() if name.endswith(".safetensors")) <= _LARGE
         for name, facts in outputs.items():
             path = self.path / name
             if not path.is_file():
                 raise damaged(path, "it is missing", self.path)
             if path.stat().st_size != facts.bytes:
                 raise damaged(path, f"it has {path.stat().st_size} bytes, {facts.bytes} were written", self.path)
-            if (weights <= _LARGE or not name.endswith(".safetensors")) and Output.of(path) != facts:
+            if (weights or not name.endswith(".safetensors")) and Output.of(path) != facts:
                 raise damaged(path, "its content is not what was written", self.path)
 
     def clear(self, keep: Sequence[str] = ()) -> None:
@@ -179,6 +183,17 @@ def stale(path: Path, name: str, changes: Sequence[str]) -> StaleStageError:
         "from it (--redo).",
         "Nothing was changed.",
     )
+
+
+def split_of(root: Path) -> Split:
+    """The finished split below a run's or a baseline's folder, as it was written.
+
+    Raises:
+        RunFolderError: There is none, or it is damaged.
+    """
+    stage = Stage("split", root / "split")
+    stage.verify()
+    return Split.load(stage.path)
 
 
 def is_run_folder(folder: Path) -> bool:

@@ -23,9 +23,8 @@ from merit.run.needs import estimate
 from merit.run.scope import Scope
 from merit.run.session import Session
 from merit.run.step import stands
-from merit.run.store import Stage
+from merit.run.store import Stage, split_of
 from merit.signals import graceful
-from merit.split.result import Split
 from merit.train.branch import train_branch
 from merit.train.requirements import processes_here
 from merit.train.workers import WorkerJob, share_out, threads_for
@@ -63,7 +62,7 @@ def branch_stages(session: Session, scope: Scope) -> dict[int, Stage]:
     """The branches of a scope, as asked now."""
     rows = {item.name: item.fingerprint for item in read_counts(session.run / "mixture")}
     recipe, base = session.recipe_of(scope), session.base.fingerprint
-    groups = Split.load(scope.root / "split").groups
+    groups = split_of(scope.root).groups
     return {k: key.branch_stage(recipe, scope, k, group, base=base, rows=rows) for k, group in enumerate(groups)}
 
 
@@ -79,7 +78,7 @@ def scope_of(session: Session, branch: BranchId) -> Scope:
             f"--branch {branch}: the recipe has no baseline {branch.root!r}; it has {', '.join(baselines) or 'none'}."
         )
     scope = Scope(session.run, branch.root)
-    groups = len(Split.load(scope.root / "split").groups)
+    groups = len(split_of(scope.root).groups)
     if branch.k >= groups:
         raise RecipeError(f"--branch {branch}: the split has {groups} groups, numbered from 0.")
     return scope
@@ -90,7 +89,7 @@ def _stage(session: Session, branch: BranchId) -> Stage:
 
 
 def _group(session: Session, branch: BranchId) -> list[str]:
-    return Split.load(scope_of(session, branch).root / "split").groups[branch.k]
+    return split_of(scope_of(session, branch).root).groups[branch.k]
 
 
 def train_branches(session: Session, branches: Sequence[BranchId]) -> None:
