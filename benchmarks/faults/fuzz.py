@@ -116,10 +116,8 @@ Call = Callable[[], Any]
 # ---- recipes --------------------------------------------------------------------------------------------------------
 
 _PREPARE = {
-    "assemble": {"vision": "v", "language": "l", "projector": "mlp2x_gelu"},
-    "stages": [
-        {"name": "align", "mixture": {"folder": "m"}, "model": {"trainable": "projector"}, "train": {"epochs": 1}}
-    ],
+    "assemble": {"vision_from": "v", "projector": "new"},
+    "stages": [{"name": "align", "mixture": {"folder": "m"}, "trainable": "projector", "train": {"epochs": 1}}],
 }
 
 
@@ -150,12 +148,9 @@ class Recipes:
             "datasets listed": {**whole, "mixture": mixture},
             "preparation": {**whole, "prepare": _PREPARE},
         }
-        self._valid: dict[str, Any] = {}
-        for kind, value in settings.items():
-            try:
-                self._valid[kind] = yaml.safe_load(dump_recipe(parse_recipe(value, folder=folder)))
-            except ValueError:
-                self._valid[kind] = value
+        self._valid = {
+            kind: yaml.safe_load(dump_recipe(parse_recipe(value, folder=folder))) for kind, value in settings.items()
+        }
         self._texts = {kind: yaml.safe_dump(value, sort_keys=False).encode() for kind, value in self._valid.items()}
         self._keys = list(self._valid["whole recipe"])
 
@@ -337,8 +332,8 @@ class Rows:
             (folder / "train.jsonl").write_bytes(b"\n".join(lines[rng.choice((0, 1)) :]))
         else:
             what = self._file(kind, folder, rng, pictured)
-        base = self._vision if pictured else self._text
-        return what, lambda: self._encode(base)
+        base, drop = self._vision if pictured else self._text, rng.random() < 0.5
+        return f"{what}{', bad rows dropped' if drop else ''}", lambda: self._encode(base, drop)
 
     def _write(self, file: Path, rows: list[Any]) -> None:
         file.write_bytes(b"".join(encode(row) + b"\n" for row in rows))
@@ -374,17 +369,20 @@ class Rows:
             table = pa.Table.from_pylist([item if isinstance(item, dict) else {"x": item} for item in rows])
             pq.write_table(table, file)
         except (pa.ArrowException, ValueError, TypeError, OverflowError, AttributeError, RecursionError):
-            pq.write_table(pa.Table.from_pylist([row]), file)
+            pq.write_table(pa.Table.from_pylist([{"prompt": "q", "completion": "a"}]), file)
             data, what = spoil(file.read_bytes(), rng)
             file.write_bytes(data)
         return what
 
-    def _encode(self, base: Any) -> None:
+    def _encode(self, base: Any, drop: bool) -> None:
         from merit.mixture.found import find_datasets
+        from merit.recipe.schema import MixtureSettings
+
+        bad = {"bad_rows": "drop", "images": {"bad": "drop"}} if drop else {}
         from merit.mixture.stage import encode_mixture
 
         shutil.rmtree(self._out, ignore_errors=True)
-        found = find_datasets(str(self._data))
+        found = find_datasets(MixtureSettings.model_validate({"folder": str(self._data), **bad}))
         found.check(8)
         encode_mixture(found, base, self._out, max_length=64, seed=0)
 

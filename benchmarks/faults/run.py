@@ -28,7 +28,7 @@ ENDS = ("named", "healed", "harmless", "unnamed", "silent", "traceback", "hang")
 BAD = ENDS[3:]
 _PASSING = {
     *("started", "finished", "seconds", "seconds_by_model", "checksum", "peak_memory_bytes", "resumed_from", "reused"),
-    *("reused_datasets", "host", "outputs", "since", "pid", "crc32"),
+    *("reused_datasets", "merge_seconds", "host", "outputs", "since", "pid", "crc32"),
 }
 """Keys of files that another attempt at the same result may write otherwise."""
 
