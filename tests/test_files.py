@@ -95,7 +95,7 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(tmp_path: Path) -> None:
 def test_space_is_asked_for_where_the_folder_will_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "free_bytes", lambda folder: 10)
     files.require_space(tmp_path / "not" / "yet", 10, "3 branches")
-    with pytest.raises(ResourceError, match="3 branches need about 11 B of disk space, 10 B are free"):
+    with pytest.raises(ResourceError, match="3 branches need about 11 B of disk space, but only 10 B are free"):
         files.require_space(tmp_path / "not" / "yet", 11, "3 branches")
     monkeypatch.undo()
     assert files.free_bytes(tmp_path / "not" / "yet") == files.free_bytes(tmp_path)

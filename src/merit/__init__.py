@@ -1,6 +1,6 @@
-"""MERIT: measure gradient conflict, split the mixture, train branches apart, merge once.
+"""MERIT: measure gradient conflict, split the mixture, train branches independently, merge once.
 
-The public names are loaded when they are used, so that ``import merit`` costs milliseconds and no ML library::
+The public names are loaded on first use, so that ``import merit`` takes milliseconds and imports no ML library::
 
     import merit
 
@@ -8,7 +8,7 @@ The public names are loaded when they are used, so that ``import merit`` costs m
     mix = merit.encode_mixture(merit.find_datasets("data/"), base, max_length=2048)
     geometry = merit.measure_gradients(mix.train, base)
 
-docs/python-api.md goes on from here.
+docs/python-api.md has the rest.
 """
 
 from importlib import import_module

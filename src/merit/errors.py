@@ -1,4 +1,4 @@
-"""What can go wrong, as one tree. It says how an error reads and which exit code it gets; it raises nothing itself.
+"""The error tree: how an error reads and which exit code it gets. Nothing is raised here.
 
 ::
 
@@ -6,15 +6,15 @@
     ├── UserError (also ValueError)   the user can fix it: one message, exit code 2, no traceback
     │   ├── RecipeError               the recipe, an override, or a command-line value
     │   ├── MixtureError              a dataset: its file, a row, its counts
-    │   ├── CheckpointError           a model folder: missing, truncated, of another shape, not what it should be
+    │   ├── CheckpointError           a model folder: missing, truncated, wrong shape, not what it should be
     │   ├── RunFolderError            the run folder: stale, busy, incomplete
     │   ├── ConflictError             a gradient or a geometry that cannot be used (zero, non-finite)
-    │   ├── TrainingError             training cannot go on (non-finite loss, nothing to train on)
+    │   ├── TrainingError             training cannot continue (non-finite loss, nothing to train on)
     │   ├── MergeError                branches that cannot be merged
-    │   └── ResourceError             disk, memory or device is not enough
-    └── Interrupted                   stopped from outside; run the same command again to go on: exit code 75
+    │   └── ResourceError             not enough disk, memory or device
+    └── Interrupted                   stopped from outside; run the same command again to resume: exit code 75
 
-Anything else that escapes is our bug: it keeps its traceback and exits with 1.
+Any other exception is our bug: it keeps its traceback and exits with 1.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class UserError(MeritError, ValueError):
     """Something that the user can fix.
 
     Args:
-        message: What is wrong and where, with expected and found values: one sentence or two.
+        message: What is wrong and where, with expected and found values: one or two sentences.
         ways_out: One line each: what the user can do, and what was (not) written.
     """
 
@@ -77,11 +77,11 @@ class RunFolderError(UserError):
 
 
 class ConflictError(UserError):
-    """A dataset's gradient cannot be used (zero or non-finite), or the geometry has no room."""
+    """A dataset's gradient (zero or non-finite) or the geometry cannot be used."""
 
 
 class TrainingError(UserError):
-    """Training cannot go on."""
+    """Training cannot continue."""
 
 
 class MergeError(UserError):
@@ -89,11 +89,11 @@ class MergeError(UserError):
 
 
 class ResourceError(UserError):
-    """Disk, memory or device does not suffice."""
+    """Not enough disk, memory or device."""
 
 
 class Interrupted(MeritError):
-    """Stopped by a signal after saving what was done; the same command goes on from there."""
+    """Stopped by a signal after saving what was done; the same command resumes from there."""
 
     exit_code = 75
 

@@ -1,6 +1,6 @@
-"""Files that appear under their name only when complete, their hashes, and JSON in one spelling. No maths, no models.
+"""Atomic file writes, hashes, and canonical JSON. No maths, no models.
 
-Every file that this package writes goes through here.
+Every file that this package writes goes through here, and appears under its final name only when complete.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from merit.progress import size
 
 _CHUNK = 2**22
 PARTIAL = ".partial"
-"""Ending of files that are not complete; what a killed process left of them may be removed."""
+"""Suffix of incomplete files; leftovers of a killed process may be removed."""
 
 
 def canonical(value: Any) -> str:
-    """One spelling of a JSON value: sorted keys, no spaces, shortest floats.
+    """Canonical text of a JSON value: sorted keys, no spaces, shortest floats.
 
     Raises:
-        TypeError: Something in it has no JSON form: refused, since its text could change between runs.
+        TypeError: Something in it has no JSON form; its text could change between runs.
     """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
@@ -49,7 +49,7 @@ def file_hash(path: Path) -> str:
 
 
 def content_hash(path: Path) -> str:
-    """XXH3-128 (hex) of a file's bytes: finds damage and mix-ups at the speed of memory, not forgery."""
+    """XXH3-128 (hex) of a file's bytes: detects damage and mix-ups at memory speed, not forgery."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -58,23 +58,23 @@ def content_hash(path: Path) -> str:
 
 
 def checksum(value: Mapping[str, Any]) -> str:
-    """Of all keys but ``checksum``: what :func:`sealed` adds, and who reads it compares; empty for what it cannot be of."""
-    with contextlib.suppress(ValueError, TypeError):  # NaN or half a character: never written, so it is damage
+    """Fingerprint of all keys but ``checksum``, as added by :func:`sealed`; empty if the value cannot have one."""
+    with contextlib.suppress(ValueError, TypeError):  # NaN or a lone surrogate: never written, so the file is damaged
         return fingerprint({key: item for key, item in value.items() if key != "checksum"})
     return ""
 
 
 def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with a ``checksum`` of the rest."""
+    """The same mapping with a ``checksum`` of its contents."""
     plain = {key: item for key, item in value.items() if key != "checksum"}
     return {**plain, "checksum": fingerprint(plain)}
 
 
 @contextlib.contextmanager
 def writing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
-    """Open a file for bytes that gets its name only when the block ends well; else nothing is left.
+    """Open a binary file that gets its final name only if the block succeeds; otherwise nothing is left.
 
-    ``durable``: flushed to disk first. Files of a folder that is still being built need not be.
+    ``durable``: fsync first. Files in a folder that is still being built do not need it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(_partial(path.name))
@@ -90,7 +90,7 @@ def writing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
 
 
 def create(path: Path) -> BinaryIO:
-    """A new file that is read back while it is written, in a folder that is published as a whole."""
+    """Open a new file for writing and reading, in a folder that is published as a whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.open("w+b")
 
@@ -128,7 +128,7 @@ def scratch(near: Path) -> Iterator[Path]:
     parent = near.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     folder = parent / _partial(near.name)
-    if folder.exists():  # of an earlier process with this number
+    if folder.exists():  # from an earlier process with the same id
         shutil.rmtree(folder)
     folder.mkdir()
     descriptor = os.open(folder, os.O_RDONLY)
@@ -150,7 +150,7 @@ def scratch(near: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def building(folder: Path) -> Iterator[Path]:
-    """A hidden folder to fill, which gets its final name only when the block ends well; else nothing is left.
+    """A hidden folder that gets its final name only if the block succeeds; otherwise nothing is left.
 
     Raises:
         ResourceError: The disk filled up.
@@ -201,14 +201,14 @@ def _abandoned(folder: Path, pid: int) -> bool:
 
 @contextlib.contextmanager
 def appending(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that grows, such as a log, at its end; a kill may cut it short."""
+    """Open a file for appending, such as a log; a kill may truncate it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
         yield file
 
 
 def sync(path: Path) -> None:
-    """Have a file's or folder's content on disk before going on."""
+    """Flush a file's or folder's content to disk before continuing."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -217,23 +217,23 @@ def sync(path: Path) -> None:
 
 
 def publish(unfinished: Path, final: Path) -> None:
-    """Give a finished folder or file its final name in one step; ``final`` must not exist as a folder."""
+    """Atomically give a finished folder or file its final name; ``final`` must not be an existing folder."""
     unfinished.replace(final)
 
 
 def free_bytes(folder: Path) -> int:
-    """Free bytes where ``folder`` lies, or where it will be made."""
+    """Free bytes on the disk where ``folder`` is or will be."""
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     return shutil.disk_usage(there).free
 
 
 def require_space(folder: Path, needed: int, what: str, *ways_out: str) -> None:
-    """Refuse to begin what the disk cannot hold.
+    """Refuse to start what does not fit on the disk.
 
     Args:
-        folder: Where it will lie; need not exist.
+        folder: Where it will be written; need not exist.
         needed: Bytes.
-        what: Who needs them, as the message's subject: ``9 branches``.
+        what: What needs them, as the message's subject: ``9 branches``.
         ways_out: What the user can do besides freeing space.
 
     Raises:
@@ -242,7 +242,7 @@ def require_space(folder: Path, needed: int, what: str, *ways_out: str) -> None:
     free = free_bytes(folder)
     if free < needed:
         raise ResourceError(
-            f"{folder}: {what} need about {size(needed)} of disk space, {size(free)} are free.",
+            f"{folder}: {what} need about {size(needed)} of disk space, but only {size(free)} are free.",
             *(ways_out or ("Free some space, or use another disk (--output DIR).",)),
             "Nothing was written.",
         )
@@ -285,7 +285,7 @@ def read_as(path: Path, kind: type[_T]) -> _T:
 
 
 def differences(old: object, new: object, prefix: str = "") -> list[str]:
-    """Changed fields as ``a.b: old -> new``, for a message."""
+    """Changed fields as ``a.b: old -> new``, for messages."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         found = []
         for key in sorted({*old, *new}):

@@ -1,4 +1,4 @@
-"""Threads for work on files and blocks whose heavy parts release the interpreter lock. No processes, no order."""
+"""Threads for work on files and blocks that mostly runs without the interpreter lock. No processes, no ordering."""
 
 from __future__ import annotations
 
@@ -28,6 +28,6 @@ def parallel(work: Callable[[Callable[[], int]], None], workers: int) -> None:
         try:
             for future in as_completed([pool.submit(work, take) for _ in range(workers)]):
                 future.result()
-        except BaseException:  # an interrupt as well: the other threads must not go on to the end
+        except BaseException:  # an interrupt as well: the other threads must not run to the end
             stop.set()
             raise

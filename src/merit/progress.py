@@ -1,4 +1,4 @@
-"""How work reports its progress, and figures in the form a person reads. It prints nothing."""
+"""Progress protocols, and human-readable figures. Nothing is printed here."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """What work calls as it goes on; made by whoever shows it. It may raise a stop that was asked for."""
+    """Called by long-running work; implemented by whoever shows it. It may raise a stop that was requested."""
 
     def __call__(self, done: float, total: float, label: str = "", /) -> None:
-        """``done`` of ``total`` units are finished; ``label`` says what is at hand."""
+        """``done`` of ``total`` units are finished; ``label`` names the current item."""
 
 
 class Reporter(Protocol):
-    """What a command tells a person while it goes on; :class:`merit.report.terminal.Terminal` shows it."""
+    """What a command tells the user while it runs; :class:`merit.report.terminal.Terminal` shows it."""
 
     def say(self, text: str, /) -> None:
         """One line."""
 
     def stage(self, name: str, detail: str = "", /) -> None:
-        """A stage begins, or is there."""
+        """A stage starts, or is already done."""
 
     def note(self, text: str, /) -> None:
-        """Something to know that is no error."""
+        """Something worth knowing that is not an error."""
 
     def progress(self, unit: str = "", /) -> AbstractContextManager[Progress]:
         """Progress of the work in the block."""
@@ -31,7 +31,7 @@ class Reporter(Protocol):
 
 
 def silent(done: float, total: float, label: str = "", /) -> None:
-    """Progress that nobody looks at."""
+    """Progress that is ignored."""
 
 
 class Silent:
@@ -47,12 +47,12 @@ class Silent:
         """Nothing."""
 
     def progress(self, _unit: str = "", /) -> AbstractContextManager[Progress]:
-        """Progress that nobody looks at."""
+        """Progress that is ignored."""
         return nullcontext(silent)
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the form a person reads: 0.4 s, 12 s, 3 min 20 s, 2 h 05 min."""
+    """Human-readable seconds: 0.4 s, 12 s, 3 min 20 s, 2 h 05 min."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 120:
@@ -62,7 +62,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in the form a person reads: 812 B, 1.3 MiB, 14 GiB."""
+    """Human-readable bytes: 812 B, 1.3 MiB, 14 GiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"

@@ -1,7 +1,7 @@
-"""One graceful stop for the whole package: what SIGTERM and Ctrl-C ask for, and where it is noticed.
+"""Graceful stopping for the whole package: how SIGTERM and Ctrl-C are handled.
 
 Outside of :func:`graceful` a stop is an exception (:class:`Stop`), raised wherever the process is. Inside, it is a flag that
-the loop at hand reads when it is ready; a second signal is an exception again.
+the current loop reads when it is ready; a second signal is an exception again.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stop(KeyboardInterrupt):
-    """SIGTERM, as it happens: like Ctrl-C no ``except Exception`` of a library takes it for an error of its own."""
+    """SIGTERM as an exception; like Ctrl-C, it is not caught by a library's ``except Exception``."""
 
 
 class StopFlag:
-    """Whether a stop was asked for.
+    """Whether a stop was requested.
 
     Attributes:
         asked: True from the first signal on.
@@ -36,7 +36,7 @@ _flags: list[StopFlag] = []
 
 
 def stop_on_sigterm() -> None:
-    """A command begins: from here on SIGTERM raises :class:`Stop`, and earlier stops are forgotten."""
+    """Called when a command starts: from here on SIGTERM raises :class:`Stop`, and earlier stops are forgotten."""
     _asked.clear()
     signal.signal(signal.SIGTERM, _raise)
 
@@ -48,16 +48,16 @@ def _raise(number: int, _frame: FrameType | None) -> None:
 
 
 def ignore_from_now_on() -> None:
-    """All is done and said: a signal during the interpreter's end must not make a failure of it."""
+    """Called when all is done: a signal during interpreter shutdown must not turn success into failure."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def stop_if_asked() -> None:
-    """Called wherever progress is reported: a stop that was lost in a destructor comes up here.
+    """Called wherever progress is reported: raises a stop that was lost in a destructor.
 
     Raises:
-        Interrupted: A stop was asked for and got lost.
+        Interrupted: A stop was requested and lost.
     """
     if _asked:
         raise Interrupted(_asked[0])
@@ -65,9 +65,9 @@ def stop_if_asked() -> None:
 
 @contextlib.contextmanager
 def graceful() -> Iterator[StopFlag]:
-    """Inside, the first SIGTERM or SIGINT sets ``asked`` and nothing else; the second has its usual effect.
+    """Inside the block the first SIGTERM or SIGINT only sets ``asked``; the second has its usual effect.
 
-    Inside another block of its kind it yields that one's flag.
+    Nested inside another such block it yields the outer flag.
     """
     if _flags or threading.current_thread() is not threading.main_thread():
         yield _flags[-1] if _flags else StopFlag()
@@ -95,7 +95,7 @@ def graceful() -> Iterator[StopFlag]:
 
 @contextlib.contextmanager
 def deaf_to_interrupts() -> Iterator[None]:
-    """Processes that are started in here ignore Ctrl-C, which a terminal sends to all: their parent stops them."""
+    """Processes started in this block ignore Ctrl-C, which a terminal sends to all of them: their parent stops them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,7 +1,7 @@
 """The command line: one command per stage. Each parses, makes one call and hands the result to :mod:`merit.report`.
 
 Exit codes: 0 done; 1 our bug, with its traceback; 2 something that the user can fix, in one message on stderr; 75
-interrupted, run the same command again to go on. ML libraries are imported inside commands, so that --help is quick: this
+interrupted, run the same command again to resume. ML libraries are imported inside commands, so that --help is fast: this
 package is the only one with imports inside functions.
 """
 
@@ -42,10 +42,10 @@ class _Commands(TyperGroup):
         except MeritError as error:
             print(f"merit: {error}", file=sys.stderr)
             if isinstance(error, Interrupted):
-                print("Run the same command again to go on.", file=sys.stderr)
+                print("Run the same command again to resume.", file=sys.stderr)
             code = error.exit_code
         except KeyboardInterrupt as error:
-            print(f"merit: {str(error) or 'interrupted'}. Run the same command again to go on.", file=sys.stderr)
+            print(f"merit: {str(error) or 'interrupted'}. Run the same command again to resume.", file=sys.stderr)
             code = Interrupted.exit_code
         except OSError as error:
             code = _place_error(error)
@@ -53,7 +53,7 @@ class _Commands(TyperGroup):
 
 
 def _place_error(error: OSError) -> int:
-    """Exit code 2 and a message where a place cannot be written; 0 where the reader of our output has seen enough."""
+    """Exit code 2 and a message if a path cannot be written; 0 if the reader of our output closed the pipe."""
     if isinstance(error, BrokenPipeError):  # such as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -62,7 +62,7 @@ def _place_error(error: OSError) -> int:
     place = error.filename2 or error.filename
     where = f"{place}: " if place else ""
     print(f"merit: {where}{error.strerror}.", file=sys.stderr)
-    print("  Check the place's permissions and free space, or use another (--output DIR).", file=sys.stderr)
+    print("  Check its permissions and free space, or write elsewhere (--output DIR).", file=sys.stderr)
     return 2
 
 
@@ -74,7 +74,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Fine-tune on a heterogeneous instruction mixture without a coupled cluster: measure how the datasets' gradients "
     "conflict at a shared base, split the mixture along the main conflict axes, train one branch per group without any "
-    "contact, and merge the branches once.\n\n"
+    "communication, and merge the branches once.\n\n"
     "Start with `merit demo`, or `merit init` and then `merit run recipe.yaml`.",
 )
 for _command in (*whole.COMMANDS, *stages.COMMANDS, whole.status):
@@ -108,6 +108,6 @@ def main() -> None:
 
 
 def _quiet_about_stops(unraisable: Any) -> None:
-    """A stop that got lost in a destructor comes up at the next report (:func:`merit.signals.stop_if_asked`)."""
+    """A stop that was lost in a destructor is raised at the next progress report (:func:`merit.signals.stop_if_asked`)."""
     if not isinstance(unraisable.exc_value, Stop):
         sys.__unraisablehook__(unraisable)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from merit.run.session import Session
 
 Target = Annotated[
-    Path, typer.Argument(metavar="RECIPE|RUN", help="A recipe (YAML file), or the folder of a run that was begun.")
+    Path, typer.Argument(metavar="RECIPE|RUN", help="A recipe (YAML file), or the folder of an existing run.")
 ]
 Output = Annotated[
     Path | None, typer.Option("--output", help="Run folder. Default: runs/NAME, after the recipe's name.")
@@ -27,11 +27,11 @@ Output = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a recipe key; may be repeated.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
-Jobs = Annotated[int, typer.Option("--jobs", min=1, help="Processes side by side (at most one per core or GPU).")]
+Jobs = Annotated[int, typer.Option("--jobs", min=1, help="Parallel processes (at most one per core or GPU).")]
 Redo = Annotated[
-    bool, typer.Option("--redo", help="Make stages again that no longer match the recipe, instead of stopping.")
+    bool, typer.Option("--redo", help="Rerun stages that no longer match the recipe, instead of stopping.")
 ]
 
 
@@ -39,7 +39,7 @@ def open_target(target: Path, output: Path | None, overrides: list[str] | None) 
     """Recipe and run folder for a RECIPE or RUN argument.
 
     Raises:
-        RecipeError: It is neither, or --output contradicts it.
+        RecipeError: It is neither, or --output conflicts with it.
     """
     from merit.recipe.load import load_recipe
     from merit.run.store import is_run_folder
@@ -47,14 +47,16 @@ def open_target(target: Path, output: Path | None, overrides: list[str] | None) 
     recipe_file = target / "recipe.yaml" if target.is_dir() else target
     if target.is_dir() and not (recipe_file.is_file() and is_run_folder(target)):
         raise RecipeError(
-            f"{target} is a folder, but not a run folder (which holds recipe.yaml and what `merit` made of it).",
-            "Give a recipe file, or the folder of a run that was begun with one.",
+            f"{target} is a folder, but not a run folder (a run folder has recipe.yaml and the results of `merit run`).",
+            "Give a recipe file, or the folder of a run started with one.",
         )
     recipe = load_recipe(recipe_file, overrides or ())
     if not target.is_dir():
         return recipe, output or Path("runs") / recipe.name
     if output is not None and output.resolve() != target.resolve():
-        raise RecipeError(f"--output {output} does not go with a run folder ({target}); give the recipe file instead.")
+        raise RecipeError(
+            f"--output {output} cannot be combined with a run folder ({target}); give the recipe file instead."
+        )
     return recipe, target
 
 
@@ -67,7 +69,7 @@ def open_session(
     jobs: int = 1,
     redo: bool = False,
 ) -> Session:
-    """The session of a command; no telemetry from the libraries below, no tokenizer threads next to worker processes."""
+    """The session of a command; library telemetry and tokenizer threads (which clash with worker processes) are off."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     recipe, run = open_target(target, output, overrides)

@@ -21,9 +21,9 @@ def prepare(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Make the base that every branch starts from: join checkpoints, train LLaVA-style stages; as the recipe says.
+    """Make the base that every branch starts from: join checkpoints and train LLaVA-style stages, as set in the recipe.
 
-    The result is RUN/prepared/base, an ordinary checkpoint folder; `merit run` uses it, and makes it where it is missing.
+    The result is RUN/prepared/base, an ordinary checkpoint folder; `merit run` uses it, and makes it if it is missing.
 
     Example: `merit prepare recipe.yaml --output runs/my-run`
     """
@@ -43,7 +43,7 @@ def gradients(
     target: Target,
     output: Output = None,
     compare: Annotated[
-        bool, typer.Option(help="Also measure sketch and stride against exact gradients on this model.")
+        bool, typer.Option(help="Also compare sketch and stride with exact gradients on this model.")
     ] = False,
     jobs: Jobs = 1,
     overrides: Overrides = None,
@@ -75,7 +75,7 @@ def split(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Cut the mixture into groups; needs the gradients unless the method is random or joint.
+    """Split the mixture into groups; needs the gradients unless the method is random or joint.
 
     Example: `merit split runs/my-run`
     """
@@ -93,9 +93,7 @@ def train(
     target: Target,
     branch: Annotated[
         list[str] | None,
-        typer.Option(
-            "--branch", metavar="K", help="Train this branch only (random/K: of a baseline); may be repeated."
-        ),
+        typer.Option("--branch", metavar="K", help="Train only this branch (random/K: a baseline's); may be repeated."),
     ] = None,
     output: Output = None,
     jobs: Jobs = 1,
@@ -104,9 +102,9 @@ def train(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Fine-tune one branch per group; no branch knows of another.
+    """Fine-tune one branch per group; the branches do not communicate.
 
-    With --branch it needs the run folder's recipe and split, the data and the base: any machine that has them will do.
+    With --branch it needs only the run folder's recipe and split, the data and the base: any machine that has them will do.
 
     Example: `merit train runs/my-run --branch 2`
     """
@@ -122,7 +120,7 @@ def train(
 
 def merge(
     target: Annotated[
-        Path | None, typer.Argument(metavar="[RECIPE|RUN]", help="A recipe or run folder; or none, with --base.")
+        Path | None, typer.Argument(metavar="[RECIPE|RUN]", help="A recipe or run folder; omit it with --base.")
     ] = None,
     operator: Annotated[
         str | None,
@@ -141,17 +139,20 @@ def merge(
         list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Operator setting (docs/merge.md).")
     ] = None,
     exclude: Annotated[list[int] | None, typer.Option("--exclude", metavar="K", help="Leave this branch out.")] = None,
-    allow_missing: Annotated[bool, typer.Option(help="Merge the branches that are trained, and say so.")] = False,
+    allow_missing: Annotated[
+        bool, typer.Option(help="Merge the branches that are trained, and note which are missing.")
+    ] = False,
     base: Annotated[Path | None, typer.Option(help="Outside a run: folder of the base.")] = None,
     checkpoints: Annotated[
         list[str] | None,
         typer.Option("--checkpoint", metavar="DIR=WEIGHT", help="Outside a run: one branch and its weight."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Write the merged checkpoint here, instead of into RUN/merged.")
+        Path | None, typer.Option(help="Write the merged checkpoint here instead of to RUN/merged.")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Allow branches of another dtype: base, float32, bfloat16 or float16 comes out.")
+        str | None,
+        typer.Option(help="Allow branches of another dtype; dtype of the result: base, float32, bfloat16 or float16."),
     ] = None,
     adapter: Annotated[
         str, typer.Option(help="LoRA adapters outside a run: full checkpoint, concat (exact adapter), or recompress.")
@@ -162,7 +163,7 @@ def merge(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Merge a run's branches once, or any checkpoints of one base with given weights.
+    """Merge a run's branches, or any checkpoints of one base with given weights.
 
     Examples: `merit merge runs/my-run --operator ties --output ties-model`,
     `merit merge --base BASE --checkpoint A=120000 --checkpoint B=80000 --output AB`
@@ -174,7 +175,7 @@ def merge(
     words = Words(operator, weights, scale, tuple(option or ()), dtype, adapter, rank)
     if target is None:
         if exclude or allow_missing or overrides or redo:
-            raise RecipeError("merge: --exclude, --allow-missing, --set and --redo go with a recipe or run folder.")
+            raise RecipeError("merge: --exclude, --allow-missing, --set and --redo need a recipe or run folder.")
         result = merge_checkpoints(Terminal(quiet), base, checkpoints or [], output, words)
     else:
         if base or checkpoints:
@@ -195,7 +196,7 @@ def evaluate(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure base, branches, merged model and baselines on held-out rows, and say what the figures mean.
+    """Measure base, branches, merged model and baselines on held-out rows, and interpret the figures.
 
     Example: `merit evaluate runs/my-run`
     """

@@ -44,7 +44,7 @@ def run(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """The whole chain in one run folder; run it again and it goes on from what is done.
+    """Run the whole chain in one run folder; run it again to resume.
 
     check → (prepare) → mixture → gradients → split → train (one branch per group) → merge → evaluate
 
@@ -56,7 +56,7 @@ def run(
         raise RecipeError(f"--until {until}: no such stage.{nearest(until, STAGES)} Stages: {', '.join(STAGES)}.")
     if launch != "local":
         raise RecipeError(
-            f"--launch {launch}: branches run on this machine only (local) so far.",
+            f"--launch {launch}: so far branches run only on this machine (local).",
             "For other machines: copy the run folder and the base there, and run `merit train RUN --branch K`.",
         )
     session = open_session(recipe, output, overrides, quiet=quiet, jobs=jobs, redo=redo)
@@ -69,23 +69,23 @@ def demo(
         Path | None, typer.Option(help="Run folder. Default: runs/demo, with --vision runs/demo-vision.")
     ] = None,
     vision: Annotated[
-        bool, typer.Option("--vision", help="A vision-language base and a mixture with pictures.")
+        bool, typer.Option("--vision", help="Use a vision-language base and a mixture with images.")
     ] = False,
     seed: Annotated[
         int,
         typer.Option(
-            min=0, help="Seed of the run: order of training, calibration sample, random split. The rows stay."
+            min=0, help="Seed of the run: order of training, calibration sample, random split. The rows stay the same."
         ),
     ] = 0,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Branches side by side. Default: one per core, at most 4.")
+        int | None, typer.Option(min=1, help="Branches trained in parallel. Default: one per core, at most 4.")
     ] = None,
     overrides: Overrides = None,
     redo: Redo = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """The main job on the embedded default: a tiny base and a small mixture, offline, on two cores, in minutes.
+    """Run the whole chain on the built-in default: a tiny base and a small mixture, offline, on two cores, in minutes.
 
     It trains joint, random-split and conflict-split branches at the same budget and prints how they compare.
 
@@ -109,7 +109,7 @@ def demo(
 
 
 def show_results(session: Session, *, as_json: bool) -> None:
-    """Results and verdict of a run, as far as it has come."""
+    """Results and verdict of a run, as far as it has got."""
     from merit.report.run import render, result_facts
 
     if as_json:
@@ -119,9 +119,9 @@ def show_results(session: Session, *, as_json: bool) -> None:
 
 
 def init(
-    path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("recipe.yaml"),
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("recipe.yaml"),
     vision: Annotated[bool, typer.Option("--vision", help="For a vision-language base and rows with images.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -130,7 +130,9 @@ def init(
     Example: `merit init recipe.yaml`, `merit init --vision recipe.yaml`
     """
     if path.exists() and not force:
-        raise RecipeError(f"{path} exists.", "Give another name, or --force to replace it. Nothing was written.")
+        raise RecipeError(
+            f"{path} exists.", "Choose another name, or use --force to overwrite it. Nothing was written."
+        )
     if not path.resolve().parent.is_dir():
         raise RecipeError(f"{path}: its folder does not exist.")
     starter = resources.files("merit") / ("starter_vision_recipe.yaml" if vision else "starter_recipe.yaml")
@@ -155,12 +157,12 @@ def check(
     recipe: Target,
     output: Output = None,
     offline: Annotated[
-        bool, typer.Option(help="Look at nothing that is not on this machine: names, fields, plan, memory and disk.")
+        bool, typer.Option(help="Use only what is on this machine: names, fields, plan, memory and disk.")
     ] = False,
-    ids: Annotated[bool, typer.Option("--ids", help="As --offline, and ask the hub whether its ids exist.")] = False,
+    ids: Annotated[bool, typer.Option("--ids", help="Like --offline, but ask the hub whether its ids exist.")] = False,
     images: Annotated[
         bool,
-        typer.Option("--images", help="Also decode every image of every dataset, and list all that cannot be used."),
+        typer.Option("--images", help="Also decode every image of every dataset, and list those that cannot be used."),
     ] = False,
     overrides: Overrides = None,
     as_json: AsJson = False,
@@ -168,7 +170,7 @@ def check(
 ) -> None:
     """Validate everything that can be validated before the first expensive step, and print the plan. Trains nothing.
 
-    Hub ids are asked for before anything is fetched; what the rest of the check reads (base, data) is fetched as for a run.
+    Hub ids are looked up before anything is downloaded; what the check reads (base, data) is downloaded as for a run.
 
     Example: `merit check recipe.yaml`, and `merit check recipe.yaml --images` before a long run on images
     """
@@ -196,12 +198,12 @@ def check(
 
 def status(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
-    watch: Annotated[bool, typer.Option(help="Show again every two seconds until interrupted.")] = False,
+    watch: Annotated[bool, typer.Option(help="Refresh every two seconds until interrupted.")] = False,
     overrides: Overrides = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """What is done, stale, running or missing in a run, with sizes and times.
+    """Show what is done, stale, running or missing in a run, with sizes and times.
 
     Example: `merit status runs/my-run --watch`
     """
