@@ -19,6 +19,8 @@ Any other exception is our bug: it keeps its traceback and exits with 1.
 
 from __future__ import annotations
 
+import difflib
+
 __all__ = [
     "CheckpointError",
     "ConflictError",
@@ -100,7 +102,5 @@ class Interrupted(MeritError):
 
 def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
     """Return `` Did you mean 'x'?`` for the known word closest to ``word``, or an empty string."""
-    import difflib
-
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""

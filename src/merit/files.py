@@ -28,7 +28,7 @@ PARTIAL = ".partial"
 """Suffix of incomplete files; leftovers of a killed process may be removed."""
 
 
-def canonical(value: Any) -> str:
+def canonical(value: object) -> str:
     """Canonical text of a JSON value: sorted keys, no spaces, shortest floats.
 
     Raises:
@@ -37,7 +37,7 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
-def fingerprint(value: Any) -> str:
+def fingerprint(value: object) -> str:
     """SHA-256 (hex) of the canonical form."""
     return hashlib.sha256(canonical(value).encode()).hexdigest()
 
@@ -106,7 +106,7 @@ def write_text(path: Path, text: str, *, durable: bool = True) -> None:
     write_bytes(path, text.encode(), durable=durable)
 
 
-def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
+def write_json(path: Path, value: object, *, durable: bool = True) -> None:
     """Write JSON under its final name only when complete; a value that JSON cannot represent is refused."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", durable=durable)
 
@@ -248,7 +248,7 @@ def require_space(folder: Path, needed: int, what: str, *ways_out: str) -> None:
         )
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:  # noqa: ANN401  whatever JSON holds; read_as says what is expected
     """Read JSON that a stage wrote.
 
     Raises:

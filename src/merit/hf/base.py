@@ -279,7 +279,7 @@ def load_tokenizer(folder: Path, key: str, *, trust_remote_code: bool = False) -
     Raises:
         CheckpointError: There is none, or only one without character offsets; ``key`` of the recipe named the folder.
     """
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # whatever the library raises on damaged files

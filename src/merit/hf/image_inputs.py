@@ -288,7 +288,7 @@ def _image_token(folder: Path, tokenizer: PreTrainedTokenizerFast, token_id: int
 
 def _image_processor(folder: Path) -> BaseImageProcessor:
     try:
-        found = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)  # type: ignore[no-untyped-call]
+        found = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
     except Exception as error:  # whatever the library raises on damaged files
         raise CheckpointError(
             f"model.base: no image processor could be loaded from {folder}: {reason(error)}",

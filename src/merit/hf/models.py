@@ -102,13 +102,13 @@ def load_model(
     model.config.use_cache = True
     if quantize == "none":
         model.to(device)  # type: ignore[arg-type]
-    model.eval()  # type: ignore[no-untyped-call]
+    model.eval()
     return model
 
 
 def _four_bits(settings: ModelSettings, device: torch.device) -> dict[str, object]:
     """Loading options for a base in 4-bit NF4 with doubly quantized constants, as QLoRA (arXiv 2305.14314) has it."""
-    config = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+    config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
@@ -173,8 +173,8 @@ def read_model(
 
 def quiet() -> None:
     """No advice and no progress bars from transformers among this package's own."""
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def mark_trainable(model: PreTrainedModel, settings: ModelSettings, seed: int) -> PreTrainedModel:

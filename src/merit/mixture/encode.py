@@ -109,7 +109,8 @@ class ChatEncoder:
         return bool(answers) and all(self.inventory.nothing_kept(answer) for answer in answers)
 
     def _tokenize(self, texts: list[str]) -> list[Encoding]:
-        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).encodings
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return encoded.encodings or []
 
     def _render(self, chat: Chat) -> tuple[str, list[Span]] | DropReason:
         """The rendered text and the character spans of its target turns, or why the row cannot be used."""
@@ -146,7 +147,10 @@ class ChatEncoder:
             cursor = place + len(token)
         pieces.append(text[cursor:])
         added = list(itertools.accumulate((len(run) - len(token) for run in longer), initial=0))
-        shift = lambda at: at + added[bisect.bisect_left(places, at)]  # noqa: E731
+
+        def shift(at: int) -> int:
+            return at + added[bisect.bisect_left(places, at)]
+
         return "".join(pieces), [(shift(start), shift(end)) for start, end in spans]
 
     def fault(self, reason: str, chat: Chat) -> BadRow | None:

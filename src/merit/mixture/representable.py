@@ -89,7 +89,9 @@ class CharacterInventory:
         return {c for c in gone if not _silent(c)}
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        return self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        encoded = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        ids: list[list[int]] = encoded["input_ids"]
+        return ids
 
     def _find_anchor(self) -> str:
         unknown = self._tokenizer.unk_token_id

@@ -22,7 +22,7 @@ from merit.recipe.schema import DatasetSettings, MixtureSettings, PrepareSetting
 class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML's safe loader, refusing a key that stands twice in one block and reading 1e-5 as a number."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":  # <<: *anchor
@@ -189,7 +189,7 @@ def _explain(error: ValidationError, where: str) -> list[str]:
     ]
 
 
-def _is_union_label(part: Any) -> bool:
+def _is_union_label(part: object) -> bool:
     """Pydantic adds the tried union member (such as ``literal['auto']`` or ``constrained-int``) to a location."""
     return isinstance(part, str) and bool(re.search(r"[\[\]()]|^constrained-|^(int|float|str|bool)$", part))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from merit.evaluation.stage import Evaluation
+from merit.evaluation.results import Evaluation
 from merit.files import read_json, write_text
 from merit.recipe.schema import Recipe
 from merit.report import evaluation

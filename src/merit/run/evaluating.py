@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from merit.evaluation.stage import About, Candidate, Evaluation, HeldOut, ModelSet, evaluate
+from merit.evaluation.results import Evaluation
+from merit.evaluation.stage import About, Candidate, HeldOut, ModelSet, evaluate
 from merit.hf import checkpoint
 from merit.mixture import load_split
 from merit.run import key

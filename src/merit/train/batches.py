@@ -49,7 +49,8 @@ class GroupRows:
 
     def __getitem__(self, index: int) -> EncodedRow:
         which = self.dataset[index]
-        return self._datasets[which][index - int(self._starts[which])]
+        row: EncodedRow = self._datasets[which][index - int(self._starts[which])]
+        return row
 
 
 class StepOrder(Sampler[list[int]]):

@@ -49,7 +49,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings, ste
     options = {"min_lr_rate": settings.min_lr_ratio} if settings.scheduler == "cosine_with_min_lr" else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # stepping the schedule before the optimizer is meant here
-        schedule = get_scheduler(
+        schedule: LRScheduler = get_scheduler(
             settings.scheduler,
             optimizer,
             num_warmup_steps=math.ceil(settings.warmup_ratio * steps) + 1,

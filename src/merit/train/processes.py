@@ -57,7 +57,7 @@ class Team:
     @property
     def leads(self) -> bool:
         """Whether this is the process that writes files."""
-        return self.rank == 0
+        return bool(self.rank == 0)
 
     def spread(self, model: torch.nn.Module) -> torch.nn.Module:
         """The model, ready to be trained by all; its parameters may be replaced, so make the optimizer afterwards."""
