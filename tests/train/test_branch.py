@@ -255,6 +255,7 @@ def test_workers_of_the_loader_change_no_bit(root: Path) -> None:
     [
         (["train.optimizer=adamw_8bit"], "bitsandbytes", "merit-tuning[quantize]"),
         (["model.trainable=lora", "model.quantize=4bit"], "bitsandbytes", "merit-tuning[quantize]"),
+        (["train.sharding=deepspeed", "train.processes=2"], "DeepSpeed", "merit-tuning[deepspeed]"),
     ],
 )
 def test_a_missing_package_is_named_with_its_extra(
@@ -264,6 +265,18 @@ def test_a_missing_package_is_named_with_its_extra(
     with pytest.raises(ResourceError, match=f"needs {package}, which is not installed") as caught:
         cases.train(root, *settings)
     assert way_out in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [(["model.dtype=float16"], "model.dtype"), (["model.trainable=lora", "model.quantize=4bit"], "model.quantize")],
+)
+def test_what_deepspeed_cannot_train_is_refused(
+    root: Path, settings: list[str], key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("merit.train.requirements.find_spec", lambda _: True)
+    with pytest.raises(RecipeError, match=f"deepspeed does not go with {key}"):
+        cases.train(root, "train.sharding=deepspeed", "train.processes=2", *settings)
 
 
 def test_another_number_of_processes_than_the_recipes_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import shutil
 import socket
 import sys
 import traceback
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,9 @@ from merit.train.checkpoint import newest
 from merit.train.result import BranchResult
 
 SETTINGS = ("train.learning_rate=1e-3", "train.batch_size=5")  # odd: one process is a row short at every step
+
+
+STOP = ("--stop-after-step", "1")
 
 
 def train_together(root: Path, *words: str, sharding: str = "none") -> list[int]:
@@ -68,7 +72,13 @@ def one(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("sharding", ["none", "fsdp2"])
+needs_deepspeed = pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason="DeepSpeed is not installed (pip install 'merit-tuning[deepspeed]')"
+)
+KINDS = ["none", "fsdp2", pytest.param("deepspeed", marks=needs_deepspeed)]
+
+
+@pytest.mark.parametrize("sharding", KINDS)
 def test_two_processes_give_the_curve_of_one_and_resume_exactly(root: Path, one: Path, sharding: str) -> None:
     assert train_together(root, sharding=sharding) == [0, 0]
     assert_same_curve(root, one)
@@ -86,16 +96,38 @@ def test_two_processes_give_the_curve_of_one_and_resume_exactly(root: Path, one:
     assert whole[1] == log_rows(root)
 
 
-def test_a_checkpoint_goes_on_with_another_number_of_processes(root: Path, one: Path) -> None:
-    assert train_together(root, "--stop-after-step", "5", sharding="fsdp2") == [75, 75]
+@pytest.mark.parametrize("sharding", KINDS[1:])
+def test_a_checkpoint_goes_on_with_another_number_of_processes(root: Path, one: Path, sharding: str) -> None:
+    assert train_together(root, "--stop-after-step", "5", sharding=sharding) == [75, 75]
     (warning,) = cases.train(root, *SETTINGS).warnings
     assert "processes changed from 2 to 1" in warning
     assert_same_curve(root, one)
 
 
-def test_divergence_is_seen_by_all_processes(root: Path) -> None:
+@needs_deepspeed
+@pytest.mark.parametrize(
+    "lora", [(), ("model.trainable=lora", "model.lora.rank=2", "train.gradient_checkpointing=true")]
+)
+def test_deepspeed_clips_decays_and_accumulates_as_one_process_does(
+    root: Path, tmp_path: Path, lora: tuple[str, ...]
+) -> None:
+    hard = (*lora, "train.micro_batch_size=1", "train.weight_decay=0.3", "train.max_grad_norm=0.05", "train.epochs=1")
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "base").symlink_to(root / "base")
+    cases.train(alone, *SETTINGS, *hard)
+    assert min(row["grad_norm"] for row in log_rows(alone)) > 0.05
+    words = [word for item in hard for word in ("--set", item)]
+    # the first steps by one process, whose checkpoint is then cut up
+    assert cases.train_elsewhere(root, *(w for item in SETTINGS for w in ("--set", item)), *words, *STOP) == 75
+    assert train_together(root, *words, sharding="deepspeed") == [0, 0]
+    assert_same_curve(root, alone)
+
+
+@pytest.mark.parametrize("sharding", ["none", KINDS[2]])
+def test_divergence_is_seen_by_all_processes(root: Path, sharding: str) -> None:
     settings = ["train.learning_rate=9", "train.optimizer=sgd", "train.max_grad_norm=1e30", "train.epochs=50"]
-    codes = train_together(root, *(word for item in settings for word in ("--set", item)))
+    codes = train_together(root, *(word for item in settings for word in ("--set", item)), sharding=sharding)
     assert codes == [2, 2]
     for rank in (0, 1):
         outcome = Outcome.load(outcome_of(root / "outcome.json", rank))

@@ -16,7 +16,7 @@ TRAINER: Mapping[str, str] = {
     "chat_template_path": "model.chat_template",
     "data_seed": "train.data_seed",
     "dataloader_num_workers": "train.loader_workers",
-    "deepspeed": "train.sharding (fsdp2)",
+    "deepspeed": "train.sharding (deepspeed)",
     "fp16": "model.dtype",
     "fsdp": "train.sharding",
     "full_determinism": "train.deterministic",

@@ -297,9 +297,9 @@ class TrainSettings(Settings):
     processes: Annotated[int, Field(ge=1, le=1024)] = 1
     """Processes that train one branch together on this machine, each on a GPU of its own (or on a share of the CPU's cores).
     ``batch_size`` stays the number of examples per step over all of them, so the result is that of one, up to rounding."""
-    sharding: Literal["none", "fsdp2"] = "none"
+    sharding: Literal["none", "fsdp2", "deepspeed"] = "none"
     """How the processes share memory. none: each holds everything (DDP); fsdp2: weights, gradients and optimizer state are
-    cut up among them (PyTorch's FSDP2)."""
+    cut up among them (PyTorch's FSDP2); deepspeed: gradients and optimizer state are (ZeRO-2; needs deepspeed)."""
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 15.0
     """Minutes between resumable checkpoints; a checkpoint is also written when the process is told to stop."""
     checkpoint_steps: Annotated[int, Field(ge=1)] | None = None
@@ -342,8 +342,12 @@ class TrainSettings(Settings):
             raise ValueError(f"batch_size ({self.batch_size}) must be at least processes ({self.processes})")
         if self.sharding != "none" and self.processes == 1:
             raise ValueError(f"sharding: {self.sharding} needs processes: 2 or more")
-        if self.sharding == "fsdp2" and self.optimizer not in ("adamw", "adamw_fused", "sgd"):
-            raise ValueError(f"optimizer: {self.optimizer} cannot be sharded by fsdp2; use adamw, adamw_fused or sgd")
+        if self.sharding != "none" and self.optimizer not in ("adamw", "adamw_fused", "sgd"):
+            raise ValueError(
+                f"optimizer: {self.optimizer} cannot be sharded by {self.sharding}; use adamw, adamw_fused or sgd"
+            )
+        if self.sharding == "deepspeed" and self.compile:
+            raise ValueError("compile: true does not go with sharding: deepspeed; leave one of them out")
         return self
 
     def deciding(self) -> dict[str, Any]:

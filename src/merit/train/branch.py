@@ -9,7 +9,6 @@ G_k alone, with the same hyperparameters in every branch and no communication.
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import time
 from collections.abc import Iterable, Mapping
@@ -33,10 +32,11 @@ from merit.train.batches import CPU_OVERHEAD, GroupRows, StepBatch, StepCollator
 from merit.train.checkpoint import LOG, Marker, Totals, Training
 from merit.train.guards import kernels, memory_meter, plain_errors, silence_libraries
 from merit.train.log import StepLog, final_loss
-from merit.train.optimizers import make_optimizer, make_schedule
-from merit.train.processes import Team, trackers, whole
+from merit.train.optimizers import make_schedule
+from merit.train.processes import Accelerated, Team, trackers
 from merit.train.requirements import check_processes, check_requirements
 from merit.train.result import BranchResult
+from merit.train.zero import Zero2
 
 CHECKPOINTS = "checkpoints"
 
@@ -118,6 +118,7 @@ def train_branch(
             result.save(folder)
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         team.wait()
+        training.spread.close()
     if team.device.type == "cuda":
         del training, loader
         team.accelerator.free_memory()
@@ -138,7 +139,7 @@ def _take_steps(
     saved = time.monotonic()
     for step, batch in enumerate(loader, marker.step + 1):
         rate = float(training.schedule.get_last_lr()[0])
-        log.note(step, rate, _take_step(training, base, batch, settings.max_grad_norm), batch)
+        log.note(step, rate, _take_step(training, base, batch), batch)
         if step == marker.steps:
             break
         due = time.monotonic() - saved >= 60 * settings.checkpoint_minutes
@@ -156,33 +157,30 @@ def _take_steps(
     log.flush()
 
 
-def _take_step(training: Training, base: Base, batch: StepBatch, max_norm: float) -> torch.Tensor:
+def _take_step(training: Training, base: Base, batch: StepBatch) -> torch.Tensor:
     """One optimizer step: forward and backward over its micro-batches, clip, update.
 
     Returns:
         On the device, float32: this process's part of the mean loss per target token, the gradient norm before clipping,
         and the summed loss of each of its rows.
     """
-    team, accelerator = training.team, training.team.accelerator
+    team, spread = training.team, training.spread
     targets = batch.counts[0].to(team.device).clamp(min=1)
     parts, by_row = [], []
     for number, micro in enumerate(batch.micro, 1):
-        last = number == len(batch.micro)
-        with contextlib.nullcontext() if last else accelerator.no_sync(training.spread):
+        with spread.micro_batch(last=number == len(batch.micro)):
             with autocast(base.settings, team.device):
-                losses, _ = target_losses(training.spread, to_device(micro, team.device))
+                losses, _ = target_losses(spread.module, to_device(micro, team.device))
             loss = losses.sum() / targets
             if not loss.requires_grad or (team.size > 1 and base.family is not None):
                 # Rows without an image leave encoder and projector out; here every parameter has a gradient.
                 loss = loss + sum(parameter.sum() * 0 for parameter in trainable_parameters(training.model).values())
-            accelerator.backward(loss * team.size if team.size > 1 else loss)  # accelerate's processes average
+            spread.backward(loss * team.size if team.size > 1 else loss)  # the processes average
         parts.append(loss.detach())
         by_row.append(losses.detach())
-    norm = whole(accelerator.clip_grad_norm_(training.model.parameters(), max_norm))
-    training.optimizer.step()
-    if not accelerator.optimizer_step_was_skipped:
+    norm = spread.update()
+    if not team.accelerator.optimizer_step_was_skipped:
         training.schedule.step()
-    training.optimizer.zero_grad()
     return torch.cat([torch.stack([torch.stack(parts).sum(), norm.to(parts[0])]), *by_row])
 
 
@@ -238,12 +236,12 @@ def _load(base: Base, settings: TrainSettings, team: Team, steps: int, seed: int
         model.activation_checkpointing_enable()
     model.train()
     torch.manual_seed(seed)
-    spread = team.spread(model)
-    optimizer = make_optimizer(model, settings)
-    schedule = make_schedule(optimizer, settings, steps)
+    kind = Zero2 if settings.sharding == "deepspeed" else Accelerated
+    spread = kind(team, model, settings, base.settings.dtype)
+    schedule = make_schedule(spread.optimizer, settings, steps)
     if settings.compile:
         model.compile(dynamic=True)
-    return Training(model, spread, team.accelerator.prepare_optimizer(optimizer), schedule, team)
+    return Training(model, spread, schedule, team)
 
 
 def _order(settings: TrainSettings, seed: int, marker: Marker) -> tuple[int, int, int]:

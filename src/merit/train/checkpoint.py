@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from merit.errors import RunFolderError, TrainingError
 from merit.files import checksum, content_hash, differences, read_as, read_json, sealed, sync, write_json, writing
 from merit.hf.models import trainable_parameters
-from merit.train.processes import Team, load_optimizer, part_like, whole, whole_optimizer
+from merit.train.processes import Spread, Team, part_like, whole
 
 MARKER = "complete.json"
 LOG = "log.jsonl"
@@ -69,15 +69,13 @@ class Training:
 
     Attributes:
         model: The model, by its own parameter names.
-        spread: What is called in its place when several processes train it.
-        optimizer: Over its trainable parameters.
+        spread: The same as its processes train it, with the optimizer.
         schedule: Learning rates.
         team: The processes.
     """
 
     model: PreTrainedModel
-    spread: torch.nn.Module
-    optimizer: torch.optim.Optimizer
+    spread: Spread
     schedule: LRScheduler
     team: Team
 
@@ -127,7 +125,7 @@ def save(folder: Path, training: Training, marker: Marker, log: Path) -> None:
     """Write ``folder/checkpoint-<step>`` and remove older ones; every process has to call it, the leading one writes."""
     team = training.team
     weights = gathered(training.model, keep=team.leads)
-    optimizer = whole_optimizer(training.optimizer, keep=team.leads)
+    optimizer = training.spread.optimizer_state(keep=team.leads)
     random = team.everyones(_random_state())
     if team.leads:
         checkpoint = folder / f"checkpoint-{marker.step}"
@@ -173,7 +171,7 @@ def load(checkpoint: Path, training: Training) -> None:
         for name, tensor in state.items():
             tensor.copy_(part_like(stored[name], tensor))
     saved = torch.load(checkpoint / _STATE, map_location="cpu", weights_only=True)
-    load_optimizer(training.optimizer, saved["optimizer"])
+    training.spread.load_optimizer_state(saved["optimizer"])
     training.schedule.load_state_dict(saved["schedule"])
     team = training.team
     if saved["scaler"] is not None and team.accelerator.scaler is not None:

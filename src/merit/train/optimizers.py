@@ -27,6 +27,7 @@ def make_optimizer(model: torch.nn.Module, settings: TrainSettings) -> torch.opt
         {"params": [p for name, p in trained if name in decaying], "weight_decay": settings.weight_decay},
         {"params": [p for name, p in trained if name not in decaying], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
     rate = settings.learning_rate
     adam: dict[str, Any] = {"lr": rate, "betas": settings.betas, "eps": settings.epsilon}
     kinds: dict[str, Callable[[], torch.optim.Optimizer]] = {

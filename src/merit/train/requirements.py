@@ -16,8 +16,8 @@ def check_requirements(train: TrainSettings, model: ModelSettings) -> None:
     """Refuse settings that need a package which is not installed.
 
     Raises:
-        RecipeError: A tracker is not installed.
-        ResourceError: bitsandbytes is not installed.
+        RecipeError: A tracker is not installed, or the settings do not go together.
+        ResourceError: bitsandbytes or DeepSpeed is not installed.
     """
     for tracker in train.report_to:
         if find_spec(_TRACKERS.get(tracker, tracker)) is None:
@@ -28,6 +28,8 @@ def check_requirements(train: TrainSettings, model: ModelSettings) -> None:
         _need_bitsandbytes(f"train.optimizer: {train.optimizer}", "train.optimizer: adamw")
     if model.quantize != "none":
         _need_bitsandbytes(f"model.quantize: {model.quantize}", "model.quantize: none")
+    if train.sharding == "deepspeed":
+        _check_deepspeed(model)
 
 
 def _need_bitsandbytes(setting: str, instead: str) -> None:
@@ -35,6 +37,24 @@ def _need_bitsandbytes(setting: str, instead: str) -> None:
         raise ResourceError(
             f"{setting} needs bitsandbytes, which is not installed.",
             f"Install it (pip install 'merit-tuning[quantize]'), or use {instead}.",
+        )
+
+
+def _check_deepspeed(model: ModelSettings) -> None:
+    if model.dtype == "float16":
+        raise RecipeError(
+            "train.sharding: deepspeed does not go with model.dtype: float16.",
+            "Its loss scaling wants weights in float16, and ours stay float32. Use bfloat16 or float32, or sharding: fsdp2.",
+        )
+    if model.quantize != "none":
+        raise RecipeError(
+            f"train.sharding: deepspeed does not go with model.quantize: {model.quantize}.",
+            "Adapters are small: use train.sharding: none.",
+        )
+    if find_spec("deepspeed") is None:
+        raise ResourceError(
+            "train.sharding: deepspeed needs DeepSpeed, which is not installed.",
+            "Install it (pip install 'merit-tuning[deepspeed]'), or use train.sharding: fsdp2.",
         )
 
 
