@@ -164,7 +164,7 @@ def test_the_mixture_fits_the_recipe(tokenizer, tmp_path):
 def test_the_recipe_and_the_card_say_true_things(record):
     assert yaml.safe_load(demo_recipe(vision=True))["seed"] == 0
     pictures = sum(not name.startswith("text_") for name in MIXTURE)
-    assert f"{len(MIXTURE)} generated datasets ({pictures} with pictures)" in demo_recipe(vision=True)
+    assert f"{len(MIXTURE)} generated datasets ({pictures} with images)" in demo_recipe(vision=True)
     card = (BASE / "README.md").read_text()
     assert record["command"] in card
     assert f"{record['parameters']:,} parameters" in card

@@ -81,7 +81,7 @@ def test_numbers_without_a_dot_are_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("name: x\nname: y\n", ["'name' stands twice", "line 2"]),
+        ("name: x\nname: y\n", ["duplicate key 'name'", "line 2"]),
         ("name: [x\n", ["not valid YAML", "line"]),
         ("- a\n- b\n", ["mapping", "list"]),
         ("", ["mapping"]),

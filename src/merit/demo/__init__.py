@@ -1,7 +1,7 @@
-"""The embedded default: a tiny pretrained base and a small mixture, so that the main job runs offline at once.
+"""The built-in default: a tiny pretrained base and a small mixture, so that the whole chain runs offline at once.
 
-There are two: words only, and pictures with words. Both are handed out as files: base, data, and the recipe that ties
-them together. What generated the data is in scripts/demo_data of the repository. Nothing is run here.
+There are two: text only, and images with text. Both are written out as files: base, data, and the recipe that ties
+them together. The generator of the data is in scripts/demo_data of the repository. Nothing is run here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _shipped(vision: bool) -> Path:
 
 
 def base_folder(*, vision: bool = False) -> Path:
-    """Folder of the shipped base: a Hugging Face checkpoint, its README and the record of its training."""
+    """Folder of the shipped base: a Hugging Face checkpoint, its README and its training record."""
     return _shipped(vision) / "base"
 
 
@@ -42,8 +42,8 @@ def write_demo(folder: Path, seed: int = 0, *, vision: bool = False) -> Path:
     """Write everything that the demo needs into one folder that can be copied anywhere.
 
     Args:
-        folder: Gets ``base/``, ``mixture/``, ``kept/`` and, when these are complete, ``recipe.yaml``; made if absent,
-            same names are replaced.
+        folder: Gets ``base/``, ``mixture/``, ``kept/`` and, once these are complete, ``recipe.yaml``; created if missing;
+            existing files are replaced.
         seed: The run's seed: order of training, calibration sample, random split. The rows are the same for every seed.
         vision: The vision demo's.
 

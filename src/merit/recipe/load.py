@@ -20,7 +20,7 @@ from merit.recipe.schema import DatasetSettings, MixtureSettings, PrepareSetting
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML's safe loader, refusing a key that stands twice in one block and reading 1e-5 as a number."""
+    """YAML's safe loader, refusing duplicate keys in a block and reading 1e-5 as a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -31,13 +31,13 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             if not isinstance(key, Hashable):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
 _MOST_VALUES = 1_000_000
-"""Far more than any recipe holds; a few lines of aliases to aliases stand for billions."""
+"""Far more than any recipe has; a few lines of aliases to aliases can expand to billions."""
 
 _UniqueKeyLoader.add_implicit_resolver(  # YAML 1.1 reads 1e-5 (no dot) as a string
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
@@ -52,7 +52,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         overrides: ``a.b=value`` strings; the value is read as YAML.
 
     Raises:
-        RecipeError: The file is missing or no YAML mapping, a key is unknown, or a value is impossible.
+        RecipeError: The file is missing or not a YAML mapping, a key is unknown, or a value is invalid.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -62,14 +62,14 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path} cannot be read: {error}.", "A recipe is a UTF-8 YAML file.") from None
     data = _parse_yaml(text, where=str(path))
     if not isinstance(data, dict):
-        raise RecipeError(f"{path} holds no settings: expected a YAML mapping, found {type(data).__name__}.")
+        raise RecipeError(f"{path} has no settings: expected a YAML mapping, found {type(data).__name__}.")
     return parse_recipe(data, overrides, where=str(path), folder=path.resolve().parent)
 
 
 def parse_recipe(
     data: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "recipe", folder: Path | None = None
 ) -> Recipe:
-    """Validate a recipe given as a mapping; see :func:`load_recipe`. ``folder`` is where relative paths start."""
+    """Validate a recipe given as a mapping; see :func:`load_recipe`. ``folder`` is where relative paths are looked up."""
     try:
         merged = json.loads(json.dumps(data, default=str))
     except (ValueError, TypeError, RecursionError) as error:
@@ -87,7 +87,7 @@ def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML: every setting, defaults included."""
     values = recipe.model_dump(mode="json")
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
-    if yaml.safe_load(text) != values:  # some line separators do not come back as they stand, only when escaped
+    if yaml.safe_load(text) != values:  # some line separators survive only when escaped
         text = yaml.safe_dump(values, sort_keys=False, width=120)
     return text
 
@@ -104,22 +104,22 @@ def _parse_yaml(text: str, where: str) -> Any:
         if node is None:
             return None
         if (values := _expanded(node, {})) > _MOST_VALUES:
-            count = "endlessly many" if values == math.inf else f"{values:,}"
+            count = "infinitely many" if values == math.inf else f"{values:,}"
             raise RecipeError(
-                f"{where} stands for {count} values once its anchors are followed; at most {_MOST_VALUES:,} are read.",
-                "Write blocks out, or name fewer of them through anchors (&a, *a).",
+                f"{where} expands to {count} values once its anchors are followed; at most {_MOST_VALUES:,} are read.",
+                "Write blocks out, or use fewer anchors (&a, *a).",
             )
         return loader.construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise RecipeError(f"{where} is not valid YAML{place}: {getattr(error, 'problem', error)}.") from None
-    except (ValueError, TypeError, RecursionError) as error:  # a date that is none, blocks in blocks without end
+    except (ValueError, TypeError, RecursionError) as error:  # an invalid date, endlessly nested blocks
         raise RecipeError(f"{where} cannot be read as YAML: {str(error).splitlines()[0]}.") from None
 
 
 def _expanded(node: yaml.Node, known: dict[int, float]) -> float:
-    """Values that a block stands for with every alias written out; infinite where it holds itself."""
+    """Number of values of a block with every alias expanded; infinite if it contains itself."""
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in known:
@@ -173,7 +173,7 @@ def _explain(error: ValidationError, where: str) -> list[str]:
             found = found if len(found) <= 80 else found[:77] + "..."
             message = item["msg"].removeprefix("Value error, ")
             if item["type"] == "string_pattern_mismatch":  # Name is the only pattern
-                message = "a name holds A-Z, a-z, 0-9 and . _ + - only, and begins with a letter or digit"
+                message = "a name may contain only A-Z, a-z, 0-9 and . _ + -, and must start with a letter or digit"
             shown = "" if item["type"] == "value_error" else f"; found {found}"
             text = f"{location}: {message[0].lower() + message[1:]}{shown}."
             if item["type"] == "literal_error" and isinstance(item["input"], str):
@@ -185,7 +185,7 @@ def _explain(error: ValidationError, where: str) -> list[str]:
     return [
         first,
         *(lines if len(lines) > 1 else []),
-        "`merit schema` lists every key; `merit init` writes an example.",
+        "`merit schema` lists every key; `merit init` writes a starter recipe.",
     ]
 
 
@@ -215,14 +215,14 @@ _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether a path of the recipe that is not there can be a hub id."""
+    """Whether a path in the recipe that does not exist can be a hub id."""
     return _HUB_ID.match(text) is not None
 
 
 def locate(text: str, folder: Path) -> str:
-    """Absolute path for a path of the recipe: beside the recipe, else in the working directory; a hub id stays as it is.
+    """Absolute path for a path in the recipe: next to the recipe, else in the working directory; a hub id stays as it is.
 
-    A path that exists nowhere and cannot be a hub id comes back as the absolute path beside the recipe, so that the
+    A path that does not exist and cannot be a hub id is returned as the absolute path next to the recipe, so that the
     error that follows names it.
     """
     path = Path(text).expanduser()

@@ -1,4 +1,4 @@
-"""Recipe keys of earlier versions: where each went, or why it is gone. Read only to write the error."""
+"""Recipe keys of earlier versions: what replaced each, or why it was removed. Used only for the error message."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ TRAINER: Mapping[str, str] = {
     "run_name": "gone: the tracker's run is named after the recipe's folder",
     "project": "gone: the tracker's project is merit",
 }
-"""Keys of ``train.trainer``, which went to TRL's SFTConfig until version 0.1."""
+"""Keys of ``train.trainer``, which were passed to TRL's SFTConfig until version 0.1."""
 
 
 def explain_trainer(given: object) -> str:

@@ -1,7 +1,7 @@
 """The recipe: every setting of a run, with its type, limits and unit; frozen.
 
-It reads no file (:mod:`merit.recipe.load` does), no data and no model, and imports no ML library. Which settings decide
-which stage's answer is :mod:`merit.run.key`' business.
+It reads no files (:mod:`merit.recipe.load` does), no data and no models, and imports no ML library. Which settings determine
+which stage's result is defined in :mod:`merit.run.key`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Column = Literal[
     "messages", "conversations", "texts", "prompt", "completion", "response", "instruction", "input", "output", "inputs",
     "targets", "system", "history", "tools", "images", "image",
 ]  # fmt: skip
-"""Columns that row formats know; ``response`` is another name of ``completion``."""
+"""Columns that row formats know; ``response`` is another name for ``completion``."""
 
 
 class Settings(BaseModel):
@@ -47,13 +47,13 @@ class LoraSettings(Settings):
 
 
 def refuse_adapters_in_list(trainable: str | list[str]) -> None:
-    """``trainable: [lora, projector]`` would mean adapters and full weights at once, which no branch can be.
+    """``trainable: [lora, projector]`` would mean adapters and full weights in one branch, which is not supported.
 
     Raises:
         ValueError: The list names ``lora`` or ``all``.
     """
     if not isinstance(trainable, str) and (alone := [item for item in trainable if item in ("lora", "all")]):
-        raise ValueError(f"trainable: {alone[0]} stands alone, not in a list (trainable: {alone[0]})")
+        raise ValueError(f"trainable: {alone[0]} must be given alone, not in a list (trainable: {alone[0]})")
 
 
 class ModelSettings(Settings):
@@ -68,20 +68,20 @@ class ModelSettings(Settings):
         "language"
     )
     """What is trained. language: the language decoder, which is all of a text model and the paper's choice for a
-    vision-language one; projector, vision: that role of a vision-language model alone; all: every parameter; lora: low-rank
+    vision-language one; projector, vision: only that part of a vision-language model; all: every parameter; lora: low-rank
     adapters in the language decoder; or a list of roles and shell patterns over parameter names (such as ["projector",
     "model.layers.1?.*"]). Everything else stays frozen and bit-identical."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Dtype of the forward and backward arithmetic on a GPU; weights and optimizer state are kept in float32 while
-    training. On a CPU the arithmetic is float32, whatever is said here."""
+    training. On a CPU the arithmetic is always float32."""
     lora: LoraSettings = LoraSettings()
     """Adapter settings."""
     quantize: Literal["none", "4bit"] = "none"
     """4bit: train adapters on a base held in 4-bit NF4 (QLoRA; needs trainable: lora, a GPU and bitsandbytes). Gradients,
     merge and evaluation use the base as it is."""
     max_pixels: Annotated[int, Field(ge=784)] = 614656
-    """Most pixels (width x height) of an image as the model sees it (paper: 784 x 784); larger ones are scaled down by the
-    base's own image processor. Families that scale every image to a size of their own (all but Qwen's) are not affected."""
+    """Pixel limit (width x height) of an image as the model sees it (paper: 784 x 784); larger ones are scaled down by the
+    base's own image processor. Families that scale every image to a fixed size (all but Qwen's) are not affected."""
     chat_template: str | None = None
     """File with a Jinja chat template to use instead of the base's own. Without either, a documented default is used."""
     trust_remote_code: bool = False
@@ -101,24 +101,24 @@ class ModelSettings(Settings):
 
 
 class DatasetSettings(Settings):
-    """One dataset: the smallest unit that is never cut."""
+    """One dataset: the unit that is never split."""
 
     name: Name
     """Name in every table and file."""
     path: str
     """Training rows: a .jsonl, .json, .parquet or .csv file, a folder of such files, or a hub dataset id."""
     test: str | None = None
-    """Held-out rows in the same form; without it the dataset is trained on but not scored."""
+    """Held-out rows in the same form; without them the dataset is trained on but not scored."""
     format: DataFormat = "auto"
     """Row format; auto recognises it from the columns and says which it found."""
     split_by: str | None = None
-    """Column that cuts this source into datasets of its own, one per value, named NAME.VALUE; budgets hold for each."""
+    """Column that splits this source into one dataset per value, named NAME.VALUE; budgets apply to each."""
     subset: str | None = None
-    """Configuration name of a hub dataset."""
+    """Subset (configuration) of a hub dataset."""
     split: str = "train"
     """Split of a hub dataset."""
     images: str | None = None
-    """Folder that image paths in the rows start from, and that none may leave. Default: ``mixture.images.folder``, else the
+    """Folder that image paths in the rows are relative to and must stay in. Default: ``mixture.images.folder``, else the
     folder of the data file."""
     samples: Annotated[int, Field(ge=1)] | None = None
     """Sample budget: at most this many rows, drawn by seed. Default: all."""
@@ -128,7 +128,7 @@ class DatasetSettings(Settings):
     """How often each row within the budget is trained per epoch: 2.5 takes every row twice and half of them, drawn by seed,
     once more; 0.5 takes half of them."""
     columns: dict[Column, str] = {}
-    """The rows' own names of a format's columns: {prompt: question, response: answer} reads question as prompt."""
+    """The rows' names for a format's columns: {prompt: question, response: answer} reads question as prompt."""
 
 
 class UnrepresentableSettings(Settings):
@@ -147,21 +147,21 @@ class ImageSettings(Settings):
     """An image that is missing, damaged, mislabelled or too large to be decoded safely: stop with its dataset and row, or
     drop the row and count it."""
     folder: str | None = None
-    """Folder that image paths in the rows start from, where a dataset names none of its own."""
+    """Folder that image paths in the rows are relative to, if the dataset does not set one."""
     max_file_pixels: Annotated[int, Field(ge=1)] = 89478485
-    """Most pixels of an image file; a larger one counts as bad (a small file can hold an image that fills the memory)."""
+    """Maximum pixels of an image file; a larger one counts as bad (a small file can hold an image that fills the memory)."""
 
 
 class MixtureSettings(Settings):
     """The datasets: exactly one of ``folder``, ``datasets``, or ``path`` with ``split_by``."""
 
     folder: str | None = None
-    """Folder with one sub-folder per dataset, each with train.jsonl and, if there, test.jsonl (.json, .parquet and .csv
+    """Folder with one sub-folder per dataset, each with train.jsonl and optionally test.jsonl (.json, .parquet and .csv
     work too)."""
     datasets: list[DatasetSettings] | None = None
     """Datasets listed one by one."""
     path: str | None = None
-    """One file that holds every dataset; ``split_by`` names the column that tells them apart."""
+    """One file that contains every dataset; ``split_by`` names the column that tells them apart."""
     test: str | None = None
     """Held-out rows for ``path``, with the same ``split_by`` column."""
     split_by: str | None = None
@@ -173,16 +173,16 @@ class MixtureSettings(Settings):
     exclude: list[str] = []
     """Shell patterns over dataset names to leave out, after ``include``."""
     samples: Annotated[int, Field(ge=1)] | None = None
-    """Sample budget per dataset (rows) where the dataset has none of its own. Default: all."""
+    """Sample budget per dataset (rows), unless the dataset sets one. Default: all."""
     tokens: Annotated[int, Field(ge=1)] | None = None
-    """Target-token budget per dataset where the dataset has none of its own. Default: all."""
+    """Target-token budget per dataset, unless the dataset sets one. Default: all."""
     temperature: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """Mixing temperature T: datasets get rows in proportion to n^(1/T), n being their rows after budget and ``repeat``,
-    at the same total. 1: as they are; larger: towards equal shares, small ones repeated, large ones thinned out by seed."""
+    at the same total. 1: unchanged; larger: towards equal shares, small ones repeated, large ones subsampled by seed."""
     columns: dict[Column, str] = {}
-    """The rows' own names of a format's columns, for ``folder`` and ``path``; listed datasets have their own."""
+    """The rows' names for a format's columns, for ``folder`` and ``path``; listed datasets have their own."""
     min_rows: Annotated[int, Field(ge=0)] = 0
-    """Leave out datasets with fewer usable training rows than this, and say which; a budget does not count against it."""
+    """Leave out datasets with fewer usable training rows than this, and say which; budgets do not count against it."""
     bad_rows: Literal["error", "drop"] = "error"
     """A row without an assistant turn, with an unknown role or empty text: stop with its file and line, or drop and
     count it."""
@@ -216,7 +216,7 @@ class ConflictSettings(Settings):
     """How the datasets' gradients at the base are measured (paper §4 step 1-2)."""
 
     examples: Annotated[int, Field(ge=2)] | Literal["auto"] = 200
-    """Calibration sample per dataset (examples), drawn by seed; auto draws until ``target_reliability`` is passed."""
+    """Calibration sample per dataset (examples), drawn by seed; auto draws until ``target_reliability`` is reached."""
     target_reliability: Annotated[float, Field(gt=0, lt=1)] = 0.85
     """For examples: auto. Expected cosine between the sample's gradient and the whole dataset's that ends the draw."""
     max_examples: Annotated[int, Field(ge=2)] = 1000
@@ -232,7 +232,7 @@ class ConflictSettings(Settings):
     batch_tokens: Annotated[int, Field(ge=1)] | None = None
     """Padded tokens per micro-batch; the result does not depend on it. Default: fitted to the device."""
     skip_bad: bool = False
-    """Leave out datasets whose gradient is zero or non-finite, and say so, in place of stopping."""
+    """Leave out datasets whose gradient is zero or non-finite, with a warning, instead of stopping."""
     cache: str | None = None
     """Folder of sketches shared between runs, keyed by content. Default: inside the run folder only."""
 
@@ -248,7 +248,7 @@ class SplitSettings(Settings):
 
     method: SplitMethod = "pca"
     """pca: the paper's; raw_pca: on raw gradients; random, kmeans, conflict_induced: the paper's comparisons; joint: one
-    group, which makes the joint baseline a setting."""
+    group, the joint-training baseline."""
     axes: Annotated[int, Field(ge=1, le=6)] = 2
     """Conflict axes r; K = 2^r groups."""
     cosine: Literal["plain", "corrected"] = "plain"
@@ -267,10 +267,10 @@ class TrainSettings(Settings):
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Examples per optimizer step, over all devices of the branch."""
     micro_batch_size: Annotated[int, Field(ge=1)] | None = None
-    """Most examples per forward pass; gradients are accumulated up to ``batch_size``. On a CPU a step's rows are cut
+    """Maximum examples per forward pass; gradients are accumulated up to ``batch_size``. On a CPU a step's rows are divided
     further, by length, which changes no gradient beyond rounding. Default: ``batch_size``."""
     max_length: Annotated[int, Field(ge=8)] = 2048
-    """Longest example in tokens; longer ones are cut at the end, and rows that lose all targets by it are dropped and
+    """Longest example in tokens; longer ones are truncated at the end, and rows that lose all their targets are dropped and
     counted."""
     scheduler: Literal["linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup"] = "cosine"
     """Learning-rate schedule over the branch's own steps."""
@@ -295,19 +295,19 @@ class TrainSettings(Settings):
     gradient_checkpointing: bool = False
     """Trade a second forward pass for activation memory."""
     processes: Annotated[int, Field(ge=1, le=1024)] = 1
-    """Processes that train one branch together on this machine, each on a GPU of its own (or on a share of the CPU's cores).
-    ``batch_size`` stays the number of examples per step over all of them, so the result is that of one, up to rounding."""
+    """Processes that train one branch together on this machine, one GPU each (or a share of the CPU's cores).
+    ``batch_size`` is the number of examples per step over all of them, so the result equals that of one, up to rounding."""
     sharding: Literal["none", "fsdp2", "deepspeed"] = "none"
     """How the processes share memory. none: each holds everything (DDP); fsdp2: weights, gradients and optimizer state are
-    cut up among them (PyTorch's FSDP2); deepspeed: gradients and optimizer state are (ZeRO-2; needs deepspeed)."""
+    sharded (PyTorch's FSDP2); deepspeed: gradients and optimizer state are sharded (ZeRO-2; needs deepspeed)."""
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 15.0
     """Minutes between resumable checkpoints; a checkpoint is also written when the process is told to stop."""
     checkpoint_steps: Annotated[int, Field(ge=1)] | None = None
-    """Write a resumable checkpoint after every so many steps, too. Default: by time alone."""
+    """Also write a resumable checkpoint every this many steps. Default: only by time."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. Recorded, but not part of a stage's fingerprint."""
     threads: Annotated[int, Field(ge=1)] | None = None
-    """CPU threads per branch. Default: OMP_NUM_THREADS, else the machine's cores over the branches trained side by side."""
+    """CPU threads per branch. Default: OMP_NUM_THREADS, else the machine's cores over the branches trained in parallel."""
     loader_workers: Annotated[int, Field(ge=0, le=256)] = 0
     """Processes that prepare batches ahead (decoding images) while the model trains; 0: none."""
     compile: bool = False
@@ -315,7 +315,7 @@ class TrainSettings(Settings):
     tf32: bool = False
     """Let float32 matrix products on a GPU use TF32."""
     deterministic: bool = False
-    """Use deterministic GPU kernels only, as bit-identical resuming on a GPU needs; slower."""
+    """Use only deterministic GPU kernels, which bit-identical resuming on a GPU requires; slower."""
     report_to: list[Tracker] = []
     """Experiment trackers that also get every step's figures, through accelerate. Default: none."""
     save_dtype: Literal["base", "float32"] = "base"
@@ -351,7 +351,7 @@ class TrainSettings(Settings):
         return self
 
     def deciding(self) -> dict[str, Any]:
-        """The settings that decide a branch's weights, as JSON values: all but those that say how and where to compute."""
+        """The settings that decide a branch's weights, as JSON values: all but those on how and where to compute."""
         return self.model_dump(mode="json", exclude=set(_HOW_TO_COMPUTE))
 
 
@@ -365,21 +365,21 @@ class MergeSettings(Settings):
     """How the branches become one model (paper §4 step 6)."""
 
     operator: Literal["average", "uniform", "task_arithmetic", "ties", "star", "tsv", "iso_cts"] = "average"
-    """average: the paper's weighted average; the others as in docs/merge.md."""
+    """average: the paper's weighted average; docs/merge.md describes the others."""
     weights: (
         Literal["tokens", "target_tokens", "samples", "uniform"]
         | Annotated[list[Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(min_length=1)]
     ) = "tokens"
     """Branch weights w_k before normalisation. tokens: every trained token N_k, of prompt, image and answer (the paper's
-    token budget); target_tokens: those in the loss alone; samples: trained rows; uniform: 1/K; or a list, one weight per
+    token budget); target_tokens: only those in the loss; samples: trained rows; uniform: 1/K; or a list, one weight per
     branch."""
     scale: Annotated[float, Field(ge=-10, le=10)] | Literal["auto"] = 1.0
-    """λ of θ0 + λ τ; 1 is the plain result, below 0 away from the branches; auto searches ``scales`` on held-out data."""
+    """λ of θ0 + λ τ; 1 is the plain merge, below 0 away from the branches; auto searches ``scales`` on held-out data."""
     scales: list[Annotated[float, Field(ge=0, le=10)]] = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5]
     """For scale: auto. The grid of λ."""
     rule: Literal["balanced", "learned", "keep"] = "balanced"
     """For scale: auto. learned: lowest held-out loss on the mixture; keep: the same among the λ that cost at most 0.05
-    nats per token of what the base knew; balanced: the smallest larger one of both regrets, each scaled to the grid's
+    nats per token on what the base knew; balanced: smallest maximum of the two regrets, each scaled to the grid's
     range."""
     dtype: Literal["base", "float32", "bfloat16", "float16"] | None = None
     """Dtype of the merged model. Default: the base's, and branches of another dtype are refused; base: the base's, whatever
@@ -389,12 +389,12 @@ class MergeSettings(Settings):
 
 
 class DriftSettings(Settings):
-    """How far a model has moved from the base on the base's own answers."""
+    """Divergence of a model from the base, on the base's own answers."""
 
     prompts: Annotated[int, Field(ge=0)] = 64
     """Held-out prompts, spread over the datasets; 0 turns the measure off."""
     tokens: Annotated[int, Field(ge=1)] = 48
-    """Longest sampled answer in tokens."""
+    """Maximum length of a sampled answer in tokens."""
 
 
 class EvaluateSettings(Settings):
@@ -409,19 +409,19 @@ class EvaluateSettings(Settings):
     short_answer: Annotated[int, Field(ge=1)] = 32
     """A dataset counts as short-answer when nine in ten of its test answers have at most this many tokens."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
-    """Longest greedy answer in tokens."""
+    """Maximum length of a greedy answer in tokens."""
     batch_tokens: Annotated[int, Field(ge=1)] = 8192
     """Padded tokens per evaluation batch; figures do not depend on it beyond float rounding."""
     branches: bool = True
     """Also measure every branch on its own."""
     kept: list[DatasetSettings] = []
-    """Datasets that the base is already good at and nobody trains on: what of the base was kept."""
+    """Datasets that the base is already good at and that are not trained on: they measure what was kept of the base."""
     kept_folder: str | None = None
     """The same as a folder with one sub-folder per dataset (test.jsonl)."""
     drift: DriftSettings = DriftSettings()
     """Divergence from the base on the base's own answers; needs no data."""
     suites: list[str] = []
-    """Benchmark suites by name (lm-eval tasks). Reserved: a non-empty list is refused until adapters are there."""
+    """Benchmark suites by name (lm-eval tasks). Reserved: a non-empty list is refused until adapters are available."""
 
     @model_validator(mode="after")
     def _no_suites_yet(self) -> Self:
@@ -434,28 +434,28 @@ class EvaluateSettings(Settings):
 
 
 class AssembleSettings(Settings):
-    """A starting model put together from two checkpoints: ``model.base`` is its language model (docs/preparation.md)."""
+    """A starting model assembled from two checkpoints: ``model.base`` is its language model (docs/preparation.md)."""
 
     vision_from: str
-    """Folder or hub id of a vision-language checkpoint, whose vision encoder, image processor and image tokens are taken; or
+    """Folder or hub id of a vision-language checkpoint, whose vision encoder, image processor and image tokens are used; or
     of a CLIP or SigLIP encoder, around which a LLaVA is built."""
     revision: str | None = None
     """Hub revision of ``vision_from``."""
     projector: Literal["copy", "new"] = "copy"
-    """copy: the projector of ``vision_from``, whose output must fit the language model; new: drawn by seed."""
+    """copy: the projector of ``vision_from``, whose output must fit the language model; new: initialised by seed."""
 
 
 class PreparationStageSettings(Settings):
-    """One stage of a preparation: training on its own mixture, from where the stage before it ended."""
+    """One stage of a preparation: training on its own mixture, starting where the previous stage ended."""
 
     name: Name
     """Name of the stage, in messages and as a folder: align, knowledge, instruct."""
     mixture: MixtureSettings
-    """Its datasets, as the recipe's own ``mixture``."""
+    """Its datasets, in the same form as the recipe's ``mixture``."""
     trainable: Literal["all", "language", "projector", "vision"] | Annotated[list[str], Field(min_length=1)] = (
         "language"
     )
-    """What it trains, as ``model.trainable``."""
+    """What it trains, in the same form as ``model.trainable``."""
 
     @model_validator(mode="after")
     def _adapters_alone(self) -> Self:
@@ -463,7 +463,7 @@ class PreparationStageSettings(Settings):
         return self
 
     train: TrainSettings = TrainSettings()
-    """Its hyperparameters. Keys that are not given here are those of the recipe's ``train``."""
+    """Its hyperparameters. Keys not given here are taken from the recipe's ``train``."""
 
     @model_validator(mode="after")
     def _not_reserved(self) -> Self:
@@ -475,8 +475,8 @@ class PreparationStageSettings(Settings):
 
 
 class PrepareSettings(Settings):
-    """Making the merge-ready base where none is at hand: ``prepared/base`` in the run folder takes the place of
-    ``model.base`` in every later stage."""
+    """Makes a merge-ready base if there is none: ``prepared/base`` in the run folder replaces ``model.base`` in every
+    later stage."""
 
     assemble: AssembleSettings | None = None
     """Join a vision encoder and ``model.base`` into the starting model. Default: start from ``model.base`` as it is."""
@@ -503,7 +503,7 @@ class Recipe(Settings):
     """Seed of every random choice: calibration draw, sketch, random split, data order, sampling."""
     model: ModelSettings
     prepare: PrepareSettings | None = None
-    """How the base is made first; without it ``model.base`` is the base as it stands."""
+    """How to make the base first; without it ``model.base`` is used as it is."""
     mixture: MixtureSettings
     conflict: ConflictSettings = ConflictSettings()
     split: SplitSettings = SplitSettings()
@@ -516,7 +516,7 @@ class Recipe(Settings):
     @model_validator(mode="before")
     @classmethod
     def _stages_train_alike(cls, data: Any) -> Any:
-        """Give every stage of a preparation the recipe's own ``train`` where it has no setting of its own."""
+        """Fill in every preparation stage's missing ``train`` settings from the recipe's own ``train``."""
         if not isinstance(data, dict) or not isinstance(data.get("prepare"), dict):
             return data
         own, stages = data.get("train"), data["prepare"].get("stages")
