@@ -6,210 +6,48 @@ which stage's result is defined in :mod:`merit.run.key`.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from merit.recipe.moved import explain_trainer
+from merit.recipe.base import Name, Settings, refuse_adapters_in_list
+from merit.recipe.mixture import (
+    Column,
+    DataFormat,
+    DatasetSettings,
+    ImageSettings,
+    MixtureSettings,
+    UnrepresentableSettings,
+)
+from merit.recipe.model import LoraSettings, ModelSettings
+from merit.recipe.train import Tracker, TrainSettings
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=120)]
+__all__ = [
+    "AssembleSettings",
+    "Column",
+    "ConflictSettings",
+    "DataFormat",
+    "DatasetSettings",
+    "DriftSettings",
+    "EvaluateSettings",
+    "ImageSettings",
+    "LoraSettings",
+    "MergeSettings",
+    "MixtureSettings",
+    "ModelSettings",
+    "Name",
+    "PreparationStageSettings",
+    "PrepareSettings",
+    "Recipe",
+    "Settings",
+    "SplitMethod",
+    "SplitSettings",
+    "Tracker",
+    "TrainSettings",
+    "UnrepresentableSettings",
+]
+
 SplitMethod = Literal["pca", "raw_pca", "random", "kmeans", "conflict_induced", "joint"]
-Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"]
-DataFormat = Literal["auto", "messages", "prompt_completion", "alpaca", "flan", "sharegpt", "cauldron"]
-
-
-Column = Literal[
-    "messages", "conversations", "texts", "prompt", "completion", "response", "instruction", "input", "output", "inputs",
-    "targets", "system", "history", "tools", "images", "image",
-]  # fmt: skip
-"""Columns that row formats know; ``response`` is another name for ``completion``."""
-
-
-class Settings(BaseModel):
-    """Base of every block: frozen, unknown keys refused, attribute docstrings become the schema's descriptions."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
-
-
-class LoraSettings(Settings):
-    """Low-rank adapters; read only when ``model.trainable`` is ``lora``."""
-
-    rank: Annotated[int, Field(ge=1, le=4096)] = 16
-    """Rank r of every adapter."""
-    alpha: Annotated[float, Field(gt=0)] = 32.0
-    """Scale numerator: the update is (alpha / rank) * B A, or alpha / sqrt(rank) with rslora."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout probability on the adapter's input, in training only."""
-    target_modules: str | list[str] = "all-linear"
-    """Module-name endings to adapt, or all-linear."""
-    rslora: bool = False
-    """Scale by alpha / sqrt(rank) instead of alpha / rank."""
-
-
-def refuse_adapters_in_list(trainable: str | list[str]) -> None:
-    """``trainable: [lora, projector]`` would mean adapters and full weights in one branch, which is not supported.
-
-    Raises:
-        ValueError: The list names ``lora`` or ``all``.
-    """
-    if not isinstance(trainable, str) and (alone := [item for item in trainable if item in ("lora", "all")]):
-        raise ValueError(f"trainable: {alone[0]} must be given alone, not in a list (trainable: {alone[0]})")
-
-
-class ModelSettings(Settings):
-    """The base (θ0): the one checkpoint that every branch starts from."""
-
-    base: str
-    """Folder of a Hugging Face checkpoint, or a hub id. A relative folder is looked up next to the recipe, then in the
-    working directory."""
-    revision: str | None = None
-    """Hub revision (branch, tag or commit); for hub ids only."""
-    trainable: Literal["all", "lora", "language", "projector", "vision"] | Annotated[list[str], Field(min_length=1)] = (
-        "language"
-    )
-    """What is trained. language: the language decoder, which is all of a text model and the paper's choice for a
-    vision-language one; projector, vision: only that part of a vision-language model; all: every parameter; lora: low-rank
-    adapters in the language decoder; or a list of roles and shell patterns over parameter names (such as ["projector",
-    "model.layers.1?.*"]). Everything else stays frozen and bit-identical."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Dtype of the forward and backward arithmetic on a GPU; weights and optimizer state are kept in float32 while
-    training. On a CPU the arithmetic is always float32."""
-    lora: LoraSettings = LoraSettings()
-    """Adapter settings."""
-    quantize: Literal["none", "4bit"] = "none"
-    """4bit: train adapters on a base held in 4-bit NF4 (QLoRA; needs trainable: lora, a GPU and bitsandbytes). Gradients,
-    merge and evaluation use the base as it is."""
-    max_pixels: Annotated[int, Field(ge=784)] = 614656
-    """Pixel limit (width x height) of an image as the model sees it (paper: 784 x 784); larger ones are scaled down by the
-    base's own image processor. Families that scale every image to a fixed size (all but Qwen's) are not affected."""
-    chat_template: str | None = None
-    """File with a Jinja chat template to use instead of the base's own. Without either, a documented default is used."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the checkpoint. Off unless you have read that code."""
-
-    @model_validator(mode="after")
-    def _adapters_alone(self) -> Self:
-        refuse_adapters_in_list(self.trainable)
-        if self.quantize != "none" and self.trainable != "lora":
-            raise ValueError(f"quantize: {self.quantize} needs trainable: lora; quantized weights cannot be trained")
-        return self
-
-    def deciding(self) -> dict[str, Any]:
-        """The settings that decide a branch's weights, the base aside, as JSON values."""
-        keys = {"trainable", "dtype", *(("lora", "quantize") if self.trainable == "lora" else ())}
-        return self.model_dump(mode="json", include=keys)
-
-
-class DatasetSettings(Settings):
-    """One dataset: the unit that is never split."""
-
-    name: Name
-    """Name in every table and file."""
-    path: str
-    """Training rows: a .jsonl, .json, .parquet or .csv file, a folder of such files, or a hub dataset id."""
-    test: str | None = None
-    """Held-out rows in the same form; without them the dataset is trained on but not scored."""
-    format: DataFormat = "auto"
-    """Row format; auto recognises it from the columns and says which it found."""
-    split_by: str | None = None
-    """Column that splits this source into one dataset per value, named NAME.VALUE; budgets apply to each."""
-    subset: str | None = None
-    """Subset (configuration) of a hub dataset."""
-    split: str = "train"
-    """Split of a hub dataset."""
-    images: str | None = None
-    """Folder that image paths in the rows are relative to and must stay in. Default: ``mixture.images.folder``, else the
-    folder of the data file."""
-    samples: Annotated[int, Field(ge=1)] | None = None
-    """Sample budget: at most this many rows, drawn by seed. Default: all."""
-    tokens: Annotated[int, Field(ge=1)] | None = None
-    """Token budget n_t: rows are drawn by seed until their target tokens reach this number. Default: all."""
-    repeat: Annotated[float, Field(gt=0, le=1000)] = 1.0
-    """How often each row within the budget is trained per epoch: 2.5 takes every row twice and half of them, drawn by seed,
-    once more; 0.5 takes half of them."""
-    columns: dict[Column, str] = {}
-    """The rows' names for a format's columns: {prompt: question, response: answer} reads question as prompt."""
-
-
-class UnrepresentableSettings(Settings):
-    """What to do about text that the base's tokenizer cannot represent (dropped or unknown characters)."""
-
-    max_share: Annotated[float, Field(ge=0, le=1)] = 0.02
-    """Share of a dataset's characters (train rows, prompts and answers) that may be lost before ``action`` applies."""
-    action: Literal["warn", "leave_out", "error"] = "warn"
-    """warn: keep the dataset and say so; leave_out: leave the whole dataset out of the mixture and say so; error: stop."""
-
-
-class ImageSettings(Settings):
-    """Images in the rows; read only for vision-language bases."""
-
-    bad: Literal["error", "drop"] = "error"
-    """An image that is missing, damaged, mislabelled or too large to be decoded safely: stop with its dataset and row, or
-    drop the row and count it."""
-    folder: str | None = None
-    """Folder that image paths in the rows are relative to, if the dataset does not set one."""
-    max_file_pixels: Annotated[int, Field(ge=1)] = 89478485
-    """Maximum pixels of an image file; a larger one counts as bad (a small file can hold an image that fills the memory)."""
-
-
-class MixtureSettings(Settings):
-    """The datasets: exactly one of ``folder``, ``datasets``, or ``path`` with ``split_by``."""
-
-    folder: str | None = None
-    """Folder with one sub-folder per dataset, each with train.jsonl and optionally test.jsonl (.json, .parquet and .csv
-    work too)."""
-    datasets: list[DatasetSettings] | None = None
-    """Datasets listed one by one."""
-    path: str | None = None
-    """One file that contains every dataset; ``split_by`` names the column that tells them apart."""
-    test: str | None = None
-    """Held-out rows for ``path``, with the same ``split_by`` column."""
-    split_by: str | None = None
-    """Column of ``path`` that names a row's dataset."""
-    format: DataFormat = "auto"
-    """Row format of ``folder`` or ``path``."""
-    include: list[str] = ["*"]
-    """Shell patterns over dataset names; a dataset is used when one matches."""
-    exclude: list[str] = []
-    """Shell patterns over dataset names to leave out, after ``include``."""
-    samples: Annotated[int, Field(ge=1)] | None = None
-    """Sample budget per dataset (rows), unless the dataset sets one. Default: all."""
-    tokens: Annotated[int, Field(ge=1)] | None = None
-    """Target-token budget per dataset, unless the dataset sets one. Default: all."""
-    temperature: Annotated[float, Field(gt=0, le=1000)] = 1.0
-    """Mixing temperature T: datasets get rows in proportion to n^(1/T), n being their rows after budget and ``repeat``,
-    at the same total. 1: unchanged; larger: towards equal shares, small ones repeated, large ones subsampled by seed."""
-    columns: dict[Column, str] = {}
-    """The rows' names for a format's columns, for ``folder`` and ``path``; listed datasets have their own."""
-    min_rows: Annotated[int, Field(ge=0)] = 0
-    """Leave out datasets with fewer usable training rows than this, and say which; budgets do not count against it."""
-    bad_rows: Literal["error", "drop"] = "error"
-    """A row without an assistant turn, with an unknown role or empty text: stop with its file and line, or drop and
-    count it."""
-    unrepresentable: UnrepresentableSettings = UnrepresentableSettings()
-    """Text that the tokenizer cannot represent."""
-    images: ImageSettings = ImageSettings()
-    """Images in the rows."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        given = [key for key in ("folder", "datasets", "path") if getattr(self, key) is not None]
-        if len(given) != 1:
-            found = " and ".join(given) if given else "none"
-            raise ValueError(f"give exactly one of folder, datasets, path (with split_by); found {found}")
-        if (self.path is None) != (self.split_by is None):
-            raise ValueError("path and split_by go together: path is the file, split_by its column of dataset names")
-        if self.test is not None and self.path is None:
-            raise ValueError("test goes with path; with folder or datasets each dataset has its own test file")
-        if self.datasets is not None:
-            if not self.datasets:
-                raise ValueError("datasets is empty; list at least one")
-            seen: set[str] = set()
-            for dataset in self.datasets:
-                if dataset.name in seen:
-                    raise ValueError(f"two datasets are named {dataset.name!r}; names must differ")
-                seen.add(dataset.name)
-        return self
 
 
 class ConflictSettings(Settings):
@@ -255,110 +93,6 @@ class SplitSettings(Settings):
     """plain: cosines of the measured gradients (the paper's); corrected: without the sampling noise in their norms."""
     balance: Literal["samples", "tokens"] = "samples"
     """What the weighted medians balance: sample counts s_t (the paper's text) or target tokens n_t (its poster)."""
-
-
-class TrainSettings(Settings):
-    """One branch's fine-tuning; the same for every branch, and for joint training."""
-
-    epochs: Annotated[float, Field(gt=0, le=1000)] = 1.0
-    """Passes over a group's rows."""
-    learning_rate: Annotated[float, Field(gt=0, lt=10)] = 1e-5
-    """Peak learning rate."""
-    batch_size: Annotated[int, Field(ge=1)] = 16
-    """Examples per optimizer step, over all devices of the branch."""
-    micro_batch_size: Annotated[int, Field(ge=1)] | None = None
-    """Maximum examples per forward pass; gradients are accumulated up to ``batch_size``. On a CPU a step's rows are divided
-    further, by length, which changes no gradient beyond rounding. Default: ``batch_size``."""
-    max_length: Annotated[int, Field(ge=8)] = 2048
-    """Longest example in tokens; longer ones are truncated at the end, and rows that lose all their targets are dropped and
-    counted."""
-    scheduler: Literal["linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup"] = "cosine"
-    """Learning-rate schedule over the branch's own steps."""
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """For scheduler: cosine_with_min_lr. Learning rate at the end, as a share of the peak."""
-    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
-    """Share of the steps with a linearly rising learning rate."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Weight decay; biases and norms have none."""
-    optimizer: Literal["adamw", "adamw_fused", "adamw_8bit", "adamw_8bit_paged", "adafactor", "sgd"] = "adamw"
-    """Optimizer; the 8-bit ones need bitsandbytes and a GPU."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """AdamW's decay rates of the first and second moment."""
-    epsilon: Annotated[float, Field(gt=0, le=1)] = 1e-8
-    """AdamW's ε."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """SGD's momentum."""
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Gradient-norm clip."""
-    data_seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    """Seed of the row order. Default: the recipe's ``seed``."""
-    gradient_checkpointing: bool = False
-    """Trade a second forward pass for activation memory."""
-    processes: Annotated[int, Field(ge=1, le=1024)] = 1
-    """Processes that train one branch together on this machine, one GPU each (or a share of the CPU's cores).
-    ``batch_size`` is the number of examples per step over all of them, so the result equals that of one, up to rounding."""
-    sharding: Literal["none", "fsdp2", "deepspeed"] = "none"
-    """How the processes share memory. none: each holds everything (DDP); fsdp2: weights, gradients and optimizer state are
-    sharded (PyTorch's FSDP2); deepspeed: gradients and optimizer state are sharded (ZeRO-2; needs deepspeed)."""
-    checkpoint_minutes: Annotated[float, Field(gt=0)] = 15.0
-    """Minutes between resumable checkpoints; a checkpoint is also written when the process is told to stop."""
-    checkpoint_steps: Annotated[int, Field(ge=1)] | None = None
-    """Also write a resumable checkpoint every this many steps. Default: only by time."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute. Recorded, but not part of a stage's fingerprint."""
-    threads: Annotated[int, Field(ge=1)] | None = None
-    """CPU threads per branch. Default: OMP_NUM_THREADS, else the machine's cores over the branches trained in parallel."""
-    loader_workers: Annotated[int, Field(ge=0, le=256)] = 0
-    """Processes that prepare batches ahead (decoding images) while the model trains; 0: none."""
-    compile: bool = False
-    """Compile the model with torch.compile."""
-    tf32: bool = False
-    """Let float32 matrix products on a GPU use TF32."""
-    deterministic: bool = False
-    """Use only deterministic GPU kernels, which bit-identical resuming on a GPU requires; slower."""
-    report_to: list[Tracker] = []
-    """Experiment trackers that also get every step's figures, through accelerate. Default: none."""
-    save_dtype: Literal["base", "float32"] = "base"
-    """Dtype of the branch's checkpoint: the base's own, or float32."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _earlier_keys(cls, data: object) -> object:
-        if not isinstance(data, dict):
-            return data
-        if data.get("trainer"):
-            raise ValueError(explain_trainer(data["trainer"]))
-        data = {key: value for key, value in data.items() if key != "trainer"}
-        if str(data.get("optimizer", "")).startswith("adamw_torch"):  # transformers' names
-            data["optimizer"] = data["optimizer"].replace("adamw_torch", "adamw")
-        return data
-
-    @model_validator(mode="after")
-    def _fit_together(self) -> Self:
-        micro = self.micro_batch_size
-        if micro is not None and self.batch_size % micro:
-            raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size ({micro})")
-        if self.processes > self.batch_size:
-            raise ValueError(f"batch_size ({self.batch_size}) must be at least processes ({self.processes})")
-        if self.sharding != "none" and self.processes == 1:
-            raise ValueError(f"sharding: {self.sharding} needs processes: 2 or more")
-        if self.sharding != "none" and self.optimizer not in ("adamw", "adamw_fused", "sgd"):
-            raise ValueError(
-                f"optimizer: {self.optimizer} cannot be sharded by {self.sharding}; use adamw, adamw_fused or sgd"
-            )
-        if self.sharding == "deepspeed" and self.compile:
-            raise ValueError("compile: true does not go with sharding: deepspeed; leave one of them out")
-        return self
-
-    def deciding(self) -> dict[str, Any]:
-        """The settings that decide a branch's weights, as JSON values: all but those on how and where to compute."""
-        return self.model_dump(mode="json", exclude=set(_HOW_TO_COMPUTE))
-
-
-_HOW_TO_COMPUTE = (
-    *("device", "threads", "processes", "sharding", "loader_workers", "compile", "tf32", "deterministic"),
-    *("checkpoint_minutes", "checkpoint_steps", "report_to", "max_length"),  # max_length decides the rows
-)
 
 
 class MergeSettings(Settings):
@@ -515,7 +249,7 @@ class Recipe(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _stages_train_alike(cls, data: Any) -> Any:
+    def _stages_train_alike(cls, data: object) -> object:
         """Fill in every preparation stage's missing ``train`` settings from the recipe's own ``train``."""
         if not isinstance(data, dict) or not isinstance(data.get("prepare"), dict):
             return data
