@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.e2e.conftest import make_base
+from tests.builders import make_base, make_vision_base
 from tokenizers import Tokenizer
 
 import merit
@@ -184,3 +184,26 @@ def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
         open_base(tmp_path)
     with pytest.raises(CheckpointError, match="is not a folder"):
         open_base(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("image_std", [0.1, {}, 0.1]), ("merge_size", {"a": 1}), ("patch_size", [14]), ("image_mean", [1] * 4)],
+)
+def test_a_processor_that_cannot_make_a_picture_is_refused_when_it_is_opened(
+    tmp_path: Path, key: str, value: object
+) -> None:
+    """On commit f5727a1 a traceback of the image library, at the first picture."""
+    folder = make_vision_base("qwen2_5_vl", tmp_path / "base")
+    file = folder / "preprocessor_config.json"
+    edit_json(file, {key: value})
+    with pytest.raises(CheckpointError, match=str(file)):
+        _ = open_base(folder).images
+
+
+def test_a_length_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    """On commit f5727a1 a traceback when rows are encoded."""
+    folder = make_base(tmp_path / "base")
+    edit_json(folder / "tokenizer_config.json", {"model_max_length": "long"})
+    with pytest.raises(CheckpointError, match="model_max_length must be a number; found 'long'"):
+        _ = open_base(folder).tokenizer

@@ -133,6 +133,14 @@ def test_rows_without_target_are_dropped_and_counted(recipe, byte_level, tmp_pat
     assert "answer_lost" not in str(caught.value)
 
 
+def test_a_dataset_of_which_every_row_is_cut_is_used(recipe, byte_level, tmp_path):
+    """On commit f5727a1 a traceback: there is no whole row whose answer could be read back."""
+    write(tmp_path / "data" / "d" / "train.jsonl", [messages("q", "a long answer " * 40)] * 2)
+    settings = recipe({"folder": str(tmp_path / "data")}, train={"max_length": 64})
+    (entry,) = prepare_mixture(settings, byte_level, tmp_path / "out")
+    assert (entry.rows, entry.rows_truncated) == (2, 2)
+
+
 def test_a_failed_run_leaves_the_earlier_result_alone(recipe, mixture, byte_level, tmp_path):
     prepare_mixture(recipe({"folder": str(mixture)}), byte_level, tmp_path / "out")
     before = files(tmp_path / "out")

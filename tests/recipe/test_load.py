@@ -220,3 +220,10 @@ def test_anchors_of_an_ordinary_size_are_followed(tmp_path: Path) -> None:
     datasets = load_recipe(file).mixture.datasets or []
     assert len(datasets) == 501
     assert {item.samples for item in datasets} == {9}
+
+
+@pytest.mark.parametrize("path", ["a\0b", "x" * 5000, "/" + "y" * 5000, "~nobody-of-that-name/x"])
+def test_a_path_that_cannot_be_one_is_refused(tmp_path: Path, path: str) -> None:
+    """On commit f5727a1 a traceback."""
+    with pytest.raises(RecipeError, match="cannot be one"):
+        parse_recipe({**MINIMAL, "mixture": {"folder": path}}, folder=tmp_path)

@@ -26,6 +26,7 @@ _PLACES = {
     errno.EROFS,
     errno.ENOSPC,
     errno.EDQUOT,
+    errno.EFBIG,
     errno.ENOTDIR,
     errno.EISDIR,
     errno.ENAMETOOLONG,

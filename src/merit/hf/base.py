@@ -292,4 +292,8 @@ def load_tokenizer(folder: Path, key: str, *, trust_remote_code: bool = False) -
             f"{key}: {folder} gives a {type(tokenizer).__name__}, which cannot say which token holds which character.",
             "Save the base once with its fast tokenizer (tokenizer.json).",
         )
+    if type(length := tokenizer.model_max_length) not in (int, float):
+        raise CheckpointError(
+            f"{key}: {folder / 'tokenizer_config.json'}: model_max_length must be a number; found {length!r:.60}."
+        )
     return tokenizer

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image as pil
 from transformers import PreTrainedTokenizerFast
 
 from merit.errors import CheckpointError
 from merit.hf.image_inputs import Gemma3Images, Idefics3Images, ImageInputs, InternVLImages, LlavaImages, QwenImages
+from merit.hf.side_files import reason
 
 Role = Literal["language", "projector", "vision"]
 ROLES: tuple[Role, ...] = ("language", "projector", "vision")
@@ -95,10 +97,27 @@ def image_inputs(
     """How the base in ``folder`` sees images; None for a text-only base.
 
     Raises:
-        CheckpointError: Its image processor or image token is missing.
+        CheckpointError: Its image processor or image token is missing, or its processor cannot make a blank picture.
     """
     family = FAMILIES.get(str(config.get("model_type")))
-    return family.inputs(folder, config, tokenizer, max_pixels) if family else None
+    if family is None:
+        return None
+    try:
+        inputs = family.inputs(folder, config, tokenizer, max_pixels)
+        inputs.count(*_BLANK)
+        inputs.pixels([pil.new("RGB", _BLANK)])
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever the library raises on settings of the wrong kind
+        raise CheckpointError(
+            f"model.base: {folder / 'preprocessor_config.json'} cannot be used: a blank picture of {_BLANK[0]} × "
+            f"{_BLANK[1]} pixels fails ({reason(error)}).",
+            "Copy or download the base again.",
+        ) from None
+    return inputs
+
+
+_BLANK = (64, 48)  # width and height of the picture that every processor is tried with
 
 
 def positions(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor | None:

@@ -366,7 +366,7 @@ class _Stage:
         if counts.test_rows_in_train:
             counts.warnings.append(f"{counts.test_rows_in_train} test rows are also training rows")
         whole = [row for row in part.rows if not row.truncated][:_READ_BACK_ROWS]
-        wrong = not_read_back(self.encoder.inventory, whole, self._read_back(whole))
+        wrong = not_read_back(self.encoder.inventory, whole, self._read_back(whole)) if whole else 0
         if wrong:
             counts.warnings.append(
                 f"the targets of {wrong} of {len(whole)} rows looked at do not read back as their answers"

@@ -224,14 +224,19 @@ def locate(text: str, folder: Path) -> str:
 
     A path that does not exist and cannot be a hub id is returned as the absolute path next to the recipe, so that the
     error that follows names it.
+
+    Raises:
+        RecipeError: No path can be written like that.
     """
-    path = Path(text).expanduser()
-    if path.is_absolute():
-        return str(path)
-    for root in (folder, Path.cwd()):
-        if (root / path).exists():
-            return str((root / path).resolve())
-    return text if is_hub_id(text) else str((folder / path).resolve())
+    try:
+        path = Path(text).expanduser()
+        found = [root / path for root in (folder, Path.cwd()) if (root / path).exists()]
+        if path.is_absolute():
+            return str(path)
+        return str(found[0].resolve()) if found else text if is_hub_id(text) else str((folder / path).resolve())
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a null character, the home of nobody
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise RecipeError(f"The recipe names a path that cannot be one ({reason}): {text[:80]!r}.") from None
 
 
 def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
