@@ -138,7 +138,7 @@ def scratch(near: Path) -> Iterator[Path]:
         _sweep(folder, f".{near.name}.")
         yield folder
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if not is_disk_full(error):
             raise
         raise ResourceError(
             f"The disk of {parent} filled up.", "Free some space, or use another disk. Nothing was left behind."
@@ -219,6 +219,16 @@ def sync(path: Path) -> None:
 def publish(unfinished: Path, final: Path) -> None:
     """Atomically give a finished folder or file its final name; ``final`` must not be an existing folder."""
     unfinished.replace(final)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error says that there is no room, in its own words where a library wrapped the system's."""
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    return any(os.strerror(number) in str(error) for number in _FULL)
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def free_bytes(folder: Path) -> int:

@@ -14,17 +14,10 @@ from tests.e2e.conftest import Case, make_case
 from tests.e2e.test_run import read, weights
 
 
-def start(case: Case, jobs: int = 1, *, start_new_session: bool = False) -> subprocess.Popen[str]:
+def start(case: Case, jobs: int = 1) -> subprocess.Popen[str]:
     words = [sys.executable, "-m", "merit", "run", str(case.recipe), "--output", str(case.run), "--jobs", str(jobs)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        words,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        start_new_session=start_new_session,
-    )
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def until(case: Case, pattern: str, process: subprocess.Popen[str]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import resource
 import shutil
@@ -17,7 +16,7 @@ import torch
 import transformers
 
 from merit.errors import ResourceError
-from merit.files import free_bytes
+from merit.files import free_bytes, is_disk_full
 from merit.recipe.schema import TrainSettings
 
 
@@ -32,12 +31,8 @@ def plain_errors(folder: Path, unfinished: Path) -> Iterator[None]:
             "Lower train.micro_batch_size (the result stays the same), or set train.gradient_checkpointing: true, or "
             "lower train.max_length, or cut the model up among several GPUs (train.processes, train.sharding).",
         ) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise _disk_full(folder, error) from None
     except Exception as error:  # safetensors and torch.save wrap the system's error in their own
-        if "No space left on device" not in str(error):
+        if not is_disk_full(error):
             raise
         raise _disk_full(folder, error) from None
     finally:
