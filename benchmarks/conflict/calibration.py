@@ -1,24 +1,25 @@
 """Are estimated reliabilities true, and what does ``auto`` save? Against really computed gradients of all rows.
 
 Draws are unions of random blocks of 25 examples, so that many samples of every size cost no further gradients. "All rows"
-means the at most 1,000 rows that were measured. The half-samples are the even and odd rows of the blocks.
+means the at most 1,000 rows that were measured. A draw's quarter-samples are the quarters of its blocks.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmarks.conflict.blocks import BLOCK
+from benchmarks.conflict.blocks import BLOCK, read_blocks
 
-from merit.conflict.compare import compress
-from merit.conflict.geometry import gram_matrix
-from merit.conflict.reliability import HalfSamples, reliability
+from merit.conflict.reliability import PARTS, SubSamples, reliability
+from merit.conflict.resampling import resampled_grams
+from merit.split import pca
 from merit.split.components import cosine_matrix
 from merit.split.stability import split_stability
-from merit.split.stage import split_mixture
+from merit.split.view import Groups, MixtureView
 
 SIZES = [25, 50, 100, 200, 300, 500, 700, 1000]
 TARGETS = [0.85, 0.9, 0.95, 0.98]
@@ -26,36 +27,26 @@ AUTO_STEPS = [50, 75, 100, 150, 200, 275, 375, 525, 750, 1000]
 DRAWS = 20
 
 
-def halves_from(products: np.ndarray, counts: np.ndarray, population: int) -> HalfSamples:
-    """From 2×2 inner products of the half *sums* (…, 2, 2), and how many examples each half has (…, 2)."""
-    total = counts.sum(axis=-1)
-    scaled = products / total[..., None, None] ** 2
-    return HalfSamples(
-        even_even=scaled[..., 0, 0],
-        odd_odd=scaled[..., 1, 1],
-        even_odd=scaled[..., 0, 1],
-        share_even=counts[..., 0] / total,
-        q_even=1.0 / counts[..., 0],
-        q_odd=1.0 / counts[..., 1],
-        q=1.0 / total,
-        q_all=np.full(total.shape, 1.0 / population),
-    )
-
-
-def block_gram(file: Path) -> tuple[np.ndarray, np.ndarray, int]:
-    """Inner products of a dataset's block halves (blocks, 2, blocks, 2), examples (blocks, 2), rows."""
-    facts = json.loads(file.read_text())
-    blocks = np.load(file.with_suffix(".npy"), mmap_mode="r")
-    flat = blocks.reshape(-1, blocks.shape[-1])
-    gram = gram_matrix(list(flat)).reshape(len(blocks), 2, len(blocks), 2)
-    return gram, np.array(facts["examples"]), int(facts["rows"])
+def sub_samples(products: np.ndarray, counts: np.ndarray, population: np.ndarray) -> SubSamples:
+    """From inner products of the quarter *sums* (4T, 4T), examples per quarter (T, 4) and rows (T,)."""
+    counts = np.asarray(counts, dtype=np.float64)
+    total = counts.sum(axis=1)
+    per_example = np.tile(1.0 / total, PARTS)
+    with np.errstate(divide="ignore"):
+        return SubSamples(
+            gram=products * np.outer(per_example, per_example),
+            shares=counts / total[:, None],
+            q_parts=1.0 / counts,
+            q=1.0 / total,
+            q_all=1.0 / population,
+        )
 
 
 def sensitivity(work: Path) -> list[dict[str, Any]]:
-    """Per dataset and sample size: real cosine to the gradient of all rows, and what the halves say it is."""
+    """Per dataset and sample size: real cosine to the gradient of all rows, and what the quarters say it is."""
     found = []
-    for file in sorted((work / "blocks").glob("*.json")):
-        gram, counts, rows = block_gram(file)
+    for blocks in read_blocks(work):
+        gram, counts, rows = blocks.gram, blocks.examples, int(blocks.rows)
         whole_blocks = np.flatnonzero(counts.sum(axis=1) == BLOCK)
         everything = gram.sum(axis=(1, 3))
         whole_norm = np.sqrt(everything.sum())
@@ -66,13 +57,13 @@ def sensitivity(work: Path) -> list[dict[str, Any]]:
             real, said = [], []
             for _ in range(DRAWS):
                 pick = generator.permutation(whole_blocks)[: size // BLOCK]
-                products = gram[np.ix_(pick, [0, 1], pick, [0, 1])].sum(axis=(0, 2))
+                products = gram[pick][:, :, pick].sum(axis=(0, 2))
                 real.append(everything[pick].sum() / np.sqrt(products.sum()) / whole_norm)
-                halves = halves_from(products[None], counts[pick].sum(axis=0)[None].astype(float), rows)
-                said.append(float(reliability(halves).expected_cosine[0]))
+                parts = sub_samples(products, counts[pick].sum(axis=0)[None], np.array([float(rows)]))
+                said.append(float(reliability(parts).expected_cosine[0]))
             found.append(
                 {
-                    "dataset": file.stem,
+                    "dataset": blocks.name,
                     "rows": rows,
                     "examples": size,
                     "real": float(np.mean(real)),
@@ -83,31 +74,53 @@ def sensitivity(work: Path) -> list[dict[str, Any]]:
     return found
 
 
-def draws_and_splits(work: Path, layout: dict[str, int], draws: int = 8) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Draw:
+    """A geometry made of drawn blocks: what a split's stability reads of one."""
+
+    parts: SubSamples
+    names: list[str]
+    duplicates: Sequence[Sequence[str]] = ()
+    unknown: Sequence[str] = ()
+
+    @property
+    def gram(self) -> np.ndarray:
+        return np.asarray(self.parts.products().sum(axis=(0, 1)))
+
+    @property
+    def cosine(self) -> np.ndarray:
+        return cosine_matrix(self.gram)
+
+    @property
+    def inflation(self) -> np.ndarray:
+        return np.ones(len(self.names))
+
+    def resampled(self, replicates: int, seed: int) -> Iterator[np.ndarray]:
+        return resampled_grams(self.parts, replicates, seed)
+
+
+def draws_and_splits(work: Path, draws: int = 8) -> list[dict[str, Any]]:
     """Per scheme (fixed n, or auto to a target): examples used, and how far splits agree with the split from all rows.
 
     Agreement is the share of datasets in the same group after matching groups, mean over draws; ``predicted`` is the mean
     probability of :func:`split_stability` on the drawn samples alone.
     """
-    files = sorted((work / "blocks").glob("*.json"))
+    names: list[str] = []
     sketches, counts, populations = [], [], []
-    for file in files:
-        facts = json.loads(file.read_text())
-        blocks = np.load(file.with_suffix(".npy"), mmap_mode="r")
-        flat = blocks.reshape(-1, blocks.shape[-1])
-        rows = np.array([compress(vector, layout, "sketch", 2**16, 0) for vector in flat])
-        sketches.append(rows.reshape(len(blocks), 2, -1))
-        counts.append(np.array(facts["examples"]))
-        populations.append(int(facts["rows"]))
-    names = [file.stem for file in files]
+    for blocks in read_blocks(work):
+        names.append(blocks.name)
+        sketches.append(blocks.sketches)
+        counts.append(blocks.examples)
+        populations.append(int(blocks.rows))
     weights = np.array(populations, dtype=np.float64)
     full = np.array([s.sum(axis=(0, 1), dtype=np.float64) / n for s, n in zip(sketches, populations, strict=True)])
 
-    def groups(cosine: np.ndarray, gram: np.ndarray, axes: int) -> list[list[str]]:
-        return split_mixture("pca", axes, names=names, weights=weights, cosine=cosine, gram=gram).groups
+    def groups(cosine: np.ndarray, gram: np.ndarray, axes: int) -> Groups:
+        return pca.split(MixtureView(tuple(names), weights, cosine, gram), axes, 0)
 
     full_gram = full @ full.T
-    truth = {axes: groups(cosine_matrix(full_gram), full_gram, axes) for axes in (1, 2, 3)}
+    possible = [axes for axes in (1, 2, 3) if 2**axes <= len(names)]
+    truth = {axes: groups(cosine_matrix(full_gram), full_gram, axes) for axes in possible}
     found = []
     schemes: list[tuple[str, float]] = [("fixed", n) for n in SIZES[:6]] + [("auto", t) for t in TARGETS]
     for kind, setting in schemes:
@@ -116,13 +129,13 @@ def draws_and_splits(work: Path, layout: dict[str, int], draws: int = 8) -> list
         used = []
         for draw in range(draws):
             generator = np.random.Generator(np.random.PCG64(draw))
-            arrays = _draw(kind, setting, sketches, counts, populations, generator)
-            used.append(arrays["examples"].mean())
-            arrays["names"] = np.array(names)
+            parts = _draw(kind, setting, sketches, counts, populations, generator)
+            used.append((1.0 / parts.q).mean())
+            drawn = Draw(parts, names)
             for axes, true in truth.items():
-                agreed[axes].append(matched(groups(arrays["cosine"], arrays["gram"], axes), true))
+                agreed[axes].append(matched(groups(drawn.cosine, drawn.gram, axes), true))
                 if draw < 3:
-                    stability = split_stability(arrays, lambda c, g, a=axes: groups(c, g, a), replicates=40)
+                    stability = split_stability(drawn, lambda c, g, a=axes: groups(c, g, a), replicates=40)
                     predicted[axes].append(stability.mean)
         found.append(
             {
@@ -135,41 +148,27 @@ def draws_and_splits(work: Path, layout: dict[str, int], draws: int = 8) -> list
     return found
 
 
-def _draw(kind, setting, sketches, counts, populations, generator) -> dict[str, np.ndarray]:  # type: ignore[no-untyped-def]
-    halves, sizes = [], []
+def _draw(kind, setting, sketches, counts, populations, generator) -> SubSamples:  # type: ignore[no-untyped-def]
+    quarters, sizes = [], []
     for sketch, count, population in zip(sketches, counts, populations, strict=True):
         order = generator.permutation(len(count))
         steps = [int(setting)] if kind == "fixed" else AUTO_STEPS
         for step in steps:
             pick = order[: max(1, -(-step // BLOCK))]
-            sums, size = sketch[pick].sum(axis=0, dtype=np.float64), count[pick].sum(axis=0).astype(float)
+            sums, size = sketch[pick].sum(axis=0, dtype=np.float64), count[pick].sum(axis=0)
             done = len(pick) == len(order) or step == steps[-1]
             if kind == "auto" and not done:
-                products = (sums @ sums.T)[None]
-                done = reliability(halves_from(products, size[None], population)).expected_cosine[0] >= setting
+                parts = sub_samples(sums @ sums.T, size[None], np.array([float(population)]))
+                done = reliability(parts).expected_cosine[0] >= setting
             if done:
                 break
-        halves.append(sums / size.sum())
+        quarters.append(sums)
         sizes.append(size)
-    rows, size = np.array(halves), np.array(sizes)
-    stacked = np.concatenate([rows[:, 0], rows[:, 1]])
-    half_gram, total = stacked @ stacked.T, size.sum(axis=1)
-    gradients = rows.sum(axis=1)
-    gram = gradients @ gradients.T
-    return {
-        "half_gram": half_gram,
-        "gram": gram,
-        "cosine": cosine_matrix(gram),
-        "share_even": size[:, 0] / total,
-        "q_even": 1 / size[:, 0],
-        "q_odd": 1 / size[:, 1],
-        "q": 1 / total,
-        "q_all": 1 / np.array(populations, dtype=float),
-        "examples": total,
-    }
+    flat = np.concatenate([np.array([sums[p] for sums in quarters]) for p in range(PARTS)])
+    return sub_samples(flat @ flat.T, np.array(sizes), np.array(populations, dtype=np.float64))
 
 
-def matched(found: list[list[str]], true: list[list[str]]) -> float:
+def matched(found: Groups, true: Groups) -> float:
     """Share of datasets in the same group, groups matched by the best assignment."""
     from scipy.optimize import linear_sum_assignment
 

@@ -53,17 +53,17 @@ def clocked(work: Callable[[], Any]) -> tuple[float, float]:
     return time.process_time() - cpu, time.perf_counter() - wall
 
 
-def time_ratio(model: Any, rows: list[Any], recipe: Any, label: str) -> dict[str, Any]:
+def time_ratio(model: Any, rows: list[Any], recipe: Any, batcher: Any, label: str) -> dict[str, Any]:
     """Seconds of a bare pass, and ratios of our two ways, over the same micro-batches."""
     import torch
 
     from merit.conflict.gradients import GradientMeter
     from merit.conflict.store import Sums
-    from merit.hf.batches import Batcher, iterate_batches, length_sorted_batches, target_losses
+    from merit.hf.batches import iterate_batches, length_sorted_batches, target_losses
 
     cpu = torch.device("cpu")
     meters = {
-        memory: GradientMeter(model, recipe.conflict, seed=0, batcher=Batcher(0), device=cpu, memory=memory)
+        memory: GradientMeter(model, recipe.conflict, seed=0, batcher=batcher, device=cpu, memory=memory)
         for memory in ("held", "streamed")
     }
     tokens = meters["held"].batch_tokens
@@ -71,10 +71,10 @@ def time_ratio(model: Any, rows: list[Any], recipe: Any, label: str) -> dict[str
 
     def bare() -> None:
         for part in range(4):
-            half = rows[part::4]
+            quarter = rows[part::4]
             model.zero_grad(set_to_none=True)
             for _, batch in iterate_batches(
-                half, length_sorted_batches([len(r.input_ids) for r in half], tokens), 0, cpu
+                quarter, length_sorted_batches([len(r.input_ids) for r in quarter], tokens), batcher, cpu
             ):
                 losses, counts = target_losses(model, batch)
                 (losses / counts).sum().backward()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmarks.conflict.blocks import BLOCK
+from benchmarks.conflict.blocks import read_blocks
 
 from merit.conflict.compare import agreement, compress
 from merit.conflict.geometry import gram_matrix
@@ -18,23 +18,9 @@ STRIDES = [5, 50]
 SEEDS = range(3)
 
 
-def sample_gradients(work: Path, examples: int = 200) -> dict[str, np.ndarray]:
-    """Mean gradient of the first ``examples`` drawn rows of every dataset, (parameters,) float32."""
-    import json
-
-    found = {}
-    for file in sorted((work / "blocks").glob("*.json")):
-        blocks = np.load(file.with_suffix(".npy"), mmap_mode="r")
-        rows = json.loads(file.read_text())["rows"]
-        count = min(len(blocks), examples // BLOCK)
-        total = np.asarray(blocks[:count]).sum(axis=(0, 1), dtype=np.float64)
-        found[file.stem] = (total / min(rows, examples)).astype(np.float32)
-    return found
-
-
 def fidelity(work: Path, layout: dict[str, int]) -> dict[str, Any]:
     """One entry per representation (a sketch's figures are means over seeds), and how uneven the gradients are."""
-    vectors = list(sample_gradients(work).values())
+    vectors = [blocks.sample for blocks in read_blocks(work)]
     true = cosine_matrix(gram_matrix(vectors))
     table = []
     for kind, settings in (("sketch", SKETCHES), ("stride", STRIDES)):

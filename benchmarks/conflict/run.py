@@ -2,8 +2,8 @@
 
     python -m benchmarks.conflict.run --base CHECKPOINT --mixture FOLDER --work SCRATCH [--part NAME]...
 
-Parts: time, memory, gram, blocks (exact gradients of the mixture on disk, by far the longest; the last two need them),
-fidelity, calibration. Results go to ``benchmarks/results/conflict.json`` and, as tables, ``conflict.md``. Set
+Parts: time, memory, gram, blocks (exact gradients of the mixture, by far the longest; the last two need them), fidelity,
+calibration. Results go to ``benchmarks/results/conflict.json`` and, as tables, ``conflict.md``. Set
 OMP_NUM_THREADS=1.
 """
 
@@ -38,22 +38,23 @@ def layout_of(recipe: Any) -> dict[str, int]:
 def time_part(recipe: Any, work: Path) -> dict[str, Any]:
     import torch
 
-    from merit.hf.base import open_base
+    from merit.hf.batches import Batcher
     from merit.hf.models import load_model
 
     torch.set_num_threads(1)
-    _, mixture = blocks.open_mixture(recipe, work)
-    model = load_model(open_base(recipe.model), torch.device("cpu"), trainable=True)
+    base, mixture = blocks.open_mixture(recipe, work)
+    model = load_model(base, torch.device("cpu"), trainable=True)
     by_length = sorted(mixture.values(), key=lambda d: (float(d.lengths.mean()), d.name))
     table = []
     for share in (0.1, 0.5, 0.9):
         dataset = by_length[int(share * len(by_length))]
         rows = [dataset[i] for i in range(min(len(dataset), 60))]
         label = f"{Path(recipe.model.base).name}, {dataset.name}"
-        table.append(cost.time_ratio(model, rows, recipe, label))
+        table.append(cost.time_ratio(model, rows, recipe, base.batcher, label))
         print(table[-1], flush=True)
     large = cost.random_qwen2(384, 6, 8192, 1536)
-    table.append(cost.time_ratio(large, cost.random_rows(24, 128, 8192), recipe, "Qwen2 architecture, random weights"))
+    random = cost.random_rows(24, 128, 8192)
+    table.append(cost.time_ratio(large, random, recipe, Batcher(0), "Qwen2 architecture, random weights"))
     return {"ratios": table, **cost.fold_rate()}
 
 
@@ -84,12 +85,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True)
     parser.add_argument("--mixture", required=True)
-    parser.add_argument("--work", type=Path, required=True, help="scratch folder, about 8 GB for the full mixture")
+    parser.add_argument("--work", type=Path, required=True, help="scratch folder, about 2 GB for the full mixture")
+    parser.add_argument("--include", action="append", help="only these datasets (patterns); may be repeated")
+    parser.add_argument("--rows", type=int, default=blocks.ROWS, help="rows per dataset that count as all of them")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that measure the blocks")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--part", choices=PARTS, action="append")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
-    recipe = blocks.make_recipe(given.base, given.mixture, given.max_length)
+    recipe = blocks.make_recipe(given.base, given.mixture, given.max_length, given.include or ["*"])
     file = RESULTS / "conflict.json"
     found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     found["machine"] = machine()
@@ -102,12 +106,12 @@ def main() -> None:
         elif part == "gram":
             found["gram"] = {str(threads): cost.gram_in_own_process(threads) for threads in (1, 2)}
         elif part == "blocks":
-            blocks.measure_blocks(recipe, given.work)
+            blocks.measure_blocks(recipe, given.work, given.rows, given.jobs)
         elif part == "fidelity":
             found["fidelity"] = fidelity.fidelity(given.work, layout_of(recipe))
         else:
             found["sensitivity"] = calibration.sensitivity(given.work)
-            found["schemes"] = calibration.draws_and_splits(given.work, layout_of(recipe))
+            found["schemes"] = calibration.draws_and_splits(given.work)
         RESULTS.mkdir(exist_ok=True)
         file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         (RESULTS / "conflict.md").write_text(report(found), encoding="utf-8")
