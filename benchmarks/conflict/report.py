@@ -115,20 +115,22 @@ the same over 24 datasets); fragmentation of the C allocator's heap is the likel
 
 def _gram(found: dict[str, Any]) -> str:
     labels = {
-        "gram": "Gram, float64 (ours)",
+        "quarters": "products of all quarter-samples (4,000 × 4,000), of which the Gram matrix is a sum",
         "pca": "cosines + principal components",
-        "numpy_float64_quarter": "peer: NumPy float64 product of a *quarter* of the columns",
-        "numpy_float32": "peer: NumPy float32 product of all",
-        "half_sample_gram": "half-sample products (2,000 × 2,000), for the error bars",
+        "noise": "noise of every gradient",
+        "spectrum": "judging three axes, with 19 mixtures without conflict",
+        "numpy_float32": "peer: NumPy float32 product of the gradients alone (1,000 × 1,000)",
+        "numpy_float64_sixteenth": "peer: NumPy float64 product of a *sixteenth* of the columns",
     }
     shown = [
         [label, *(f"{run[key]['cpu']:.1f} / {run[key]['wall']:.1f}" for run in found.values())]
         for key, label in labels.items()
     ]
-    return f"""## Gram and PCA, T = 1,000 at 2^18
+    memory = max(run["peak_mib"]["process"] for run in found.values())
+    return f"""## Geometry of T = 1,000 datasets, sketches of 2^18
 
-CPU / wall seconds, least of two. Target for Gram + PCA: ≤ 10 s on 2 cores. Other work took most of both cores meanwhile, so
-wall times say little; half of one thread's CPU time is what two free cores would need.
+CPU / wall seconds, least of two (products of quarters and the judgement: one); peak memory {memory:,.0f} MiB, of which the
+vectors themselves, which the stage reads from disk block by block, take 1,000.
 
 {table(["step", *(f"{threads} thread(s)" for threads in found)], shown)}"""
 
@@ -192,6 +194,7 @@ min on eight (datasets are independent).
 
 - Memory: float32 weights 28 GB + activations + the largest parameter's gradient (2.2 GB for 152,064 × 3,584).
 - Disk: 1 GiB of sketches + 4 GiB of quarter-samples; one entry in five of every gradient would be 5.6 TB in float32.
-- Gram + PCA: {gram["gram"]["cpu"] + gram["pca"]["cpu"]:.0f} s on one core, as above, whatever the model.
-- On a CPU core, folding the 7·10⁹ entries of a quarter-sample takes {7 * fold:.0f} s at the measured rate; its backward passes
-  (15,000 tokens) would take 3.5 h at 50 GFLOP/s."""
+- Geometry: {sum(gram[key]["cpu"] for key in ("quarters", "pca", "noise", "spectrum")):.0f} s on one core, as above,
+  whatever the model.
+- On a CPU core, folding the 7·10⁹ entries of a quarter-sample takes {7 * fold:.0f} s at the measured rate; its backward
+  passes (15,000 tokens) would take 3.5 h at 50 GFLOP/s."""

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from merit.conflict.reliability import SubSamples
-from merit.conflict.spectrum import Concentration, cut_gain, null_products, spectral_concentration, suggest_axes
+from merit.conflict.spectrum import (
+    Concentration,
+    Quarters,
+    cut_gain,
+    null_mixtures,
+    spectral_concentration,
+    suggest_axes,
+)
 from merit.split import pca
 from merit.split.components import cosine_matrix, principal_components
 from merit.split.view import MixtureView
@@ -132,13 +139,38 @@ def test_null_mixtures_keep_the_size_of_the_noise_and_have_no_conflict():
     parts = mixture(truth, 0.1 * low_rank_noise(60), 40, 0)
     shares = parts.shares.T
     means = parts.products() / (shares[:, None, :, None] * shares[None, :, None, :])
-    draws = np.array(null_products(means, 300, np.random.default_rng(0)))
-    cross = draws[:, 0, 1].mean(axis=0)
+    draws = list(null_mixtures(means, Quarters.of(means).scale(), 300, np.random.default_rng(0)))
+    cross = np.mean([draw.between(0, 1) for draw in draws], axis=0)
     off = ~np.eye(10, dtype=bool)
     assert np.ptp(cross[off]) < 0.3, "all pairs alike, though half of them point apart in the mixture"
-    noise = lambda m: np.mean([np.diag(m[p, p]) - np.diag(m[p, (p + 1) % 4]) for p in range(4)], axis=0)  # noqa: E731
-    unit = np.array([np.trace(means[:, :, i, i]) for i in range(10)]) / 4 - noise(means)
-    np.testing.assert_allclose(noise(draws.mean(axis=0)).mean(), (noise(means) / unit).mean(), rtol=0.2)
+
+    def noise(quarters: Quarters) -> np.ndarray:
+        return np.mean([np.diag(quarters.between(p, p) - quarters.between(p, (p + 1) % 4)) for p in range(4)], axis=0)
+
+    measured = noise(Quarters.of(means))
+    unit = np.array([np.trace(means[:, :, i, i]) for i in range(10)]) / 4 - measured
+    np.testing.assert_allclose(np.mean([noise(draw) for draw in draws]), (measured / unit).mean(), rtol=0.2)
+
+
+def test_sums_of_quarters_are_those_of_the_vectors_themselves():
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(4, 5, 9))
+    means = np.einsum("pid,rjd->prij", vectors, vectors)
+    quarters = Quarters.of(means)
+    u = np.array([1.0, -2.0, 0.0, 3.0])
+    total = np.einsum("p,pid->id", u, vectors)
+    np.testing.assert_allclose(quarters.square(u), total @ total.T)
+    np.testing.assert_allclose(quarters.between(0, 2), (means[0, 2] + means[2, 0]) / 2)
+    # The same quarters, in another basis and with a part that all share.
+    basis = np.linalg.qr(rng.normal(size=(4, 4)))[0]
+    common = rng.normal(size=9)
+    made = np.einsum("kp,kid->pid", basis, vectors) + common
+    pairs = [(k, m) for k in range(4) for m in range(k, 4)]
+    blocks = {(k, m): means[k, m] if k == m else means[k, m] + means[m, k] for k, m in pairs}
+    other = Quarters(blocks, basis, float(common @ common), (made - common) @ common)
+    again = Quarters.of(np.einsum("pid,rjd->prij", made, made))
+    np.testing.assert_allclose(other.square(u), again.square(u))
+    np.testing.assert_allclose(other.scale(), again.scale())
 
 
 def test_one_dataset_against_all_others_is_no_room_for_a_balanced_cut():

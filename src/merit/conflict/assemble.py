@@ -23,7 +23,7 @@ SAME = 1e-6
 """Cosines closer to 1 than this are of one gradient, measured twice."""
 
 _DOUBLE_LIMIT = 256
-"""Up to so many datasets quarter-sample products are computed in float64; above, blocks in float32 added in float64."""
+"""Up to so many datasets products are computed in float64; above, blocks in float32 added in float64, quarters alone."""
 
 
 def build_geometry(
@@ -33,9 +33,7 @@ def build_geometry(
     order = sorted(range(len(measured)), key=lambda i: measured[i].name)
     items = [measured[i] for i in order]
     count = len(items)
-    gram = geometry.gram_matrix([item.vector(store) for item in items])
-    vectors = [item.vector(store, part) for part in range(PARTS) for item in items]
-    quarters = geometry.gram_matrix(vectors, np.float64 if count <= _DOUBLE_LIMIT else np.float32)
+    gram, quarters = _products(items, store)
     parts = sub_samples(items, quarters)
     noise = reliability(parts)
     cosine = cosine_matrix(gram)
@@ -73,6 +71,17 @@ def build_geometry(
     return Geometry(
         arrays, table, _summary(arrays, table, concentration, settings, _duplicates(measured, arrays.cosine))
     )
+
+
+def _products(items: Sequence[Measured], store: GradientStore) -> tuple[np.ndarray, np.ndarray]:
+    """Inner products of the gradients (T, T) and of their quarters (4T, 4T)."""
+    count = len(items)
+    vectors = [item.vector(store, part) for part in range(PARTS) for item in items]
+    if count <= _DOUBLE_LIMIT:
+        return geometry.gram_matrix([item.vector(store) for item in items]), geometry.gram_matrix(vectors)
+    quarters = geometry.gram_matrix(vectors, np.float32)
+    gram = quarters.reshape(PARTS, count, PARTS, count).sum(axis=(0, 2))
+    return (gram + gram.T) / 2, quarters
 
 
 def _duplicates(measured: Sequence[Measured], cosine: np.ndarray) -> list[list[str]]:

@@ -6,7 +6,7 @@ and the same figures for mixtures without any conflict, made from the measured n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -27,6 +27,7 @@ _FEWEST = 6
 _HADAMARD = np.array([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]]) / 2
 _PAIRS = tuple((pair, tuple(set(range(PARTS)) - set(pair))) for pair in combinations(range(PARTS), 2))
 """The six ways to choose an axis on two quarters and to judge it on the other two."""
+_ONE = np.eye(PARTS)
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ def spectral_concentration(
     small samples do not look like gradients of another kind.
 
     *Null.* The same figures for mixtures in which every dataset has the same gradient, and its own measured noise
-    (:func:`null_products`): 99 of them (39 above 200 datasets). An axis counts only above all of them.
+    (:func:`null_mixtures`): 99 of them (39 above 200 datasets, 19 above 400, where they scatter less). An axis counts only
+    above all of them.
 
     Args:
         parts: The quarters of all T datasets, in name order.
@@ -106,10 +108,11 @@ def spectral_concentration(
         shares = parts.shares[judged].T
         means = products[grid] / (shares[:, None, :, None] * shares[None, :, None, :])
         chosen = [names[i] for i in judged]
-        held = _Held.of(means, weights[judged], chosen, fewer)
-        generator = np.random.Generator(np.random.PCG64(0))
-        for null in null_products(means, 99 if len(judged) <= 200 else 39, generator):
-            cosine = cosine_matrix(null.sum(axis=(0, 1)))
+        quarters = Quarters.of(means)
+        held = _Held.of(quarters, weights[judged], chosen, fewer)
+        draws = 99 if len(judged) <= 200 else 39 if len(judged) <= 400 else 19
+        for null in null_mixtures(means, quarters.scale(), draws, np.random.Generator(np.random.PCG64(0))):
+            cosine = cosine_matrix(null.square(np.ones(PARTS)))
             seen = _Seen.of(cosine, weights[judged], chosen, fewer)
             nulls.append((seen.ratio, seen.sign_ratio, _Held.of(null, weights[judged], chosen, fewer).signal))
     limits = np.max(nulls, axis=0) if nulls else None
@@ -177,13 +180,13 @@ class _Held:
     seen: np.ndarray
 
     @classmethod
-    def of(cls, means: np.ndarray, weights: np.ndarray, names: Sequence[str], axes: int) -> _Held:
-        """From products of quarter means (4, 4, T, T)."""
-        unit = _unbiased_scale(means)
+    def of(cls, quarters: Quarters, weights: np.ndarray, names: Sequence[str], axes: int) -> _Held:
+        """From products of quarter means."""
+        unit = quarters.scale()
         gain, random, seen = np.zeros((3, axes))
         for (a, b), (c, d) in _PAIRS:
-            cosine = cosine_matrix(means[a, a] + means[b, b] + means[a, b] + means[b, a])
-            other = (means[c, d] + means[d, c]) / 2 * unit
+            cosine = cosine_matrix(quarters.square(_ONE[a] + _ONE[b]))
+            other = quarters.between(c, d) * unit
             for k, cut in enumerate(successive_splits(leading_scores(cosine, axes), weights, names)):
                 held = cut_gain(other, cut)
                 gain[k] += held[0]
@@ -200,49 +203,98 @@ class _Held:
         return _over(self.gain, self.random)
 
 
-def _unbiased_scale(means: np.ndarray) -> np.ndarray:
-    """1 / (‖G_i‖‖G_j‖) (T, T), norms from products of different quarters; not below a quarter of the plain norm."""
-    own = np.diagonal(means, axis1=2, axis2=3)
-    plain = own.mean(axis=(0, 1))
-    unbiased = (own.sum(axis=(0, 1)) - np.trace(own)) / (PARTS * (PARTS - 1))
-    norms = np.sqrt(np.maximum(unbiased, plain / 16))
-    return np.asarray(1.0 / np.outer(norms, norms))
+@dataclass(frozen=True)
+class Quarters:
+    """Inner products of the quarter means of T datasets, by those of four vectors v_k per dataset that they are made of.
+
+    Quarter p of dataset i is ``common`` + Σ_k basis[k, p] v_k(i); only sums of quarters are ever formed, as (T, T).
+
+    Attributes:
+        blocks: At k ≤ l: ⟨v_k of i, v_l of j⟩, plus the same with i and j exchanged where k < l; (T, T).
+        basis: (4, 4).
+        common: Squared length of a vector that all quarters of all datasets share.
+        drift: Its products (4, T) with the rest of every quarter.
+    """
+
+    blocks: dict[tuple[int, int], np.ndarray]
+    basis: np.ndarray
+    common: float
+    drift: np.ndarray
+
+    @classmethod
+    def of(cls, means: np.ndarray) -> Quarters:
+        """From ⟨S_p/a_p of i, S_r/a_r of j⟩, (4, 4, T, T)."""
+        blocks = {
+            (p, r): means[p, r] if p == r else means[p, r] + means[r, p] for p in range(PARTS) for r in range(p, PARTS)
+        }
+        return cls(blocks, np.eye(PARTS), 0.0, np.zeros((PARTS, means.shape[2])))
+
+    def square(self, u: np.ndarray) -> np.ndarray:
+        """Products (T, T) of Σ_p u_p · quarter p."""
+        along, total = u @ self.drift, float(u.sum())
+        found: np.ndarray = total**2 * self.common + total * (along[:, None] + along[None, :])
+        weights = self.basis @ u
+        for (k, m), block in self.blocks.items():
+            if weights[k] and weights[m]:
+                found += weights[k] * weights[m] * block
+        return found
+
+    def between(self, p: int, r: int) -> np.ndarray:
+        """Products (T, T) of quarter p with quarter r, mean over both ways round."""
+        return np.asarray((self.square(_ONE[p] + _ONE[r]) - self.square(_ONE[p] - _ONE[r])) / 4)
+
+    def scale(self) -> np.ndarray:
+        """1 / (‖G_i‖‖G_j‖) (T, T), norms from products of different quarters; not below a quarter of the plain norm."""
+        along = {pair: np.diag(block) for pair, block in self.blocks.items()}
+
+        def squared(u: np.ndarray) -> np.ndarray:
+            weights, total = self.basis @ u, float(u.sum())
+            own = sum(weights[k] * weights[m] * values for (k, m), values in along.items())
+            return np.asarray(total**2 * self.common + 2 * total * (u @ self.drift) + own)
+
+        trace = np.sum([squared(one) for one in _ONE], axis=0)
+        whole = squared(np.ones(PARTS))
+        norms = np.sqrt(np.maximum((whole - trace) / (PARTS * (PARTS - 1)), whole / PARTS**2 / 16))
+        return np.asarray(1.0 / np.outer(norms, norms))
 
 
-def null_products(means: np.ndarray, draws: int, generator: np.random.Generator) -> list[np.ndarray]:
-    """Products of quarter means (4, 4, T, T) of mixtures whose datasets all have one gradient, with their measured noise.
+def null_mixtures(
+    means: np.ndarray, scale: np.ndarray, draws: int, generator: np.random.Generator
+) -> Iterator[Quarters]:
+    """Mixtures whose datasets all have one gradient, with their measured noise.
 
     In units of its own norm, a dataset's quarters span the grand mean and three contrasts, which hold noise alone. A null
-    mixture has quarters m + ½ Σ_k H_pk c_k for every dataset: m the mixture's mean direction with unit length, H the
-    Hadamard signs, c_1..c_3 the dataset's own contrasts in random order with random signs, and c_0, the noise of its mean,
-    a contrast of another dataset scaled to its noise. So the noise keeps its size in every dataset and its real, low-ranked
-    shape; norms, axes, cuts and figures are then found anew.
+    mixture has quarters m + Σ_k H_kp c_k for every dataset: m the mixture's mean direction with unit length, H the
+    Hadamard signs over two, c_1..c_3 the dataset's own contrasts in random order with random signs, and c_0, the noise of
+    its mean, a contrast of another dataset scaled to its noise. So the noise keeps its size in every dataset and its real,
+    low-ranked shape; norms, axes, cuts and figures are then found anew.
 
     Args:
         means: ⟨S_p/a_p of i, S_r/a_r of j⟩, (4, 4, T, T).
+        scale: (T, T): what makes them products of gradients in units of their norms.
         draws: Number of null mixtures.
         generator: Of the draws.
     """
     count = means.shape[2]
-    products = np.einsum("ka,lb,abij->kilj", _HADAMARD, _HADAMARD, means * _unbiased_scale(means), optimize=True)
+    products = np.einsum("ka,lb,abij->kilj", _HADAMARD, _HADAMARD, means * scale, optimize=True)
     noise = products[1:, :, 1:, :].reshape(3 * count, 3 * count)
     length = max(float(products[0, :, 0, :].mean()) / PARTS, 1e-12)  # squared, of the mean over all quarters
     along = products[1:, :, 0, :].mean(axis=2).reshape(3 * count) / 2 / np.sqrt(length)
     size = np.sqrt(np.diag(noise).reshape(3, count).mean(axis=0))
     size = np.where(size > 0, size, 1e-300)
-    found = []
+    del products
     for _ in range(draws):
         other = generator.permutation(count)
         order = generator.permuted(np.tile(np.arange(3), (count, 1)), axis=1).T  # (3, T)
-        places = np.vstack([generator.integers(0, 3, count) * count + other, order * count + np.arange(count)]).ravel()
-        signs = generator.choice([-1.0, 1.0], (PARTS, count))
-        signs[0] *= size / size[other]
-        factor = signs.ravel()
-        contrasts = (noise[np.ix_(places, places)] * np.outer(factor, factor)).reshape(PARTS, count, PARTS, count)
-        mixed = np.einsum("ka,lb,kilj->abij", _HADAMARD, _HADAMARD, contrasts, optimize=True)
-        drift = _HADAMARD.T @ (along[places] * factor).reshape(PARTS, count)
-        found.append(1.0 + drift[:, None, :, None] + drift[None, :, None, :] + mixed)
-    return found
+        places = np.vstack([generator.integers(0, 3, count) * count + other, order * count + np.arange(count)])
+        factors = generator.choice([-1.0, 1.0], (PARTS, count))
+        factors[0] *= size / size[other]
+        blocks = {}
+        for k in range(PARTS):
+            for m in range(k, PARTS):
+                block = noise[np.ix_(places[k], places[m])] * np.outer(factors[k], factors[m])
+                blocks[k, m] = block if k == m else block + block.T
+        yield Quarters(blocks, _HADAMARD, 1.0, _HADAMARD.T @ (along[places] * factors))
 
 
 def leading_scores(cosine: np.ndarray, axes: int) -> np.ndarray:
@@ -268,13 +320,18 @@ def successive_splits(scores: np.ndarray, weights: np.ndarray, names: Sequence[s
 
 def cut_gain(matrix: np.ndarray, groups: Groups) -> tuple[float, float]:
     """Gain sᵀMs of the last cuts that made ``groups`` (both sides of a part in a row), and its mean over random cuts."""
+    sides = np.zeros((len(matrix), len(groups)))
+    for k, group in enumerate(groups):
+        sides[group, k] = 1.0
+    sums, traces, sizes = sides.T @ (matrix @ sides), np.diag(matrix) @ sides, sides.sum(axis=0)
     gain = random = 0.0
-    for lower, upper in zip(groups[::2], groups[1::2], strict=True):
-        part, size = [*lower, *upper], len(lower) + len(upper)
-        centred = doubly_centred(matrix[np.ix_(part, part)])
-        s = np.repeat([-1.0, 1.0], [len(lower), len(upper)])
-        gain += float(s @ centred @ s)
-        random += 4 * len(lower) * len(upper) / (size * (size - 1)) * float(np.trace(centred))
+    for k in range(0, len(groups), 2):
+        pair = slice(k, k + 2)
+        size, between = sizes[pair].sum(), sums[pair, pair]
+        s = np.array([-1.0, 1.0]) - (sizes[k + 1] - sizes[k]) / size  # the part's mean taken out
+        gain += float(s @ between @ s)
+        trace = traces[pair].sum() - between.sum() / size
+        random += float(4 * sizes[k] * sizes[k + 1] / (size * (size - 1)) * trace)
     return gain, random
 
 
