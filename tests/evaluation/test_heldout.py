@@ -18,7 +18,7 @@ from merit.evaluation.heldout import (
 )
 from merit.hf.batches import Batcher
 from merit.hf.rows import EncodedRow
-from merit.mixture import encode_chat
+from merit.mixture.encode import encode_chat
 
 CPU = torch.device("cpu")
 

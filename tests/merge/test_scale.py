@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from merit.errors import MergeError
+from merit.merge.curve import trade_off_svg
 from merit.merge.line import Line
 from merit.merge.weights import Losses, Point, ScaleSearch, pick_scale, search_scale
-from merit.report.merge import trade_off_svg
 
 
 def states(dtype=torch.float32):

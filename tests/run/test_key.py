@@ -72,7 +72,7 @@ def test_how_an_answer_is_made_decides_nothing(blocks: dict[str, Any]) -> None:
         ({"merge": {"operator": "ties"}}, {"merged"}),
         ({"mixture": {"samples": 5}}, {"mixture"}),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else " ".join(sorted(value)),
 )
 def test_each_setting_makes_stale_what_it_decides(blocks: dict[str, Any], stale: set[str]) -> None:
     assert changed(**blocks) == stale
