@@ -113,7 +113,7 @@ def test_an_output_that_appears_meanwhile_is_not_overwritten(tmp_path, case):
     def progress(done, total, label=""):
         (tmp_path / "out").mkdir(exist_ok=True)
 
-    with pytest.raises(MergeError, match="exists already"):
+    with pytest.raises(MergeError, match="already exists"):
         run_merge(plan, progress)
     assert left(tmp_path) == ["b0", "b1", "base", "out"]
     assert left(tmp_path / "out") == []

@@ -455,11 +455,11 @@ REFUSALS = {
     ),
     "nan": (
         lambda b: change(b, model__norm__weight=torch.full((16,), float("nan")).bfloat16()),
-        r"model\.norm\.weight holds NaN or infinity in branch 1",
+        r"model\.norm\.weight contains NaN or infinity in branch 1",
     ),
     "infinity": (
         lambda b: change(b, model__scalar=torch.tensor(-float("inf")).bfloat16()),
-        r"model\.scalar holds NaN or infinity in branch 1",
+        r"model\.scalar contains NaN or infinity in branch 1",
     ),
     "config": (
         lambda b: (b.path / "config.json").write_text(json.dumps({"hidden_size": 32})),
@@ -513,7 +513,7 @@ def test_impossible_settings_are_refused(tmp_path, base, branches):
             make_plan(base, branches, output=out, **{key: value})
     with pytest.raises(MergeError, match="auto needs"):
         make_plan(base, branches, output=out, scale="auto")
-    with pytest.raises(MergeError, match="exists already"):
+    with pytest.raises(MergeError, match="already exists"):
         make_plan(base, branches, output=one.path)
     with pytest.raises(MergeError, match="overlaps the input"):
         make_plan(base, branches, output=one.path / "out")

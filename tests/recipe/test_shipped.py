@@ -53,7 +53,7 @@ def test_vision_flan(merit: Callable[..., Result]) -> None:
     assert plan["memory_bytes"] == 4 * 3_754_622_976 + 12 * 3_085_938_688
     models = 17 + 2  # branches, the run's merge and random's
     assert plan["disk_bytes"] == 2 * 3_754_622_976 * models + 4 * 3_754_622_976 + 8 * 3_085_938_688
-    assert any("not looked at: the mixture" in note for note in plan["notes"])
+    assert any("not checked: the mixture" in note for note in plan["notes"])
     recipe = load_recipe(PAPER / "vision-flan-3b.yaml")
     assert recipe.model.max_pixels == 784 * 784
     assert recipe.conflict.examples == 200
@@ -181,4 +181,4 @@ def test_what_is_not_here_is_listed_whatever_it_is_for(merit: Callable[..., Resu
         ("c", plans.UNSEEN),
     ]
     assert plan["kept"] == ["k"]
-    assert any("not looked at: 3 datasets, b, c, k." in note for note in plan["notes"])
+    assert any("not checked: 3 datasets, b, c, k." in note for note in plan["notes"])

@@ -98,7 +98,7 @@ def test_damaged_outputs_are_found_by_content(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=re.escape(f"{file} is damaged: its content is not what was written")):
         stage.verify()
     file.write_text("wei")
-    with pytest.raises(RunFolderError, match="it has 3 bytes, 7 were written"):
+    with pytest.raises(RunFolderError, match="it has 3 bytes, but 7 were written"):
         stage.verify()
     file.unlink()
     with pytest.raises(RunFolderError, match="it is missing"):

@@ -1,8 +1,8 @@
 """A PEFT LoRA adapter, read from its files without PEFT: which tensors of the base it changes, and by how much.
 
 A branch's update is ΔW_k = s_k B_k A_k with s = α/r (rsLoRA: α/√r). Biases, ``modules_to_save`` and embedding adapters are
-part of a branch. Only what is known to be exactly θ0 + s·B·A is accepted (LoRA and rsLoRA from an initialisation that leaves
-the base alone); everything else is refused by name: DoRA, PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, KaSA, convolutions,
+part of a branch. Only adapters known to be exactly θ0 + s·B·A are accepted (LoRA and rsLoRA whose initialisation leaves
+the base unchanged); everything else is refused: DoRA, PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, KaSA, convolutions,
 adapters on tied output heads, and whatever a later PEFT adds.
 
 Source: Hu et al., LoRA, arXiv:2106.09685, §4.1; Kalajdzievski, rsLoRA, arXiv:2312.03732.
@@ -29,10 +29,10 @@ __all__ = ["Adapter", "LowRank", "module_of", "read_adapter", "read_adapters"]
 
 _PREFIX = "base_model.model."
 _EXACT_STARTS = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
-"""``init_lora_weights`` that leave the base's weights alone."""
+"""Values of ``init_lora_weights`` that leave the base's weights unchanged."""
 _SAME = {"fan_in_fan_out": False, "bias": "none", "lora_bias": False}
 _SAME |= dict.fromkeys(("target_modules", "modules_to_save", "layers_to_transform"))
-"""Settings in which adapters of one merge must agree, with what PEFT means where a file does not name them."""
+"""Settings on which the adapters of a merge must agree, with PEFT's default for files that do not have them."""
 _NEUTRAL = {
     *(
         "task_type",
@@ -50,7 +50,7 @@ _NEUTRAL = {
         "eva_config",
         "corda_config",
         "lora_ga_config",
-    ),  # matter at the start alone: init_lora_weights tells
+    ),  # matter only for initialisation, which init_lora_weights shows
 }
 """Other settings that are read here, or that do not change what the saved tensors mean."""
 _NAMES = {
@@ -66,7 +66,7 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class LowRank:
-    """One module's pair: names of A (r, in) and B (out, r) on disk, the scale s, and whether the base stores Wᵀ."""
+    """One module's pair: names of A (r, in) and B (out, r) on disk, scale s, and whether the base stores Wᵀ."""
 
     a: str
     b: str
@@ -79,7 +79,7 @@ class Adapter:
     """One PEFT LoRA adapter, headers only.
 
     Attributes:
-        branch: Where it comes from.
+        branch: The branch it belongs to.
         head: Headers of adapter_model.safetensors.
         config: adapter_config.json.
         pairs: By the base's tensor name: the low-rank update of that tensor.
@@ -117,7 +117,7 @@ class Adapter:
         values = to_float(read_tensor(self.head, name), self.head.tensors[name].dtype)
         if not np.isfinite(values).all():
             raise MergeError(
-                f"{name} holds NaN or infinity in {self.branch.name} ({self.head.folder}). Nothing was written."
+                f"{name} contains NaN or infinity in {self.branch.name} ({self.head.folder}). Nothing was written."
             )
         return values
 
@@ -161,7 +161,7 @@ def read_adapter(branch: Branch, base: Checkpoint) -> Adapter:
         target: _low_rank(branch, head, config, target, base.tensors[target], names) for target, names in pairs.items()
     }
     if not (low_rank or full):
-        raise MergeError(f"{branch.name} ({branch.path}) holds no adapter tensors.")
+        raise MergeError(f"{branch.name} ({branch.path}) has no adapter tensors.")
     return Adapter(branch, head, config, low_rank, full, shifts)
 
 
@@ -169,7 +169,7 @@ def _rank(branch: Branch, head: Checkpoint, bias: str) -> int:
     """Rank of the module that ``lora_B``'s own bias belongs to."""
     a = head.tensors.get(bias.replace("lora_B.bias", "lora_A.weight"))
     if a is None or not a.shape or not a.shape[0]:
-        raise CheckpointError(f"{branch.path} holds {bias} without its lora_A.")
+        raise CheckpointError(f"{branch.path} has {bias} without its lora_A.")
     return a.shape[0]
 
 
@@ -190,15 +190,15 @@ def module_of(name: str) -> str:
 
 
 def _check_kind(branch: Branch, config: Mapping[str, object]) -> None:
-    """Refuse by name whatever is not known to be merged exactly."""
+    """Refuse every adapter type that is not known to be merged exactly."""
     way_out = "Merge every branch to full weights first (PEFT: merge_and_unload), then merge the checkpoints."
     if config.get("peft_type") != "LORA":
         raise MergeError(f"{branch.name} is a {config.get('peft_type')!r} adapter; only LORA can be merged.", way_out)
     start = str(config.get("init_lora_weights", True)).lower()
     if start not in _EXACT_STARTS:
         raise MergeError(
-            f"{branch.name} was initialised with init_lora_weights: {start}, which changes the base (or is not known here): "
-            "θ0 + s·B·A is not its model.",
+            f"{branch.name} was initialised with init_lora_weights: {start}, which changes the base (or is unknown here): "
+            "its model is not θ0 + s·B·A.",
             "Convert it to a plain LoRA when saving (path_initial_model_for_weight_conversion), or merge to full weights.",
         )
     for key, value in config.items():
@@ -231,25 +231,25 @@ def _low_rank(
     branch: Branch, head: Checkpoint, config: Mapping[str, Any], target: str, base: TensorInfo, names: Mapping[str, str]
 ) -> LowRank:
     if set(names) != {"a", "b"}:
-        raise CheckpointError(f"{branch.path} holds only one of lora_A and lora_B for {target}.")
+        raise CheckpointError(f"{branch.path} has only one of lora_A and lora_B for {target}.")
     a, b = head.tensors[names["a"]].shape, head.tensors[names["b"]].shape
     transposed = bool(config.get("fan_in_fan_out")) or "lora_embedding_A" in names["a"]
     fits = len(a) == len(b) == 2 and 0 < a[0] == b[1] and base.shape == ((a[1], b[0]) if transposed else (b[0], a[1]))
     if not fits:
         raise MergeError(
-            f"{target} is {base.shape} in the base, but {branch.name} holds A {a} and B {b} for it.",
+            f"{target} is {base.shape} in the base, but {branch.name} has A {a} and B {b} for it.",
             "The adapter belongs to another base, or its fan_in_fan_out is wrong. Nothing was written.",
         )
     return LowRank(names["a"], names["b"], _scale(branch, config, module_of(names["a"]), a[0]), transposed)
 
 
 def _setting(value: object, default: object) -> object:
-    """A setting's meaning: lists without order, absent and empty ones as the default."""
+    """A setting, normalised: lists without order, absent and empty ones as the default."""
     return sorted(map(str, value)) if isinstance(value, list) and value else (value or default)
 
 
 def read_adapters(base: Checkpoint, branches: Sequence[Branch]) -> tuple[list[Adapter], list[str]]:
-    """The adapters, checked to belong together, and warnings."""
+    """The adapters, checked to be compatible, and warnings."""
     adapters = [read_adapter(branch, base) for branch in branches]
     first = adapters[0]
     for other in adapters[1:]:
@@ -268,5 +268,5 @@ def read_adapters(base: Checkpoint, branches: Sequence[Branch]) -> tuple[list[Ad
 
 
 def rank_of(adapter: Adapter) -> int:
-    """Its largest rank; 0 when it holds tensors saved in full alone."""
+    """Its largest rank; 0 if all its tensors were saved in full."""
     return max((adapter.head.tensors[p.a].shape[0] for p in adapter.pairs.values()), default=0)

@@ -1,6 +1,6 @@
-"""Do these checkpoints belong together? Names, shapes, dtypes, config and tokenizer, from headers and small files alone.
+"""Are these checkpoints compatible? Names, shapes, dtypes, config and tokenizer, from headers and small files only.
 
-Nothing here reads tensor data. What cannot be merged is refused by name; what is odd but harmless becomes a warning.
+Nothing here reads tensor data. What cannot be merged is an error that names it; harmless differences become warnings.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = [
     "match_tensors",
 ]
 
-# Parts of names of settings that change what the weights mean; another unknown setting that differs is a warning.
+# Parts of names of settings that change what the weights mean; any other setting that differs gives a warning.
 _MEANING = re.compile(
     "rope|rotary|position|window|layer|scal|multiplier|cap|alibi|hidden|size|dim|head|intermediate|width|depth|expert|rank|"
     "groups|kernel|stride|act|norm|eps|bias|tie_|model_type|attention|qk_|top_k|factor|theta|moe|gate|parallel_residual|conv|"
@@ -59,7 +59,7 @@ def match_tensors(
     Args:
         base: Headers of θ0.
         branch: Headers of θ_k.
-        name: How messages call the branch.
+        name: Name of the branch in messages.
         any_float: Accept a floating dtype other than the base's.
 
     Returns:
@@ -67,7 +67,7 @@ def match_tensors(
         copy that the base does not store; warnings).
 
     Raises:
-        MergeError: A tensor is missing, unknown, or of another shape or dtype.
+        MergeError: A tensor is missing, unknown, or has another shape or dtype.
     """
     notes: list[str] = []
     found = {n: t for n, t in branch.tensors.items() if n in base.tensors}
@@ -84,7 +84,7 @@ def match_tensors(
                 copies.append((branch.tensors[stored], branch.tensors[other]))
             extra = extra - {other}
             notes.append(
-                f"{name} stores the tied tensor {stored} as {other}, too or instead; the merged model stores {stored}."
+                f"{name} stores the tied tensor {stored} as {other} (also or instead); the merged model stores {stored}."
             )
     if missing or extra:
         renamed = _renamed(base, branch, found)
@@ -101,7 +101,7 @@ def match_tensors(
                 f"{key} is {tensor.shape} in the base but {other_tensor.shape} in {name}."
                 + _vocabulary_hint(key, tensor, other_tensor),
                 "All branches must start from the same base.",
-                f"Nothing was written. Retrain the odd branch, or leave it out ({name}).",
+                f"Nothing was written. Retrain the differing branch, or leave it out ({name}).",
             )
         if other_tensor.dtype != tensor.dtype and not (
             any_float and {tensor.dtype.kind, other_tensor.dtype.kind} == {"float"}
@@ -159,7 +159,7 @@ def _refuse_names(base: Checkpoint, name: str, missing: list[str], extra: list[s
     raise MergeError(
         f"{name} {' and '.join(parts)}.",
         f"All branches must start from the same base ({base.folder}); no tensor is dropped silently.",
-        f"Nothing was written. Retrain the odd branch, or leave it out ({name}).",
+        f"Nothing was written. Retrain the differing branch, or leave it out ({name}).",
     )
 
 
@@ -174,7 +174,7 @@ def check_config(base: Path, branch: Path, name: str) -> list[str]:
     """
     configs = read_config(base), read_config(branch)
     ours, theirs = map(_flat, configs)
-    if ours.keys() != theirs.keys():  # another library version may spell defaults out: let the library complete both
+    if ours.keys() != theirs.keys():  # another library version may write out defaults: let the library complete both
         complete = [_completed(config) for config in configs]
         if all(complete):
             both = ours.keys() & theirs.keys()
@@ -206,7 +206,7 @@ def _completed(config: Mapping[str, Any]) -> dict[str, Any]:
     try:
         full = known[config["model_type"]].from_dict(dict(config)).to_dict()
         return _flat(json.loads(json.dumps(full, default=str)))
-    except Exception:  # settings that the library refuses are compared as they stand
+    except Exception:  # settings that the library refuses are compared as they are
         return {}
 
 
@@ -215,11 +215,11 @@ def _shown(value: object) -> str:
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by dotted name; rope settings under the one name that library versions agree on, unset ones left out."""
+    """Settings by dotted name; rope settings under one name for all library versions, unset ones left out."""
     result: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
-            rope = key in ("rope_parameters", "rope_scaling")  # the text model's, wherever a library version keeps it
+            rope = key in ("rope_parameters", "rope_scaling")  # the text model's, wherever the library version puts it
             inner = ("" if prefix == "text_config." else prefix) if rope else f"{prefix}{key}."
             result.update(_flat(value, inner))
         elif value is not None:
@@ -231,7 +231,7 @@ def check_tokenizer(base: Path, branch: Path, name: str) -> list[str]:
     """Compare the tokenizers' vocabularies, merges and added tokens; a branch without tokenizer files passes.
 
     Returns:
-        Warnings (another normalizer, pre-tokenizer or post-processor: ids of the same text can differ).
+        Warnings (a different normalizer, pre-tokenizer or post-processor: ids of the same text can differ).
 
     Raises:
         MergeError: The vocabularies differ.
@@ -271,10 +271,10 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
 
 
 def check_adapter_bases(base: Path, recorded: Mapping[str, str]) -> list[str]:
-    """Compare the bases that adapters name in their configs (by adapter, "" for none); local paths where they lead.
+    """Compare the bases that adapters name in their configs (by adapter, "" for none); local paths are resolved.
 
     Returns:
-        Warnings (they name another folder than ``base``).
+        Warnings (they name a folder other than ``base``).
 
     Raises:
         MergeError: They name different bases.
@@ -285,7 +285,7 @@ def check_adapter_bases(base: Path, recorded: Mapping[str, str]) -> list[str]:
         if other != where:
             raise MergeError(
                 f"Adapters differ in base_model_name_or_path: {recorded[first]!r} in {first}, {recorded[name]!r} in {name}.",
-                "Adapters of different bases cannot be merged; where it is one base, write one path into both configs.",
+                "Adapters of different bases cannot be merged; if it is the same base, write the same path in both configs.",
             )
     if Path(where).is_absolute() and Path(where) != base.resolve():
         return [f"The adapters name {where} as their base; they are merged with {base}."]
@@ -303,14 +303,14 @@ def common_chat_template(base: Path, branches: Mapping[str, Path]) -> tuple[str 
     templates = {name: chat_template(folder) for name, folder in branches.items()}
     texts = {json.dumps(text) for text in templates.values() if text is not None}
     if len(texts) == 1:
-        return json.loads(texts.pop()), ["The base has no chat template; the branches' common one is carried along."]
-    return None, ["The branches' chat templates differ and the base has none: none is carried along."] if texts else []
+        return json.loads(texts.pop()), ["The base has no chat template; the one that all branches share is included."]
+    return None, ["The branches' chat templates differ and the base has none: none is included."] if texts else []
 
 
 def common_processor(base: Path, branches: Sequence[Path]) -> dict[str, Path]:
     """Image processor files that the merged model gets instead of the base's: those that all branches were trained with.
 
-    A branch that was trained with a lower pixel limit says so in them. Where branches differ, the base's files stay.
+    They contain a lowered pixel limit, if there is one. Where branches differ, the base's files are kept.
     """
     names = processor_files(base)
     found = [processor_files(branch) for branch in branches]

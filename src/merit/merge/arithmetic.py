@@ -1,9 +1,9 @@
 """Arithmetic of the merge: correctly rounded linear combinations of stored tensors, block by block. Pure, no files.
 
 ``Combination`` computes y = round(Σ_k c_k x_k) with *rational* coefficients c_k, such that every element is the exact real
-sum rounded once to the output dtype (to nearest, ties to even). So the result depends on no thread count, order, or CPU.
+sum rounded once to the output dtype (to nearest, ties to even). The result does not depend on thread count, order or CPU.
 It works in two steps (Ziv's strategy): a fast floating sum s with a known error bound e; elements that round alike at s − e
-and s + e are done, the few others are decided by exact arithmetic. Because of the second step the first may be float32 for
+and s + e are done, the few others are decided by exact arithmetic. Thanks to the second step the first may be float32 for
 bfloat16 tensors (float64 for all others). Not covered: float64 outputs, which are within (K + 3) float64 roundings.
 
 Layout trick for bfloat16: two neighbours are one 32-bit word. ``word << 16`` and ``word & 0xFFFF0000`` are the float32
@@ -36,7 +36,7 @@ class NonFiniteError(ArithmeticError):
     """A NaN or an infinity.
 
     Attributes:
-        source: Position of the operand that holds it, or None: the result overflowed.
+        source: Position of the operand that contains it, or None: the result overflowed.
         tensor: Its tensor, where known.
     """
 
@@ -46,14 +46,14 @@ class NonFiniteError(ArithmeticError):
 
 
 _LARGEST_EXPONENT = 400
-"""Decimal exponents of weights and scales; beyond them a power of ten would fill the memory, and float64 is over anyway."""
+"""Limit of decimal exponents of weights and scales; a larger power of ten would fill the memory and overflow float64."""
 
 
 def exact_weights(values: Sequence[int | float | str | Fraction]) -> list[Fraction]:
-    """Weights as exact rationals; a float counts as the shortest decimal that prints like it (0.3 is 3/10).
+    """Weights as exact rationals; a float is read as the shortest decimal that prints the same (0.3 is 3/10).
 
     Raises:
-        ValueError: No number, or one of an absurd size.
+        ValueError: Not a number, or one of an absurd size.
     """
     return [_exact(repr(value) if isinstance(value, float) else value) for value in values]
 
@@ -62,7 +62,7 @@ def _exact(value: int | str | Fraction) -> Fraction:
     if isinstance(value, str):
         exponent = value.lower().partition("e")[2]
         if len(value) > 100 or (exponent and abs(int(exponent)) > _LARGEST_EXPONENT):
-            raise ValueError(f"{value[:40]} is not a number of a usual size")
+            raise ValueError(f"{value[:40]} is not a number of a reasonable size")
     return Fraction(value)
 
 
@@ -112,16 +112,16 @@ def _to_odd(quotient: np.ndarray, remainder_sign: np.ndarray) -> np.ndarray:
 
 
 class Combination:
-    """y = round(Σ_k c_k x_k) for pieces of at most ``size`` elements; holds its scratch, so one per thread.
+    """y = round(Σ_k c_k x_k) for pieces of at most ``size`` elements; has scratch buffers, so use one per thread.
 
-    Call it for some blocks, then ``settle()`` once: the elements in doubt are gathered and decided together.
+    Call it for some blocks, then ``settle()`` once: the elements in doubt are collected and decided together.
 
     Args:
         coefficients: The c_k, exact.
         sources: Dtype of each operand x_k (floating).
         out: Dtype of y.
-        size: Most elements per call.
-        compiled: ``native.load()``'s function, used where it knows the dtypes: the same bits, sooner. None: NumPy.
+        size: Maximum elements per call.
+        compiled: ``native.load()``'s function, used where it supports the dtypes: the same bits, faster. None: NumPy.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class Combination:
             out: Receives n raw values of the output dtype; elements in doubt are final only after ``settle``.
 
         Raises:
-            NonFiniteError: An operand holds NaN or infinity.
+            NonFiniteError: An operand contains NaN or infinity.
         """
         if self._compiled is not None:
             doubt = self._compiled(raws, out)
@@ -238,7 +238,7 @@ class Combination:
                 np.add(total, term, out=total)
             else:
                 np.multiply(term, c, out=total)
-        # Adding half a bf16 step to the bit pattern and cutting rounds to nearest; a tie is always in doubt.
+        # Adding half a bf16 step to the bit pattern and truncating rounds to nearest; a tie is always in doubt.
         np.subtract(total, error, out=term)
         np.add(total, error, out=total)
         bits = total.view(np.uint32)

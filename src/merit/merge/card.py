@@ -1,6 +1,6 @@
 """The model card (README.md) of a merged checkpoint: lineage, weights, operator, licence of the base. Text only.
 
-It is what people publish, so it names no folder of the machine that merged.
+It is published with the model, so it contains no local paths.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LICENCE = ("license", "license_name", "license_link")
 
 
 def base_licence(folder: Path) -> dict[str, str | list[str]]:
-    """The base's licence by its card's keys (license, license_name, license_link); else its config's; else unknown."""
+    """The base's licence from its card (license, license_name, license_link); else from its config; else unknown."""
     readme = folder / "README.md"
     front: object = None
     if readme.is_file():
@@ -41,7 +41,7 @@ def base_licence(folder: Path) -> dict[str, str | list[str]]:
 
 
 def base_model(folder: Path) -> str:
-    """The base's hub id where its folder or its config tells it, else its folder's name."""
+    """The base's hub id if its folder or its config shows it, else its folder's name."""
     for part in reversed(folder.absolute().parts):
         if part.startswith("models--"):  # the hub's cache
             return part.removeprefix("models--").replace("--", "/")
@@ -80,7 +80,7 @@ def model_card(plan: MergePlan, fingerprints: Sequence[str]) -> str:
             "",
             f"# {output.parent.name}/{output.name}",
             "",
-            f"Merged by MERIT {__version__}: {len(plan.branches)} branches, fine-tuned apart from one base, merged once.",
+            f"Merged by MERIT {__version__}: {len(plan.branches)} branches, fine-tuned independently from one base.",
             "",
             f"- Operator: `{plan.operator.name}` ({plan.operator.source})" + (f"; {options}" if options else ""),
             f"- Scale λ: {float(plan.scale):g} (θ0 + λ τ; 1 is the plain merge)",
@@ -101,5 +101,5 @@ _PATH = re.compile(r"(?<![\w./])/(?:(?:[^/\n;,:'\"`()]+/)*(?=[^/\s;,:'\"`()]+/[^
 
 
 def _public(text: str) -> str:
-    """Text with the last two parts of every absolute path alone."""
+    """Text with every absolute path shortened to its last two parts."""
     return _PATH.sub("", text)

@@ -1,4 +1,4 @@
-"""The curve of a searched λ as a drawing that lies next to the merged weights. Pure: points in, SVG out."""
+"""The curve of a λ search as a drawing, saved next to the merged weights. Pure: points in, SVG out."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from html import escape
 from merit.merge.weights import Point, ScaleSearch
 
 
-def trade_off_svg(search: ScaleSearch, title: str = "Learned against kept") -> str:
-    """The trade-off curve as a self-contained SVG: mixture loss to the right, loss on what the base knew upwards."""
+def trade_off_svg(search: ScaleSearch, title: str = "Learned vs. kept") -> str:
+    """The trade-off curve as a self-contained SVG: mixture loss on the x axis, loss on what the base knew on the y axis."""
     points = search.points
     width, height, left, top, right, bottom = 560, 400, 70, 40, 20, 55
     xs, ys = [p.learned for p in points], [p.kept for p in points]

@@ -37,9 +37,9 @@ class Line:
         for name, state in (("base", base), ("merged", merged)):
             odd = sorted(targets.keys() ^ state.keys()) or [n for n in targets if targets[n].shape != state[n].shape]
             if odd:
-                raise MergeError(f"{odd[0]} does not agree between the model and the {name} state.")
+                raise MergeError(f"{odd[0]} differs between the model and the {name} state.")
             if any(targets[n].data_ptr() == state[n].data_ptr() != 0 for n in targets):
-                raise MergeError(f"The {name} state shares memory with the model that is to be moved; pass clones.")
+                raise MergeError(f"The {name} state shares memory with the model to be moved; pass clones.")
 
     @torch.no_grad()
     def move(self, scale: float) -> None:

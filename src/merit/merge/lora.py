@@ -1,8 +1,8 @@
 """Merging LoRA adapters by their full update: into a checkpoint, into one concatenated adapter, or recompressed to a rank.
 
 The weighted mean of the ΔW_k = s_k B_k A_k is exact as full weights (θ0 + λ Σ w_k ΔW_k, rounded once) and as one adapter of
-rank ΣR_k: [w_1 s_1 B_1 … w_K s_K B_K] · [A_1; …; A_K]. Averaging the A's and B's apart gives other cross terms and is not
-offered: (Σ w_k B_k)(Σ w_k A_k) ≠ Σ w_k B_k A_k.
+rank ΣR_k: [w_1 s_1 B_1 … w_K s_K B_K] · [A_1; …; A_K]. Averaging the A's and B's separately gives other cross terms and is
+not offered: (Σ w_k B_k)(Σ w_k A_k) ≠ Σ w_k B_k A_k.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def plan_adapter_merge(
     operator, options = operator_and_options(settings.operator, settings.options)
     if operator.kind == "block":
         raise MergeError(
-            f"Operator {operator.name} ranks all entries of the model; merge each adapter to full weights first."
+            f"Operator {operator.name} ranks all entries of the model; merge each adapter into full weights first."
         )
     counts, factor, target = check_branches(adapters), exact_scale(settings.scale), output_dtype(settings.dtype)
     check_output(Path(output), [Path(base), *(b.path for b in adapters)])
@@ -141,17 +141,17 @@ def merge_into_adapter(
     """Merge adapters into one adapter folder (float32) by their weighted mean.
 
     Args:
-        base: Folder of θ0 (headers only are read, for the check that every tensor fits).
+        base: Folder of θ0 (only headers are read, to check that every tensor fits).
         adapters: Branches whose ``path`` is a PEFT adapter folder.
         output: Folder to create.
-        rank: None: the exact mean, of rank ΣR_k (rank R where all A_k are identical, as when A is frozen at a common
-            start). Else its best approximation of that rank, with the error reported. There is no good default:
+        rank: None: the exact mean, of rank ΣR_k (rank R if all A_k are identical, as when A is frozen at a common
+            start). Otherwise its best approximation of that rank, with the error reported. There is no good default:
             independent branches lose most of the merge at one branch's rank.
         scale: λ.
         progress: In modules.
 
     Raises:
-        MergeError: The adapters cannot be merged in this way.
+        MergeError: The adapters cannot be merged this way.
         ResourceError: The disk is too full.
     """
     started = time.perf_counter()
@@ -275,6 +275,6 @@ def _write_adapter(folder: Path, tensors: Mapping[str, np.ndarray], config: Mapp
     write_bytes(folder / "adapter_model.safetensors", save(values, {"format": "pt"}), durable=False)
     head = read_headers(folder, "adapter_model")
     if not all(np.array_equal(read_tensor(head, name), value) for name, value in values.items()):
-        raise CheckpointError(f"{folder}: the disk returned other bytes than were written.")
+        raise CheckpointError(f"{folder}: the disk returned different bytes from those written.")
     copy_files(input_files(source), folder)
     write_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n", durable=False)

@@ -1,7 +1,7 @@
-"""``kernel.c``, compiled once per machine with its C compiler and kept in the user's cache folder; None where it cannot be.
+"""``kernel.c``, compiled once per machine with its C compiler and kept in the user's cache folder, if possible.
 
-The kernel returns the same bits as NumPy does in ``arithmetic`` (which takes over wherever there is no compiler, no writable
-cache folder, or another dtype than bfloat16 and float32), in a fraction of the time and without the interpreter lock.
+The kernel returns the same bits as NumPy does in ``arithmetic`` (which takes over if there is no compiler, no writable
+cache folder, or the dtype is not bfloat16 or float32), in a fraction of the time and without the interpreter lock.
 ``MERIT_KERNEL=numpy`` in the environment switches it off. Nothing is downloaded. Not covered: Windows' own compiler.
 """
 
@@ -49,16 +49,16 @@ class _Terms(ctypes.Structure):
 
 
 class Kernel:
-    """One linear combination, bound to the compiled function; holds scratch, so one per thread.
+    """One linear combination, bound to the compiled function; has scratch buffers, so use one per thread.
 
     Args:
         function: From ``load``.
         coefficients: The c_k in float64.
-        rational: (numerators, denominator) with c_k = numerators[k] / denominator, all exact in float64; None where products
+        rational: (numerators, denominator) with c_k = numerators[k] / denominator, all exact in float64; None if products
             of numerators and operands may not be exact.
         sources, out: Dtypes (``Kernel.covers``).
-        copyable: The c_k sum to one and all dtypes are the same: what is identical in all operands is copied.
-        size: Most elements per call.
+        copyable: The c_k sum to one and all dtypes are the same: blocks that are identical in all operands are copied.
+        size: Maximum elements per call.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Kernel:
 
     @staticmethod
     def covers(sources: Sequence[DType], out: DType) -> bool:
-        """Whether the compiled kernel knows these dtypes."""
+        """Whether the compiled kernel supports these dtypes."""
         return len(sources) <= _MOST and all(d.tag in _KINDS for d in (*sources, out))
 
     def __call__(self, raws: Sequence[np.ndarray], out: np.ndarray) -> np.ndarray | int:
@@ -101,7 +101,7 @@ def available() -> bool:
 
 
 def load() -> Function | None:
-    """The compiled function, compiled now if it is the first time; None where NumPy has to do."""
+    """The compiled function, compiled on first use; None if NumPy must do the work."""
     return None if os.environ.get("MERIT_KERNEL") == "numpy" else _load(_cache_folder())
 
 
@@ -114,7 +114,7 @@ def _load(folder: Path) -> Function | None:
         if hasattr(os, "getuid"):
             status = folder.stat()
             if status.st_uid != os.getuid() or status.st_mode & 0o022:
-                return None  # somebody else could put code there
+                return None  # someone else could put code there
         path = _kept(folder) or _compile(folder)
         if path is None:
             return None
@@ -145,7 +145,7 @@ def _key() -> str:
 
 
 def _kept(folder: Path) -> Path | None:
-    """The compiled file, if it is there and whole: its name holds its hash. Loading half of one would end the process."""
+    """The compiled file, if it exists and is intact (its name contains its hash): loading half of one would crash."""
     for path in folder.glob(f"kernel-{_key()}-*.so"):
         if path.stem.rpartition("-")[2] == file_hash(path)[:24]:
             return path
@@ -177,7 +177,7 @@ def _compile(folder: Path) -> Path | None:
 
 
 def _sound(function: Function) -> bool:
-    """Ties, dust below them and cancellation, where a compiler that reorders arithmetic would go wrong."""
+    """Whether ties, near-ties and cancellation come out right, as they would not if the compiler reordered arithmetic."""
     kernel = Kernel(function, [0.25, 0.25, 0.5], ([1, 1, 2], 4), [DTYPES["F32"]] * 3, DTYPES["BF16"], False, 4)
     step = 2.0**-6  # of bfloat16 at 2
     rows = [[2, 2, 2 + step, 1], [2 + step, 2 + step, 2 + 2 * step, 3], [2 + step / 2] * 2 + [2 + 1.5 * step, -2]]

@@ -1,4 +1,4 @@
-"""The merge plan: everything that can be checked is checked here, from headers and small files, before tensor data is read.
+"""The merge plan: everything that can be checked before tensor data is read, from headers and small files.
 
 ``plan_merge`` accounts for every tensor of the base and of every branch and lays out the output files; ``stream.run_merge``
 then only moves bytes. Not covered: LoRA adapters (``merge.lora`` makes its own plan for the same stream).
@@ -54,7 +54,7 @@ class TensorPlan:
 
     Attributes:
         out: Its place in the output file.
-        sources: θ0's tensor and then one of each branch (the adapters of a LoRA merge do not count).
+        sources: θ0's tensor and then each branch's (adapters of a LoRA merge are not included).
         kind: ``linear``: Σ c_k x_k over ``coefficients`` (θ0 first); ``exact``: identical in all branches, copied;
             ``block`` and ``matrix``: by the operator; ``compute``: by the plan's ``compute``.
     """
@@ -83,19 +83,19 @@ class MergePlan:
         base: Headers of θ0.
         branches: The branches, in the order of the sum.
         heads: Their headers.
-        operator, options, scale: What merges them; the scale λ is exact.
+        operator, options, scale: How they are merged; the scale λ is exact.
         counts: Exact weights before normalisation.
         output: The folder to create.
         files: The output files.
         twins: (branch position, tensor, tensor) that must be equal byte for byte (tied copies).
         template: Chat template to add, or None.
-        base_fingerprint: Recorded fingerprint of the base, if known (else its data is read once for it).
-        dtype: The dtype name chosen for the output, or None: as the base.
+        base_fingerprint: Recorded fingerprint of the base, if known (otherwise its data is read to compute it).
+        dtype: The dtype name chosen for the output, or None: the base's.
         excluded: Names of branches that were left out.
-        warnings: What a person should know.
+        warnings: What the user should know.
         compute: For ``compute`` tensors: (base name, θ0 float64) → merged float64.
         update: For ``matrix`` tensors of adapters: (k from 0, base name, θ0 float64) → δ_k float64. None: θ_k is a source.
-        adapters: What the result says of LoRA branches.
+        adapters: Facts about LoRA branches for the result.
     """
 
     base: Checkpoint
@@ -147,11 +147,11 @@ def plan_merge(
         settings: Operator, options, scale (a number) and dtype. Without a dtype all checkpoints must have the base's
             dtypes; with one, floating dtypes may differ.
         excluded: Names of branches that were left out on purpose: for card and record.
-        base_fingerprint: Recorded fingerprint of the base; saves reading it where the operator does not.
+        base_fingerprint: Recorded fingerprint of the base; saves reading it if the operator does not need it.
 
     Raises:
         CheckpointError: A folder is missing or damaged.
-        MergeError: The checkpoints do not belong together, or a setting is impossible.
+        MergeError: The checkpoints are not compatible, or a setting is invalid.
         ResourceError: The disk is too full.
     """
     operator, options = operator_and_options(settings.operator, settings.options)
@@ -212,7 +212,7 @@ def plan_merge(
 def exact_scale(scale: float | str) -> Fraction:
     """λ as an exact number; MergeError for ``auto``, which must have been searched by now."""
     if isinstance(scale, str):
-        raise MergeError("scale: auto needs held-out data and somebody who measures it.", "Give a number.")
+        raise MergeError("scale: auto needs held-out data to measure.", "Give a number.")
     return exact_weights([scale])[0]
 
 
@@ -224,7 +224,7 @@ def output_dtype(dtype: str | None) -> DType | None:
 def check_branches(branches: Sequence[Branch]) -> list[Fraction]:
     """Exact weights before normalisation; MergeError for none, a repeated name or folder, a weight ≤ 0."""
     if not branches:
-        raise MergeError("There is nothing to merge: no branch is left.")
+        raise MergeError("There is nothing to merge: no branches are left.")
     names = [b.name for b in branches]
     if len(set(names)) != len(names):
         raise MergeError(f"Two branches have the same name: {', '.join(names)}.")
@@ -234,7 +234,7 @@ def check_branches(branches: Sequence[Branch]) -> list[Fraction]:
         if other != b.name:
             raise MergeError(
                 f"{other} and {b.name} are the same checkpoint: {b.path.resolve()}.",
-                "Name each checkpoint once; a weight says how much it counts.",
+                "List each checkpoint once; its weight says how much it counts.",
             )
         try:
             good = math.isfinite(float(b.weight)) and exact_weights([b.weight])[0] > 0
@@ -254,7 +254,7 @@ def _linear_coefficients(
     if operator.kind == "linear":
         first, rest = operator.function(counts, scale, **options)
         return (first, *rest)
-    return (1 - scale, *([scale / len(counts)] * len(counts)))  # what matrix operators do with all else
+    return (1 - scale, *([scale / len(counts)] * len(counts)))  # what matrix operators do with everything else
 
 
 _TABLES = ("embed", "lm_head", "wte", "wpe", "shared.weight", "output.weight", "word_embeddings")
@@ -262,7 +262,7 @@ _CONVOLUTIONS = ("conv", "patch_embed")
 
 
 def is_matrix(tensor: TensorInfo, scope: object) -> bool:
-    """Linear weights (2-D), stacks of them (3-D experts); token tables only with ``all2d``; convolutions never."""
+    """Linear weights (2-D) and stacks of them (3-D experts); token embeddings only with ``all2d``; convolutions never."""
     if len(tensor.shape) not in (2, 3) or min(tensor.shape) < 2:
         return False
     if len(tensor.shape) == 3 and any(word in tensor.name.lower() for word in _CONVOLUTIONS):
@@ -276,7 +276,7 @@ def check_output(output: Path, inputs: Sequence[Path]) -> None:
     """Refuse an output folder that exists, or that overlaps an input."""
     if output.exists() or output.is_symlink():
         raise MergeError(
-            f"{output} exists already.", "Choose another --output, or remove it first. Nothing was written."
+            f"{output} already exists.", "Choose another --output, or remove it first. Nothing was written."
         )
     for path in inputs:
         one, other = output.resolve(), path.resolve()
@@ -285,7 +285,7 @@ def check_output(output: Path, inputs: Sequence[Path]) -> None:
 
 
 def check_space(output: Path, needed: int) -> None:
-    """ResourceError unless the disk of ``output`` has room for ``needed`` bytes and a margin, and may be written."""
+    """ResourceError unless the disk of ``output`` has room for ``needed`` bytes and a margin, and is writable."""
     parent = next(folder for folder in output.absolute().parents if folder.exists())
     if not os.access(parent, os.W_OK):
         raise ResourceError(f"{parent} is not writable, so {output} cannot be created.")
@@ -299,7 +299,7 @@ def lay_out(
 
     Args:
         base: Headers of θ0.
-        plan: (output place, θ0's tensor) → how it is made.
+        plan: (place in the output, θ0's tensor) → how it is made.
         dtype: Dtype of all floating tensors, or None.
     """
     return tuple(_lay_out_file(file, plan, dtype) for file in base.files.values())

@@ -19,7 +19,7 @@ Number = int | float
 
 @dataclass(frozen=True)
 class Source:
-    """The base or a branch that went in: its name, folder and content fingerprint (None where it was not read)."""
+    """The base or a branch that was merged: its name, folder and content fingerprint (None if it was not read)."""
 
     name: str
     path: str
@@ -36,12 +36,12 @@ class WrittenFile:
 
 @dataclass(frozen=True)
 class Adapters:
-    """What is known of a merge of LoRA adapters.
+    """Facts about a merge of LoRA adapters.
 
     Attributes:
         mode: ``full`` (a checkpoint), ``concat`` or ``recompress`` (an adapter).
-        ranks: ``full``: largest rank by branch; else the new adapter's rank by module.
-        relative_error: ``recompress``: norm of the dropped singular values over the norm of all, of the whole model.
+        ranks: ``full``: largest rank by branch; otherwise the new adapter's rank by module.
+        relative_error: ``recompress``: norm of the dropped singular values over the norm of all, for the whole model.
         relative_errors: The same by tensor.
     """
 
@@ -53,24 +53,24 @@ class Adapters:
 
 @dataclass(frozen=True)
 class MergeResult:
-    """A merged checkpoint (or adapter) and how it came about.
+    """A merged checkpoint (or adapter) and how it was made.
 
     Attributes:
-        operator, options, scale: What merged the branches; scale is λ of θ0 + λ τ.
+        operator, options, scale: How the branches were merged; scale is λ of θ0 + λ τ.
         weights: w_k over the branches, Σ w_k = 1.
-        counts: What the weights are shares of.
+        counts: The weights before normalisation.
         counted: What ``counts`` counts: tokens, target_tokens, samples, uniform; or given.
-        base, branches: What went in.
-        model_fingerprint: Content fingerprint of what came out.
+        base, branches: The inputs.
+        model_fingerprint: Content fingerprint of the result.
         files: The weight files by name.
-        arithmetic: What did it: ``kernel`` (compiled), ``numpy`` (the same bits, slower), or both.
+        arithmetic: What did the arithmetic: ``kernel`` (compiled), ``numpy`` (the same bits, slower), or both.
         statistics: What the operator reports.
         excluded: Branches that were left out.
-        warnings: What a person should know.
+        warnings: What the user should know.
         merge_seconds: Wall time of the merge.
         adapters: For LoRA branches.
-        scale_search: For ``scale: auto``: the curve that λ was chosen on.
-        folder: Where it lies.
+        scale_search: For ``scale: auto``: the curve from which λ was chosen.
+        folder: Its folder.
     """
 
     operator: str
@@ -93,7 +93,7 @@ class MergeResult:
     folder: Path = Path()
 
     def record(self) -> dict[str, object]:
-        """Plain JSON values: all but the folder."""
+        """Plain JSON values of everything but the folder."""
         return {key: value for key, value in asdict(self).items() if key != "folder"}
 
     def save(self, folder: Path) -> None:
@@ -105,6 +105,6 @@ class MergeResult:
         """Read the record of a merged folder.
 
         Raises:
-            RunFolderError: It is missing, or not a merge's record.
+            RunFolderError: It is missing, or not the record of a merge.
         """
         return replace(read_as(folder / RECORD, cls), folder=folder)

@@ -1,4 +1,4 @@
-"""Merging branches of one base into one checkpoint, in a run and outside of it alike."""
+"""Merging branches of one base into one checkpoint, inside or outside a run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["are_adapters", "merge_branches"]
 
 MakeJudge = Callable[[Path, Path], Judge]
-"""(folder of the plain merge, folder for what is needed meanwhile) → how a λ is judged."""
+"""(folder of the plain merge, scratch folder) → how a λ is judged."""
 
 
 def merge_branches(
@@ -46,15 +46,15 @@ def merge_branches(
 
     Args:
         base: θ0.
-        branches: Results of training, weighted by ``settings.weights``; or checkpoints with weights of their own.
-        folder: To be created; it appears when it is complete, with its record (``merge.json``) in it.
+        branches: Results of training, weighted by ``settings.weights``; or checkpoints with their own weights.
+        folder: To be created; it appears only when complete, and contains its record (``merge.json``).
         settings: Operator, weights, scale ...
         excluded: Names of branches that were left out on purpose: for card and record.
         judge: For ``scale: auto``.
         progress: In bytes.
 
     Raises:
-        MergeError: The branches do not belong together, or a setting is impossible.
+        MergeError: The branches are not compatible, or a setting is invalid.
         CheckpointError: A folder is missing or damaged.
         ResourceError: The disk is too full.
     """
@@ -77,7 +77,7 @@ def merge_branches(
     output, search = Path(folder), None
     if settings.scale == "auto":
         plain = settings.model_copy(update={"scale": 1.0})
-        plan(output, plain)  # what is wrong with the output is found before the search
+        plan(output, plain)  # finds problems with the output before the search
         if judge is None:
             raise MergeError("scale: auto needs held-out data, which only a run has.", "Give a number, or merge a run.")
         with scratch(output) as place:

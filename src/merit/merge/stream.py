@@ -1,7 +1,7 @@
-"""Carry a merge plan out: read blocks of all branches, combine, write in place, verify, rename. A few blocks in memory.
+"""Carry out a merge plan: read blocks of all branches, combine, write in place, verify, rename. A few blocks in memory.
 
 Shards are written one after another; within a shard, one thread per core takes spans of a tensor. Every input block is
-hashed as it passes, every output block is read back and compared. The output is built in a hidden folder next to it in
+hashed as it is read, every output block is read back and compared. The output is built in a hidden folder next to it in
 which a shard gets its header only after it is verified and config.json is written last, so that a killed merge leaves
 nothing that loads; the folder then moves to its final name. This guards against kills, not against power loss (no fsync).
 """
@@ -52,8 +52,8 @@ def run_merge(plan: MergePlan, progress: Progress = silent, search: ScaleSearch 
         search: How the plan's λ was found, for the record.
 
     Raises:
-        MergeError: A tensor is not finite (named, with its branch), integer tensors differ, the result overflows.
-        CheckpointError: An input changed since it was recorded or planned, or the disk returned other bytes than written.
+        MergeError: A tensor is not finite (named, with its branch), integer tensors differ, or the result overflows.
+        CheckpointError: An input changed since it was recorded or planned, or the disk returned different bytes.
         ResourceError: The disk filled up.
     """
     started = time.perf_counter()
@@ -95,8 +95,8 @@ class _Run:
         except NonFiniteError as error:
             raise self._not_finite(str(error.tensor), "", error.source) from None
         if "linear" in kinds:
-            native.load()  # compiled here at the first time, not by every thread
-        # The workers fill the cores already, and results must not depend on the number of BLAS threads.
+            native.load()  # compiled here on first use, not by every thread
+        # The workers already fill the cores, and results must not depend on the number of BLAS threads.
         with nullcontext() if kinds <= {"linear", "exact"} else threadpool_limits(1):
             self.files = {file.name: self._write_file(file, entries) for file in plan.files}
         self.inputs = self._input_fingerprints()
@@ -143,7 +143,7 @@ class _Run:
             digest = self._verify(file, output, path)
             os.pwrite(output, file.header, 0)
             if os.pread(output, len(file.header), 0) != file.header:
-                raise CheckpointError(f"{path}: the disk returned another header than was written.")
+                raise CheckpointError(f"{path}: the disk returned a different header from the one written.")
         finally:
             os.close(output)
         return WrittenFile(file.size, digest)
@@ -182,7 +182,7 @@ class _Run:
             )
         where = "the base" if source == 0 else self.plan.branches[source - 1].name
         return MergeError(
-            f"{name} holds NaN or infinity in {where} ({self.reader.folders[source]}).",
+            f"{name} contains NaN or infinity in {where} ({self.reader.folders[source]}).",
             "Retrain that branch (a lower learning rate?), or leave it out. Nothing was left behind.",
         )
 
@@ -192,7 +192,7 @@ class _Run:
         bad = [name for name in digest.same(self.written) if name in {t.out.name for t in file.tensors}]
         if bad:
             raise CheckpointError(
-                f"{file.name}: {bad[0]} reads back other bytes than were written ({len(bad)} tensor(s)).",
+                f"{file.name}: {bad[0]} reads back differently from what was written ({len(bad)} tensor(s)).",
                 "The disk or the memory of this machine is faulty. Nothing was left behind.",
             )
         return digest.hexdigest()
@@ -200,7 +200,7 @@ class _Run:
     # ---- everything around the tensors
 
     def _input_fingerprints(self) -> list[str]:
-        """Fingerprints of base and branches, from what streamed by; compared with the recorded ones."""
+        """Fingerprints of base and branches, from the streamed data; compared with the recorded ones."""
         plan, reader = self.plan, self.reader
         sources = [(plan.base.folder, plan.base_fingerprint, "the base")]
         sources += [(b.path, b.fingerprint, b.name) for b in plan.branches]
@@ -217,7 +217,7 @@ class _Run:
             if recorded is not None and recorded != found:
                 raise CheckpointError(
                     f"{name} ({folder}) is not what was recorded: fingerprint {recorded}, found {found}.",
-                    "Its files changed or were damaged since. Copy it again or retrain it. Nothing was left behind.",
+                    "Its files have changed or been damaged since. Copy it again or retrain it. Nothing was left behind.",
                 )
             result.append(found)
         return result

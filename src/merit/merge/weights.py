@@ -1,4 +1,4 @@
-"""How much each branch counts (w_k), and how far to go (λ of θ0 + λ τ). Pure: what a λ is worth is measured by the caller.
+"""How much each branch counts (w_k), and how far to go (λ of θ0 + λ τ). Pure: the losses at a λ are measured by the caller.
 
 Source of the line θ0 + λ(θ̄ − θ0): Wortsman et al., Robust fine-tuning of zero-shot models, arXiv:2109.01903, eq. 1.
 """
@@ -39,11 +39,11 @@ class Branch:
 
     Attributes:
         path: Its folder.
-        weight: Its weight before normalisation: a count, or any positive number. Floats count as the decimals that they
+        weight: Its weight before normalisation: a count, or any positive number. Floats are read as the decimals that they
             print as (0.3 is 3/10), so weights are exact rationals throughout.
-        name: How messages, card and record call it.
+        name: Its name in messages, card and record.
         fingerprint: Its recorded ``checkpoint.fingerprint``, if known: it is checked while the data streams by.
-        counted: What ``weight`` counts (tokens ...); empty for a weight that somebody chose.
+        counted: What ``weight`` counts (tokens ...); empty for a weight given by the user.
     """
 
     path: Path
@@ -54,7 +54,7 @@ class Branch:
 
 
 class Trained(Protocol):
-    """What a merge reads of a trained branch."""
+    """What a merge needs from a trained branch."""
 
     @property
     def model(self) -> Path:
@@ -83,10 +83,10 @@ def weigh(rule: Weights | Sequence[float], trained: Mapping[int, Trained], total
     Args:
         rule: What is counted, or one weight for each of the ``total`` branches.
         trained: By number.
-        total: How many branches there are, those that are left out included.
+        total: How many branches there are, including those left out.
 
     Raises:
-        MergeError: The listed weights are more or fewer than the branches.
+        MergeError: The number of listed weights is not the number of branches.
     """
     if not isinstance(rule, str):
         if len(rule) != total:
@@ -108,15 +108,15 @@ def lopsided(branches: Sequence[Branch], shares: Sequence[float]) -> list[str]:
     """A warning for every branch whose counted weight is far from an equal share: above 1.5/K or below 0.5/K."""
     equal = 1 / len(branches)
     return [
-        f"{branch.name} has {share:.0%} of the weight (by {branch.counted}), an equal share is {equal:.0%}: the merged "
-        + ("model is mostly this branch." if share > equal else "model hardly hears this branch.")
+        f"{branch.name} has {share:.0%} of the weight (by {branch.counted}); an equal share is {equal:.0%}: the merged "
+        + ("model is mostly this branch." if share > equal else "model contains little of this branch.")
         for branch, share in zip(branches, shares, strict=True)
         if branch.counted and not 0.5 * equal <= share <= 1.5 * equal
     ]
 
 
 def condense(warnings: Sequence[str], branches: int) -> list[str]:
-    """What is the same for all branches is said once."""
+    """Combine warnings that are the same for all branches."""
     said: dict[str, list[str]] = {}
     for warning in warnings:
         said.setdefault(re.sub(r"branch \d+", "every branch", warning), []).append(warning)
@@ -128,7 +128,7 @@ def condense(warnings: Sequence[str], branches: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Losses:
-    """Two held-out losses, lower is better: on the mixture (learned), and on what the base could do before (kept)."""
+    """Two held-out losses, lower is better: on the mixture (learned), and on what the base could already do (kept)."""
 
     learned: float
     kept: float
@@ -136,7 +136,7 @@ class Losses:
 
 @dataclass(frozen=True)
 class Judge:
-    """What the caller of a search hands over.
+    """What the caller of a search provides.
 
     Attributes:
         losses: λ → its losses.
@@ -151,7 +151,7 @@ class Judge:
 
 @dataclass(frozen=True)
 class Point(Losses):
-    """One point of the line, at λ = ``scale``."""
+    """One point on the line, at λ = ``scale``."""
 
     scale: float
 
@@ -163,9 +163,9 @@ class ScaleSearch:
     Attributes:
         rule: How it was picked.
         chosen: λ.
-        points: The measured grid, rising.
+        points: The measured grid, in increasing order.
         kept: What the points' ``kept`` is, in words.
-        rows_shared_with_evaluation: Datasets whose rows the evaluation reads, too.
+        rows_shared_with_evaluation: Datasets whose rows the evaluation also reads.
     """
 
     rule: Rule
@@ -176,7 +176,7 @@ class ScaleSearch:
 
 
 def search_scale(losses: Callable[[float], Losses], grid: Sequence[float], rule: Rule) -> ScaleSearch:
-    """Measure every λ of the grid, and of 0 (the base) and 1 (the plain merge), in rising order, and pick one.
+    """Measure every λ of the grid, plus 0 (the base) and 1 (the plain merge), in increasing order, and pick one.
 
     Raises:
         MergeError: A loss is not finite.
@@ -199,7 +199,7 @@ def pick_scale(points: Sequence[Point], rule: Rule = "balanced", tolerance: floa
         tolerance: For ``keep``, in nats per token: absolute, since a divergence from the base is 0 at the base.
 
     Returns:
-        The point; among equals the one nearest to λ = 1, the plain merge.
+        The point; among ties the one nearest to λ = 1, the plain merge.
 
     Raises:
         MergeError: A loss is not finite.

@@ -28,7 +28,7 @@ from merit.parallel import parallel, threads
 __all__ = ["SPAN", "Reader", "Statistics", "TrimmedEntries", "Worker"]
 
 PIECE = 4
-"""Blocks that a linear merge takes at once: longer array operations, so that threads wait less for the interpreter lock."""
+"""Blocks per step of a linear merge: longer array operations, so that threads wait less for the interpreter lock."""
 SPAN = 8
 """Blocks per unit of work."""
 
@@ -63,7 +63,7 @@ class Reader:
                 os.close(self._files.popitem()[1][0])
 
     def prefetch(self, tensor: TensorPlan, first: int) -> None:
-        """Ask the system to read a span ahead in one large request, whatever its own read-ahead window is."""
+        """Ask the system to read a span ahead in one large request, whatever its read-ahead window."""
         if not hasattr(os, "posix_fadvise"):
             return
         for k, source in list(enumerate(tensor.sources))[not self.with_base :]:
@@ -76,7 +76,7 @@ class Reader:
                 os.posix_fadvise(descriptor, source.start + start, length, os.POSIX_FADV_WILLNEED)
 
     def read(self, k: int, source: TensorInfo, block: int, buffer: memoryview, blocks: int = 1) -> np.ndarray:
-        """Raw values of ``blocks`` blocks of source ``k`` from ``block`` on (fewer at its end), in ``buffer``."""
+        """Raw values of ``blocks`` blocks of source ``k``, starting at ``block`` (fewer at its end), in ``buffer``."""
         step = BLOCK * source.dtype.itemsize
         part = buffer[: min(blocks * step, source.nbytes - block * step)]
         descriptor, path = self._files[k, source.file]
@@ -89,7 +89,7 @@ class Statistics:
     """What operators report, for the record; safe to use from all threads.
 
     Attributes:
-        paths: What did the linear arithmetic: ``kernel``, ``numpy``.
+        paths: How the linear arithmetic was done: ``kernel``, ``numpy``.
     """
 
     def __init__(self) -> None:
@@ -188,7 +188,7 @@ class Worker:
                 raise MergeError(
                     f"{tensor.out.name} ({tensor.out.dtype.tag}) differs between {self.plan.branches[0].name} and "
                     f"{branch.name}; tensors of this dtype must be identical, they cannot be averaged.",
-                    f"Nothing was left behind. Leave the odd branch ({branch.name}) out.",
+                    f"Nothing was left behind. Leave out the differing branch ({branch.name}).",
                 )
         out[:] = raws[0]
 
@@ -216,7 +216,7 @@ class Worker:
         out[:] = _finite(base + float(self.plan.scale) * tau, tensor)
 
     def _matrix(self, tensor: TensorPlan, k: int, i: int) -> np.ndarray:
-        """Matrix ``i`` of a 3-D stack of source ``k``, else the whole tensor, in float64; reads its own blocks only."""
+        """Matrix ``i`` of a 3-D stack of source ``k``, else the whole tensor, in float64; reads only its own blocks."""
         source = tensor.sources[k]
         shape = source.shape[1:] if len(source.shape) == 3 else source.shape
         start = i * math.prod(shape)
@@ -276,7 +276,7 @@ def _second(count: Callable[[np.ndarray], np.ndarray], _: str, deltas: np.ndarra
 
 
 def _finite(values: np.ndarray, tensor: TensorPlan) -> np.ndarray:
-    """Round once to the output dtype; NonFiniteError when that overflows."""
+    """Round once to the output dtype; NonFiniteError if that overflows."""
     result = round_to(values, tensor.out.dtype)
     if not np.isfinite(to_float(result, tensor.out.dtype)).all():
         raise NonFiniteError(None)

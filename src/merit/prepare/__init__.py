@@ -1,6 +1,6 @@
-"""Making a merge-ready base where none is at hand: join a vision encoder and a language model, then train in stages.
+"""Making a merge-ready base if there is none: join a vision encoder and a language model, then train in stages.
 
-Here: where a preparation's parts lie, and the recipe of a stage. A stage is a run of its own, with one group and no
+Here: the folders of a preparation, and the recipe of a stage. A stage is a separate run, with one group and no
 gradients, so training, resuming and records are those of every branch. Source: Choi & Kim, arXiv 2606.01717, §4 (merge-ready
 initialization); the stages are those of LLaVA (1 align, 1.5 knowledge, 2 instruct).
 """
@@ -13,7 +13,7 @@ from merit.recipe.schema import DriftSettings, EvaluateSettings, PreparationStag
 
 
 def prepared_base(run: Path) -> Path:
-    """Folder of the checkpoint that a preparation ends in."""
+    """Folder of the checkpoint that a preparation makes."""
     return run / "prepared" / "base"
 
 
@@ -40,7 +40,7 @@ def stage_recipe(recipe: Recipe, stage: PreparationStageSettings, base: Path | s
 
 
 def with_prepared_base(recipe: Recipe, run: Path) -> Recipe:
-    """The recipe as the stages after a preparation read it: their base is the prepared one."""
+    """The recipe as seen by the stages after a preparation: their base is the prepared one."""
     if recipe.prepare is None:
         return recipe
     model = recipe.model.model_copy(update={"base": str(prepared_base(run.resolve())), "revision": None})

@@ -1,7 +1,7 @@
-"""Join a vision encoder and a language model into one vision-language checkpoint, tensor by tensor unchanged.
+"""Join a vision encoder and a language model into one vision-language checkpoint, with every tensor unchanged.
 
-What is written is read back: every tensor of the result is bit-identical with its source, apart from a new projector and new
-embedding rows. Whether two checkpoints fit is :mod:`merit.prepare.plan`'s question.
+The result is read back: every tensor is bit-identical to its source, apart from a new projector and new
+embedding rows. :mod:`merit.prepare.plan` checks whether two checkpoints fit together.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Assembled:
-    """What came out of an assembly.
+    """The result of an assembly.
 
     Attributes:
         parameters: Number of weights by role.
         family: transformers' ``model_type``.
         projector: copy or new.
-        tensors_copied: Number of tensors that are their source's.
-        tensors_drawn: Names of those that are new.
-        tokens_added: Special tokens that the tokenizer got.
-        embedding_rows_added: Rows that the embedding got.
-        notes: What a person should know.
+        tensors_copied: Number of tensors copied from a source.
+        tensors_drawn: Names of the new ones.
+        tokens_added: Special tokens added to the tokenizer.
+        embedding_rows_added: Rows added to the embedding.
+        notes: What the user should know.
     """
 
     parameters: dict[str, int]
@@ -67,7 +67,7 @@ def assemble(plan: Assembly, folder: Path, *, seed: int) -> Assembled:
         seed: Of a new projector and of new embedding rows.
 
     Raises:
-        CheckpointError: A source lacks weights, or what was read back is not what was to be written.
+        CheckpointError: A source lacks weights, or what was read back differs from what was written.
     """
     family = plan.family
     taken = ("vision",) if plan.projector == "new" else ("vision", "projector")
@@ -120,7 +120,7 @@ def _load(kind: type[AutoModelForCausalLM | AutoModelForImageTextToText], folder
 
 
 def _loading_dtype(folder: Path) -> torch.dtype:
-    """The files' own dtype, or float32 where they have several, which holds every value exactly."""
+    """The files' dtype, or float32 if they have several, which represents every value exactly."""
     dtypes = {tensor.dtype.tag for tensor in checkpoint.read_headers(folder).tensors.values()}
     return _FLOATS.get(next(iter(dtypes)), torch.float32) if len(dtypes) == 1 else torch.float32
 
@@ -137,7 +137,7 @@ def _language_state(plan: Assembly, seed: int) -> dict[str, torch.Tensor]:
 
 
 def _new_projector(model: PreTrainedModel, family: Family, seed: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Freshly drawn projector weights, by the family's own initialisation."""
+    """New projector weights, from the family's own initialisation."""
     torch.manual_seed(seed)
     found: dict[str, torch.Tensor] = {}
     for path, module in model.named_modules():
@@ -147,19 +147,19 @@ def _new_projector(model: PreTrainedModel, family: Family, seed: int, dtype: tor
         module.to_empty(device="cpu", recurse=False)
         with torch.no_grad():
             for parameter in module.parameters(recurse=False):
-                parameter.fill_(float("nan"))  # what the initialisation leaves alone would be found below
+                parameter.fill_(float("nan"))  # what the initialisation leaves untouched is found below
             operator.methodcaller("_init_weights", module)(model)  # the library's own initialisation
         found |= {name: model.get_parameter(name).detach().to(dtype) for name in names}
     undrawn = [name for name, tensor in found.items() if not torch.isfinite(tensor).all()]
     if undrawn or not found:
         raise CheckpointError(
-            f"The {model.config.model_type} projector cannot be drawn anew: {undrawn or 'it has none'}."
+            f"The {model.config.model_type} projector cannot be initialised: {undrawn or 'it has none'}."
         )
     return found
 
 
 def _digest(tensor: torch.Tensor) -> str:
-    """Shape and values; in float32, which holds every smaller type exactly, so that a mixed file can be compared."""
+    """Shape and values; in float32, which represents every smaller type exactly, so that a mixed file can be compared."""
     flat = (tensor.detach().float() if tensor.is_floating_point() else tensor).contiguous().reshape(-1)
     return f"{tuple(tensor.shape)} {xxhash.xxh3_128_hexdigest(flat.view(torch.uint8).numpy().data)}"
 
@@ -184,9 +184,9 @@ def _read_back(folder: Path, digests: Mapping[str, str]) -> None:
 
 
 def _side_files(plan: Assembly, folder: Path) -> None:
-    """Tokenizer and generation settings of the language model; image processor and chat template of the encoder's giver.
+    """Tokenizer and generation settings of the language model; image processor and chat template of ``vision_from``.
 
-    The template must be one that knows images; ``model.chat_template`` replaces it. With a bare encoder it is the language
+    The template must support images; ``model.chat_template`` overrides it. With a bare encoder it is the language
     model's.
     """
     bare = encoder.is_bare(plan.vision)
@@ -210,7 +210,7 @@ def _side_files(plan: Assembly, folder: Path) -> None:
 
 
 def _check_tokenizer(plan: Assembly, folder: Path) -> None:
-    """The tokenizer must come back from the new folder as it was: some classes are chosen by the config's model type."""
+    """The tokenizer must load unchanged from the new folder: some classes are chosen by the config's model type."""
     wanted, _, ids = join_tokenizers(plan.language, plan.vision, plan.giver)
     found = load_tokenizer(folder, "prepare.assemble")
     probe = "".join(wanted.added_tokens_decoder[i].content for i in sorted(wanted.added_tokens_decoder)) + _PROBE

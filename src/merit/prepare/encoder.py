@@ -1,8 +1,10 @@
-"""A bare CLIP or SigLIP encoder as the giver of an assembly: the LLaVA that is built around it.
+"""A bare CLIP or SigLIP encoder as the source of an assembly: the LLaVA that is built around it.
 
-Such a checkpoint says neither which of its features to take nor where an image stands in a prompt, so LLaVA's own answers
-are taken: the patch features of the last layer but one, without the class token, and the token ``<image>``. It knows no
-other encoder and writes nothing. Source: Liu et al., arXiv 2304.08485 (architecture) and 2310.03744 (two-layer projector).
+Such a checkpoint does not say which features to use or where an image goes in a prompt, so LLaVA's choices
+are used: the patch features of the last layer but one, without the class token, and the token ``<image>``. No
+other encoders are supported, and nothing is written.
+
+Source: Liu et al., arXiv 2304.08485 (architecture) and 2310.03744 (two-layer projector).
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ Config = Any
 """A transformers config: which settings it has depends on the architecture."""
 
 BARE = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")
-"""Model types of encoders that are taken without a vision-language model around them."""
+"""Model types of encoders that are accepted without a vision-language model around them."""
 
 IMAGE_TOKEN = "<image>"
 
 
 def is_bare(folder: Path) -> bool:
-    """Whether the folder holds such an encoder (alone, or with its text tower, which is left aside)."""
+    """Whether the folder contains such an encoder (alone, or with its text tower, which is ignored)."""
     return read_config(folder).get("model_type") in BARE
 
 
@@ -56,7 +58,7 @@ def llava_around(folder: Path, encoder: Config, text: Config) -> LlavaConfig:
 
 
 def encoder_state(folder: Path, vision: Config, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The encoder's tensors under the names that they have in a LLaVA.
+    """The encoder's tensors under their names in a LLaVA.
 
     Raises:
         CheckpointError: Some of its weights are missing.
@@ -68,7 +70,7 @@ def encoder_state(folder: Path, vision: Config, dtype: torch.dtype) -> dict[str,
 
 
 def processor_config(config: Config) -> dict[str, Any]:
-    """``processor_config.json`` of the joined model, as LLaVA's published folders have it."""
+    """``processor_config.json`` of the joined model, as in LLaVA's published folders."""
     return {
         "processor_class": "LlavaProcessor",
         "image_token": IMAGE_TOKEN,

@@ -1,4 +1,4 @@
-"""Can a vision encoder and a language model be joined, and into what? From configs, headers and tokenizers alone.
+"""Can a vision encoder and a language model be joined, and into what? From configs, headers and tokenizers only.
 
 No weights are read and nothing is written (:mod:`merit.prepare.assemble` does that). The encoder comes from a
 vision-language model of a known family, or is a bare CLIP or SigLIP (:mod:`merit.prepare.encoder`).
@@ -33,7 +33,7 @@ from merit.hf.models import file_names
 from merit.prepare import encoder
 
 _LANGUAGE = {"qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3"}
-"""Families whose language part is a class of its own: the model type of the language models that fit into it."""
+"""Families with a language model class of their own: the model type of the language models that fit."""
 
 _SHAPE = (
     "architectures", "model_type", "transformers_version", "dtype", "torch_dtype", "_name_or_path", "rope_parameters",
@@ -47,20 +47,20 @@ Config = Any
 
 @dataclass(frozen=True)
 class Assembly:
-    """Two checkpoints that fit together, and what becomes of them.
+    """Two checkpoints that fit together, and the resulting model.
 
     Attributes:
         language: Folder of the language model.
-        vision: Folder of the checkpoint that gives the encoder.
+        vision: Folder of the checkpoint with the encoder.
         giver: Its config; for a bare encoder that of the LLaVA around it.
         family: Its family.
         projector: copy or new.
         config: Config of the result (a transformers config).
         shapes: Shape of every parameter of the result, by its name in the model (tied ones once).
         dtypes: File dtype of the two checkpoints (such as BF16), language first.
-        added: Special tokens that the language model's tokenizer lacks and gets.
-        rows: Rows that its embedding gets for them (0 where unused rows are left).
-        notes: What a person should know.
+        added: Special tokens to add to the language model's tokenizer.
+        rows: Rows to add to its embedding for them (0 if there are unused rows).
+        notes: What the user should know.
     """
 
     language: Path
@@ -82,10 +82,10 @@ def plan_assembly(language: Path, vision: Path, *, projector: Literal["copy", "n
     Args:
         language: Folder of a causal language model.
         vision: Folder of a vision-language model of a known family, or of a bare CLIP or SigLIP.
-        projector: copy: the projector of ``vision``, which must fit; new: one drawn by seed.
+        projector: copy: the projector of ``vision``, which must fit; new: one initialised by seed.
 
     Raises:
-        CheckpointError: They do not fit: what, where, expected and found.
+        CheckpointError: They do not fit together.
     """
     given, text = read_model_config(vision, "prepare.assemble.vision_from"), read_model_config(language, "model.base")
     bare = encoder.is_bare(vision)
@@ -102,7 +102,7 @@ def plan_assembly(language: Path, vision: Path, *, projector: Literal["copy", "n
         raise CheckpointError(
             f"prepare.assemble.vision_from: {vision} is of the type {model_type}, not of a known vision-language family "
             f"({', '.join(FAMILIES)}) or encoder ({', '.join(encoder.BARE)}).",
-            "Give a vision-language checkpoint; its vision encoder, image processor and image tokens are taken.",
+            "Give a vision-language checkpoint; its vision encoder, image processor and image tokens are used.",
         )
     wanted = _LANGUAGE.get(model_type, text.model_type)
     if text.model_type in FAMILIES or text.model_type != wanted:
@@ -110,7 +110,7 @@ def plan_assembly(language: Path, vision: Path, *, projector: Literal["copy", "n
         raise CheckpointError(
             f"model.base: to join it with the encoder of {model_type}, {expected} is expected; {language} is of the type "
             f"{text.model_type}.",
-            "Without prepare.assemble a vision-language model.base is prepared as it stands.",
+            "Without prepare.assemble a vision-language model.base is prepared as it is.",
         )
     tokenizer, added, ids = join_tokenizers(language, vision, given)
     rows = max(0, len(tokenizer) - text.vocab_size)
@@ -133,14 +133,14 @@ def plan_assembly(language: Path, vision: Path, *, projector: Literal["copy", "n
             f"their shape, first {odd[0]}."
         )
     if added:
-        where = f"{rows} new embedding rows, drawn by seed" if rows else "unused embedding rows, as they stand"
+        where = f"{rows} new embedding rows, initialised by seed" if rows else "unused embedding rows, unchanged"
         notes.append(f"{len(added)} special tokens are added to the tokenizer ({where}): {', '.join(added[:6])}")
     template = "" if bare else side_files.chat_template(vision) or ""
     foreign = [token for token in added if token in template and not _IMAGE_WORDS.search(token)]
     if foreign:
         notes.append(
             f"the assembled chat template is that of {given.model_type} and writes {', '.join(foreign)}, which the language "
-            "model has never seen; model.chat_template can name another (the language model's own will do)"
+            "model has never seen; model.chat_template can replace it (the language model's own will do)"
         )
     dtypes = (_file_dtype(language), _file_dtype(vision))
     return Assembly(language, vision, given, family, projector, config, shapes, dtypes, added, rows, tuple(notes))
@@ -164,7 +164,7 @@ def read_model_config(folder: Path, key: str) -> Config:
     side_files.read_config(folder)
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # whatever the library raises on settings that do not fit
+    except Exception as error:  # whatever the library raises on invalid settings
         raise CheckpointError(
             f"{key}: {folder / 'config.json'} cannot be read: {side_files.reason(error)}",
             "Expected the folder of a Hugging Face checkpoint that needs no code of its own.",
@@ -172,7 +172,7 @@ def read_model_config(folder: Path, key: str) -> Config:
 
 
 def join_configs(given: Config, text: Config, ids: Mapping[str, int], rows: int) -> tuple[Config, list[str]]:
-    """The result's config: the giver's, with the language model's text part and token ids; and notes."""
+    """The result's config: that of ``vision_from``, with the language model's text part and token ids; and notes."""
     config, notes = copy.deepcopy(given), []
     config.architectures = None
     if str(given.model_type) in _LANGUAGE:
@@ -204,7 +204,7 @@ def join_configs(given: Config, text: Config, ids: Mapping[str, int], rows: int)
 
 
 def _sections(giver: Config, text: Config) -> list[int]:
-    """How many rotary pairs stand for time, height and width: the giver's shares, in the language model's head size."""
+    """Rotary pairs for time, height and width: the shares of ``vision_from`` at the language model's head size."""
     old = list(giver.rope_parameters["mrope_section"])
     pairs = (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads) // 2
     space = round(pairs * old[1] / sum(old))
@@ -265,7 +265,7 @@ def empty_model(config: PreTrainedConfig, *, causal: bool = False) -> PreTrained
 
 
 def _prefix(names: Iterable[str]) -> str:
-    """What stands before the decoder's parameter names: ``model.`` alone, ``model.language_model.`` in a joined model."""
+    """Prefix of the decoder's parameter names: ``model.`` alone, ``model.language_model.`` in a joined model."""
     embedding = next((name for name in names if name.endswith("embed_tokens.weight")), "")
     return embedding.removesuffix("embed_tokens.weight")
 

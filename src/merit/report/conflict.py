@@ -14,7 +14,7 @@ from merit.conflict.spectrum import Concentration
 
 
 def render(geometry: Geometry, comparison: Sequence[Comparison] | None = None) -> list[RenderableType]:
-    """Per-dataset table, what the geometry says, and the comparison of representations where there is one."""
+    """Per-dataset table, a summary of the geometry, and the comparison of representations if there is one."""
     summary = geometry.summary
     titles = ("dataset", "sample", "rows", "loss", "norm", "relia-\nbility", "expected\ncosine")
     table = _table("gradients at the base", titles)
@@ -23,8 +23,8 @@ def render(geometry: Geometry, comparison: Sequence[Comparison] | None = None) -
         table.add_row(item.name, f"{item.examples:,}", f"{item.rows:,}", *map(_number, cells))
     lines: list[RenderableType] = [
         table,
-        "sample: examples drawn of the dataset's rows; expected cosine: of this gradient to the one of all these rows; "
-        "reliability: of one half sample's to the other's, raised to the whole sample.",
+        "sample: examples drawn from the dataset's rows; expected cosine: between this gradient and that of all these rows; "
+        "reliability: agreement of the two half samples, extrapolated to the whole sample.",
     ]
     if summary.most_conflicting:  # two datasets or more
         shares = ", ".join(f"{share:.0%}" for share in summary.explained_variance[:3])
@@ -37,8 +37,8 @@ def render(geometry: Geometry, comparison: Sequence[Comparison] | None = None) -
     if summary.spectral_concentration:
         lines.append(_axes(summary.spectral_concentration))
         lines.append(
-            "signal: share of a cut's gain that examples confirm which did not choose it; null: the largest in mixtures "
-            "without conflict, made from the measured noise."
+            "signal: share of a cut's gain confirmed on examples that did not choose it; null: the largest in mixtures "
+            "without conflict, generated from the measured noise."
         )
     lines.append(f"suggested axes: {summary.suggestion}")
     lines += [f"[yellow]note:[/] {warning}" for warning in summary.warnings]
@@ -49,7 +49,7 @@ def render(geometry: Geometry, comparison: Sequence[Comparison] | None = None) -
 
 
 def _axes(concentration: Sequence[Concentration]) -> Table:
-    """Every figure with what it reaches where there is no conflict."""
+    """Every figure, with the value it reaches without conflict."""
     titles = (
         "axis",
         "signal",

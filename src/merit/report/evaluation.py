@@ -1,4 +1,4 @@
-"""An evaluation for reading: its tables and verdict in a terminal, and as one Markdown page. It computes nothing."""
+"""An evaluation's tables and verdict, for the terminal and as one Markdown page. It computes nothing."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Averages], float | None], str], ...] = (
 
 
 def overview(summary: Summary) -> Table:
-    """Models × what was learned, what was kept, what it took; columns that no model has are left out."""
+    """Models × what was learned, what was kept, training tokens; columns that no model has are left out."""
     averages = summary.macro
     columns = [c for c in _COLUMNS if any(c[1](averages[name]) is not None for name in summary.models)]
     rows = [[name, *(_cell(value(averages[name]), form) for _, value, form in columns)] for name in summary.models]
@@ -86,7 +86,7 @@ def markdown(evaluation: Evaluation) -> str:
 
 
 def legend(summary: Summary) -> list[str]:
-    """What stands under the overview: what the columns that it has mean, then the remarks on models."""
+    """The notes under the overview: what its columns mean, then remarks on models."""
     titles = " ".join(overview(summary)[0])
     shown = [
         ("loss", "Loss: nats per target token, mean over datasets (macro)."),
@@ -124,16 +124,16 @@ def _markdown_table(table: Table) -> list[str]:
 
 
 def render(folder: Path) -> list[RenderableType]:
-    """What a terminal shows of the finished evaluation in ``folder``, see :func:`terminal`.
+    """The finished evaluation in ``folder`` for the terminal, see :func:`terminal`.
 
     Raises:
-        RunFolderError: A file of it is missing or damaged.
+        RunFolderError: One of its files is missing or damaged.
     """
     return terminal(Evaluation.load(folder))
 
 
 def terminal(evaluation: Evaluation) -> list[RenderableType]:
-    """The overview, what its columns mean, remarks on models, the verdict; readable from 80 columns on."""
+    """The overview, what its columns mean, remarks on models, the verdict; readable at 80 columns or more."""
     header, rows = overview(evaluation.summary)
     table = RichTable(box=None, pad_edge=False, header_style="bold")
     for index, title in enumerate(header):  # a word per line: rich would cut figures to fit long titles in 80 columns

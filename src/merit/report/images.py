@@ -32,8 +32,8 @@ def render(report: ImageReport) -> list[RenderableType]:
         sizes.add_row(item.name, *(f"{count:,}" for count in counts), spread, f"{sum(item.bad.values()):,}")
     sizes.caption = "pixels: smallest / median / largest, over different images"
     notes = [
-        f"[yellow]note:[/] {item.name}: {item.renamed:,} image files hold another format than their names say (such as "
-        f"{escape(item.renamed_first)}); they are used as what they hold."
+        f"[yellow]note:[/] {item.name}: {item.renamed:,} image files are not in the format that their names say (such as "
+        f"{escape(item.renamed_first)}); they are read by content."
         for item in report.datasets
         if item.renamed
     ]
@@ -49,7 +49,7 @@ def render(report: ImageReport) -> list[RenderableType]:
     counted = ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items()))
     lines = [f"{len(report.bad):,} images cannot be used: {counted}."]
     if rest > 0:
-        lines[0] += f" {rest:,} more than are shown; --json lists all."
+        lines[0] += f" {rest:,} more not shown; --json lists all."
     lines.append(
         "mixture.images.bad is error: a run stops at the first of them. Correct the rows, or set it to drop."
         if report.fatal

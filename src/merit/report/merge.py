@@ -12,7 +12,7 @@ from merit.progress import duration
 
 
 def render(result: MergeResult) -> list[RenderableType]:
-    """Branches with their weights, the scale's curve where it was searched, and what a person should know."""
+    """Branches with their weights, the curve of the scale if it was searched, and what the user should know."""
     table = Table("branch", "weight", title="merged branches", title_justify="left")
     for branch, weight in zip(result.branches, result.weights, strict=True):
         table.add_row(plain(branch.name), f"{weight:.4f}")
@@ -33,5 +33,5 @@ def _curve(search: ScaleSearch) -> list[RenderableType]:
     lines: list[RenderableType] = [curve, f"kept: {search.kept}; rule: {search.rule}"]
     if search.rows_shared_with_evaluation:
         count = len(search.rows_shared_with_evaluation)
-        lines.append(f"[yellow]note:[/] for {count} datasets λ was chosen on rows that the evaluation reads too.")
+        lines.append(f"[yellow]note:[/] for {count} datasets λ was chosen on rows that the evaluation also reads.")
     return lines

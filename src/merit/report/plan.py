@@ -25,7 +25,7 @@ def render(plan: Plan) -> list[RenderableType]:
     what = f"{len(plan.datasets)} datasets ({', '.join(formats)}), {tested} with held-out rows"
     table.add_row("mixture", what if plan.datasets else UNSEEN)
     if plan.kept:
-        table.add_row("kept", f"{len(plan.kept)} datasets that the base is measured on and nobody trains on")
+        table.add_row("kept", f"{len(plan.kept)} datasets for measuring what is kept of the base, not trained on")
     conflict = recipe.conflict
     table.add_row("gradients", f"{conflict.examples} examples per dataset, {conflict.representation}")
     table.add_row("split", f"{recipe.split.method}: {recipe.group_count} groups, balanced by {recipe.split.balance}")
@@ -33,7 +33,7 @@ def render(plan: Plan) -> list[RenderableType]:
     steps = (
         f"{train.epochs:g} epochs, batch {train.batch_size}, {train.scheduler} learning rate {train.learning_rate:g}"
     )
-    table.add_row("train", f"{branch_count(recipe)} branches, each {steps}, at most {train.max_length} tokens a row")
+    table.add_row("train", f"{branch_count(recipe)} branches, each {steps}, at most {train.max_length} tokens per row")
     if plan.steps is not None:
         each = f"; about {plan.steps // recipe.group_count:,} in each of {recipe.group_count} branches"
         table.add_row("", f"at most {plan.steps:,} optimizer steps in all{each if recipe.group_count > 1 else ''}")
@@ -41,6 +41,6 @@ def render(plan: Plan) -> list[RenderableType]:
         table.add_row("baselines", f"{', '.join(recipe.baselines)}, at the same budget")
     table.add_row("merge", f"{recipe.merge.operator}, weights: {recipe.merge.weights}, scale: {recipe.merge.scale}")
     if plan.disk_bytes is not None and plan.memory_bytes is not None:
-        need = f"{size(plan.disk_bytes)} of disk; {size(plan.memory_bytes)} of memory per branch, activations aside"
+        need = f"{size(plan.disk_bytes)} of disk; {size(plan.memory_bytes)} of memory per branch, without activations"
         table.add_row("needs", need)
     return [table, *(f"[yellow]note:[/] {note}" for note in plan.notes)]

@@ -1,4 +1,4 @@
-"""What `merit run` prints at its end: the results and the verdict, as far as the run has come."""
+"""What `merit run` prints at the end: results and verdict, as far as the run has got."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from merit.run.store import Stage
 
 
 def render(run: Path) -> list[RenderableType]:
-    """Tables and verdict (also as evaluation/table.md), and where the merged model lies."""
+    """Tables and verdict (also in evaluation/table.md), and the path of the merged model."""
     shown: list[RenderableType] = []
     if Stage("evaluation", run / "evaluation").begun:
         result = Evaluation.load(run / "evaluation")

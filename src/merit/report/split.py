@@ -9,7 +9,7 @@ from merit.split.result import Split
 
 
 def render(split: Split) -> list[RenderableType]:
-    """The groups of a split; datasets whose group is not firm are marked."""
+    """The groups of a split; datasets whose group is not stable are marked."""
     table = Table("group", split.balance, "datasets", title=f"{split.method} split", title_justify="left")
     for k, (group, weight) in enumerate(zip(split.groups, split.weights, strict=True)):
         table.add_row(str(k), f"{weight:,.0f}", ", ".join(f"{name}?" if name in split.open else name for name in group))
@@ -18,6 +18,6 @@ def render(split: Split) -> list[RenderableType]:
     firm = len(split.stability) - len(split.open)
     return [
         table,
-        f"firm: {firm} of {len(split.stability)} datasets land in their group in at least nine of ten resampled geometries; "
-        "the others (?) are open: another calibration sample may move them.",
+        f"stable: {firm} of {len(split.stability)} datasets keep their group in at least nine of ten resampled geometries; "
+        "the others (?) are uncertain: another calibration sample may move them.",
     ]

@@ -1,4 +1,4 @@
-"""`merit status` on the terminal: one row per stage, once or again and again."""
+"""`merit status` on the terminal: one row per stage, once or repeatedly."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def render(status: Status) -> list[RenderableType]:
 
 
 def watch(look: Callable[[], Status]) -> None:
-    """Show the status again every two seconds, until interrupted or nothing is running and all is done."""
+    """Refresh the status every two seconds, until interrupted or until all is done and nothing is running."""
     with Live(refresh_per_second=4, transient=False) as live:
         while True:
             status = look()

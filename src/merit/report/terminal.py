@@ -1,6 +1,6 @@
-"""What a person sees while a command goes on: stage lines, progress with an ETA, notes. All of it goes to stderr.
+"""What the user sees while a command runs: stage lines, progress with an ETA, notes. All of it goes to stderr.
 
-It shows; it computes no result and knows no stage. Results are printed on stdout (:mod:`merit.report`).
+It only displays. Results are printed on stdout (:mod:`merit.report`).
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from rich.text import Text
 from merit.progress import Progress, duration
 from merit.signals import stop_if_asked
 
-_EVERY = 10.0  # seconds between progress lines where stderr is not a terminal
-_KNOWN_AFTER, _KNOWN_SHARE = 6.0, 0.04  # an ETA says nothing before this many seconds and this share of the work
+_EVERY = 10.0  # seconds between progress lines if stderr is not a terminal
+_KNOWN_AFTER, _KNOWN_SHARE = 6.0, 0.04  # an ETA is unreliable before this many seconds and this share of the work
 
 
 class Terminal:
-    """Stage lines and progress bars; silent when ``quiet``. Whatever is reported, a stop that was asked for comes first.
+    """Stage lines and progress bars; silent if ``quiet``. Every report first raises a stop that was requested.
 
     Args:
-        quiet: Say nothing.
+        quiet: Print nothing.
     """
 
     def __init__(self, quiet: bool = False) -> None:
@@ -39,17 +39,17 @@ class Terminal:
         self.console.print(text, style=style, markup=False)
 
     def stage(self, name: str, detail: str = "", /) -> None:
-        """A stage begins, or is there."""
+        """A stage starts, or is already done."""
         stop_if_asked()
         self.console.print(Text.assemble((f"▸ {name}", "bold"), f"  {detail}" if detail else ""))
 
     def note(self, text: str, /) -> None:
-        """Something to know that is no error."""
+        """Something worth knowing that is not an error."""
         self.say(f"  note: {text}", style="yellow")
 
     @contextlib.contextmanager
     def progress(self, unit: str = "", /) -> Iterator[Progress]:
-        """A progress bar with an ETA (lines every ten seconds where stderr is not a terminal)."""
+        """A progress bar with an ETA (lines every ten seconds if stderr is not a terminal)."""
         if self.quiet:
             yield lambda _done, _total, _label="", /: stop_if_asked()
         elif self.console.is_terminal:
@@ -80,14 +80,14 @@ class Terminal:
 
 
 class Eta:
-    """Time left, from the rate since work began to show; empty while that says nothing yet."""
+    """Time left, from the rate since progress began; empty while that is unreliable."""
 
     def __init__(self) -> None:
         self._began: tuple[float, float] | None = None
         self._done = 0.0
 
     def __call__(self, done: float, total: float) -> str:
-        """``about 40 s left``, or an empty text."""
+        """``about 40 s left``, or an empty string."""
         now = time.monotonic()
         again = done < self._done
         self._done = done
@@ -101,7 +101,7 @@ class Eta:
 
 
 class _Lines:
-    """Progress for logs: one line every ten seconds, none for what is over sooner."""
+    """Progress for logs: one line every ten seconds, none for anything shorter."""
 
     def __init__(self, unit: str) -> None:
         self._unit = unit

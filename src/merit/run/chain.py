@@ -1,7 +1,7 @@
 """The chain of stages, top to bottom: (prepare) → mixture → gradients → split → branches → merged → evaluation.
 
-One short function per stage makes a :class:`Step` of it; :func:`run_step` does what all stages share. It joins packages that
-do not know each other and holds no maths. The functions that end in ``_alone`` are what the commands of single stages call.
+One short function per stage turns it into a :class:`Step`; :func:`run_step` does what all stages share. This module connects
+packages that do not know each other. The commands of single stages call the functions ending in ``_alone``.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ STAGES = ("prepare", "mixture", "gradients", "split", "train", "merge", "evaluat
 """Names of the stages as commands, in order."""
 
 _LAST = {"prepare": "prepared", "train": "branch", "merge": "merged", "evaluate": "evaluation"}
-"""Kind of the last stage that a command makes, where it has another name."""
+"""Kind of the last stage that a command makes, if its name differs."""
 
 _NEXT = "`merit run` does every stage in order; `merit status RUN` shows what is done."
 
 
-# ---- what holds a run while a command works in it ---------------------------------------------------------------------
+# ---- locking a run while a command works in it ------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def begun(session: Session, command: str, until: str | None = None) -> Iterator[None]:
-    """Hold the run folder while a command works in it; what stands there is compared with the recipe first.
+    """Lock the run folder while a command works in it; existing stages are compared with the recipe first.
 
     Args:
         session: The command's session.
@@ -66,18 +66,18 @@ def begun(session: Session, command: str, until: str | None = None) -> Iterator[
 
 
 def refuse_stale(session: Session, command: str, until: str | None = None, *, own: bool = True) -> None:
-    """Refuse, before anything is changed, what was made by another recipe.
+    """Refuse, before anything is changed, stages that were made with another recipe.
 
-    With ``redo`` a stage command may make its own stage again, and ``run`` may make all again; earlier stages never.
+    With ``redo`` a stage command may rerun its own stage, and ``run`` may rerun all; earlier stages are never rerun.
 
     Args:
         session: The command's session.
         command: ``run`` or one of ``STAGES``.
         until: For ``run``: the last stage.
-        own: Look at the command's own stage, too.
+        own: Also check the command's own stage.
 
     Raises:
-        StaleStageError: A stage does not match; the changed fields are named.
+        StaleStageError: A stage does not match; the message lists the changed fields.
         RunFolderError: A record or a split is damaged.
     """
     if command == "run" and session.redo:
@@ -102,7 +102,7 @@ def _rank(command: str) -> int:
 
 
 def _counted(row: Row) -> list[str]:
-    """An evaluation is made again unasked when only the models changed."""
+    """An evaluation is updated automatically when only the models changed."""
     if row.kind == "evaluation":
         return [change for change in row.changed if not change.startswith("input.")]
     return row.changed
@@ -155,7 +155,7 @@ _SHOWN = 8  # notes on datasets that are printed; all are in the files
 
 
 def conflict_stage(session: Session, mixture: Mixture) -> Stage:
-    """The gradients' stage, as asked now."""
+    """The gradients' stage, as requested now."""
     return key.conflict_stage(session.recipe, session.run, base=session.base.fingerprint, rows=mixture.fingerprints)
 
 
@@ -238,18 +238,18 @@ def splits(session: Session, mixture: Mixture) -> None:
 
 
 def run_chain(session: Session, until: str = "evaluate") -> None:
-    """The whole chain up to and including ``until``, going on from what is done.
+    """The whole chain up to and including ``until``, resuming from what is done.
 
     Raises:
         UserError: A stage cannot be done, or was done with other settings.
-        Interrupted: Stopped from outside; the same command goes on.
+        Interrupted: Stopped from outside; the same command resumes.
     """
     wanted = STAGES[: STAGES.index(until) + 1]
     if session.sources_here:
         for note in make_plan(session).notes:
             session.reporter.note(note)
     else:
-        session.reporter.note("the mixture's source files are gone; the rows that were encoded from them are used")
+        session.reporter.note("the mixture's source files are gone; the rows already encoded from them are used")
     with begun(session, "run", until):
         if session.given.prepare is not None or until == "prepare":
             prepare(session, run_chain)
@@ -287,7 +287,7 @@ def merges(session: Session) -> None:
 
 
 def prepare_alone(session: Session) -> Path:
-    """`merit prepare`: the preparation and nothing else; the recipe's own mixture need not be there yet.
+    """`merit prepare`: only the preparation; the recipe's own mixture need not exist yet.
 
     Raises:
         RecipeError: The recipe has no ``prepare`` block.
@@ -299,7 +299,7 @@ def prepare_alone(session: Session) -> Path:
 
 
 def gradients_alone(session: Session, *, compare: bool) -> tuple[Record, Geometry, list[Comparison] | None]:
-    """`merit gradients`: the record, the geometry, and cosines by sketch and stride against exact ones."""
+    """`merit gradients`: the record, the geometry, and a comparison of sketch and stride cosines with exact ones."""
     make_plan(session)
     comparison = None
     with begun(session, "gradients"):
@@ -321,9 +321,9 @@ def split_alone(session: Session) -> Split:
 
 
 def train_alone(session: Session, branches: Sequence[BranchId] | None) -> None:
-    """`merit train`, on whatever machine has recipe, split, data and base.
+    """`merit train`, on any machine that has recipe, split, data and base.
 
-    Named branches take no hold of the whole run folder, so several processes can train different ones.
+    With named branches the run folder is not locked, so several processes can train different ones.
     """
     if branches is None:
         with begun(session, "train"):
@@ -339,10 +339,10 @@ def train_alone(session: Session, branches: Sequence[BranchId] | None) -> None:
 
 
 def _rows_for_training(session: Session) -> None:
-    """Encoded rows on this machine that are the ones the split was made from.
+    """Encoded rows on this machine, if they are the ones that the split was made from.
 
     Raises:
-        RunFolderError: There is no split, or the rows here are others.
+        RunFolderError: There is no split, or the rows here differ.
     """
     for scope in session.scopes:
         if not Stage("split", scope.root / "split").begun:

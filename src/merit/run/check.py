@@ -1,8 +1,8 @@
-"""The check before a run: everything that can be found wrong before the first expensive step, and the plan to print.
+"""The check before a run: it finds what it can before the first expensive step, and makes the plan to print.
 
-It reads small files and headers, the first rows of every dataset, and free disk space. It loads no weights, encodes no
-dataset and writes nothing. Offline it looks at nothing that is not on this machine: sizes of published models come from
-:mod:`merit.hf.published`, and data that is not there is listed as not looked at.
+It reads small files and headers, the first rows of every dataset, and free disk space. It does not load weights, encode
+datasets or write anything. Offline it uses only what is on this machine: sizes of published models come from
+:mod:`merit.hf.published`, and missing data is listed as not checked.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from merit.run.preparation import planned_base
 from merit.run.session import Session
 from merit.train.requirements import check_requirements
 
-UNSEEN = "not looked at"
+UNSEEN = "not checked"
 """Format of a dataset that an offline check did not find on this machine."""
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One step of a preparation, as it is printed: its name, what it does, what it reads."""
+    """One step of a preparation, for printing: its name, what it does, what it reads."""
 
     name: str
     does: str
@@ -53,14 +53,14 @@ class Plan:
         run: The run folder.
         datasets: Datasets of the mixture, in order.
         kept: Datasets that only evaluation reads.
-        base: Facts of the base; None when it was not looked at (offline).
+        base: Facts about the base; None if it was not checked (offline).
         weights: Its size, counted or published; None when neither is known.
-        steps: Optimizer steps of joint training, where every dataset's rows are stated by a budget; else None.
+        steps: Optimizer steps of joint training, if every dataset has a row budget; else None.
         preparation: Steps that make the base first.
         disk_bytes: Disk for preparation, branches, baselines, merges and the training checkpoints that exist at once; None
-            without a known size.
-        memory_bytes: Memory for one branch's weights, gradients and optimizer state, activations aside; likewise.
-        notes: What a person should know.
+            if the size is unknown.
+        memory_bytes: Memory for one branch's weights, gradients and optimizer state, without activations; likewise.
+        notes: What the user should know.
     """
 
     recipe: Recipe
@@ -111,11 +111,11 @@ def make_plan(session: Session, *, offline: bool = False) -> Plan:
     """Check a recipe against data, base and disk.
 
     Args:
-        session: The command's session; its base is opened where it stands.
-        offline: Look at nothing that is not on this machine.
+        session: The command's session; its base is opened if it exists.
+        offline: Use only what is on this machine.
 
     Raises:
-        UserError: The first thing that is wrong.
+        UserError: The first problem found.
     """
     recipe, run = session.given, session.run
     summaries = _sources(recipe, offline=True) if offline else session.found.check()
@@ -145,7 +145,7 @@ def make_plan(session: Session, *, offline: bool = False) -> Plan:
 
 
 def _check_settings(recipe: Recipe, datasets: int, *, offline: bool) -> None:
-    """What settings alone, and the number of datasets, can have wrong."""
+    """Check what depends only on settings and the number of datasets."""
     if datasets or not offline:
         check_groups(recipe, datasets)
     check_requirements(recipe.train, recipe.model)
@@ -155,7 +155,7 @@ def _check_settings(recipe: Recipe, datasets: int, *, offline: bool) -> None:
 
 
 def _weighed(session: Session, opened: Base | None, *, offline: bool) -> tuple[BaseFacts | None, Weights | None]:
-    """Facts and size of the base: as it stands, as a preparation will make it, or as published."""
+    """Facts and size of the base: as it is, as a preparation will make it, or as published."""
     recipe = session.given
     base: BaseFacts
     if opened is not None:
@@ -177,15 +177,15 @@ def _notes_on_tests(recipe: Recipe, datasets: Sequence[SourceSummary]) -> Iterat
 def _notes_on_base(opened: Base | None, weights: Weights | None, *, looked_at: bool) -> Iterator[str]:
     if opened is not None and opened.template.origin == "default":
         yield (
-            "the base has no chat template; a plain default one is used, and carried along into the merged model "
-            "(docs/mixture.md). Give your own with model.chat_template."
+            "the base has no chat template; a plain default one is used, and included in the merged model "
+            "(docs/mixture.md). Set your own with model.chat_template."
         )
     if opened is not None and opened.images is not None:
         costs = ", ".join(f"{side} x {side} pixels: {opened.images.count(side, side)}" for side in (336, 784, 1536))
         yield f"image tokens per picture, at model.max_pixels {opened.settings.max_pixels}: {costs}."
     if not looked_at:
-        said = "their sizes are those published" if weights else "memory and disk are not known"
-        yield f"the base was not looked at: neither its files nor its tokenizer are checked; {said}."
+        said = "its published size is used" if weights else "memory and disk are not known"
+        yield f"the base was not checked: neither its files nor its tokenizer were read; {said}."
 
 
 def _notes_on_unseen(summaries: Sequence[SourceSummary], preparation: Sequence[StagePlan]) -> Iterator[str]:
@@ -193,15 +193,15 @@ def _notes_on_unseen(summaries: Sequence[SourceSummary], preparation: Sequence[S
     unseen += [f"{step.name}/{item.name}" for step in preparation for item in step.datasets if item.format == UNSEEN]
     if unseen or not any(not item.kept for item in summaries):
         what = f"{len(unseen)} datasets, {_list(unseen)}" if unseen else "the mixture"
-        yield f"not on this machine, so not looked at: {what}."
+        yield f"not on this machine, so not checked: {what}."
 
 
 def _notes_on_embedded_images(recipe: Recipe, base: BaseFacts | None) -> Iterator[str]:
     embedded = {item.id for item in hub_ids(recipe) if item.kind == "dataset"} if _sees(recipe, base) else ()
     if embedded:
         yield (
-            f"images inside the rows of {len(embedded)} hub datasets are kept once more in the run folder; the disk "
-            "estimate does not know their size."
+            f"images embedded in the rows of {len(embedded)} hub datasets are copied to the run folder; the disk "
+            "estimate does not include them."
         )
 
 
@@ -209,7 +209,7 @@ def _notes_on_embedded_images(recipe: Recipe, base: BaseFacts | None) -> Iterato
 
 
 def _sources(recipe: Recipe, *, offline: bool) -> list[SourceSummary]:
-    """The recipe's datasets, checked; offline those on this machine only, the others as not looked at.
+    """The recipe's datasets, checked; offline only those on this machine, the others as not checked.
 
     Raises:
         MixtureError: A dataset cannot be used.
@@ -245,7 +245,7 @@ def _here(item: DatasetSettings) -> bool:
 
 
 def _meant(mixture: MixtureSettings) -> list[DatasetSettings]:
-    """The listed datasets that ``include`` and ``exclude`` leave; those that a column cuts further are all kept."""
+    """The listed datasets that ``include`` and ``exclude`` leave; those split further by a column are all kept."""
 
     def wanted(name: str) -> bool:
         return any(fnmatchcase(name, p) for p in mixture.include) and not any(
@@ -256,11 +256,11 @@ def _meant(mixture: MixtureSettings) -> list[DatasetSettings]:
 
 
 def _stated_steps(recipe: Recipe) -> int | None:
-    """Optimizer steps of joint training at most, where a budget states every dataset's rows."""
+    """Maximum optimizer steps of joint training, if every dataset has a row budget."""
     items = _meant(recipe.mixture)
     budgets = [item.samples or recipe.mixture.samples for item in items]
     rows = [budget for budget in budgets if budget is not None]
-    cut = any(item.split_by for item in items)  # into nobody knows how many
+    cut = any(item.split_by for item in items)  # into an unknown number
     if not rows or cut or len(rows) < len(budgets):
         return None
     return math.ceil(recipe.train.epochs * math.ceil(sum(rows) / recipe.train.batch_size))
@@ -280,7 +280,7 @@ def check_preparation(recipe: Recipe, run: Path) -> tuple[StagePlan, ...]:
     """Check a recipe's preparation alone: checkpoints, data, trainable subsets, lengths.
 
     Raises:
-        UserError: The first thing that is wrong.
+        UserError: The first problem found.
     """
     base, _ = planned_base(recipe, run)
     return _preparation(recipe, base, offline=False)
@@ -323,7 +323,7 @@ def _sees(recipe: Recipe, base: BaseFacts | None) -> bool:
 def _check_length(recipe: Recipe, base: BaseFacts, key: str) -> None:
     if base.context is not None and recipe.train.max_length > base.context:
         raise RecipeError(
-            f"{key} is {recipe.train.max_length} tokens, but the base was made for at most {base.context}.",
+            f"{key} is {recipe.train.max_length} tokens, but the base supports at most {base.context}.",
             f"Set {key} to {base.context} or less, or choose a base with a longer context.",
         )
 
@@ -332,7 +332,7 @@ def check_groups(recipe: Recipe, count: int) -> None:
     """Refuse a split of ``count`` datasets into more groups than there are datasets.
 
     Raises:
-        RecipeError: Some method of the recipe, baselines included, cannot be filled.
+        RecipeError: There are too few datasets for some method of the recipe or its baselines.
     """
     for method in (recipe.split.method, *recipe.baselines):
         groups = 1 if method == "joint" else 2**recipe.split.axes
@@ -340,7 +340,7 @@ def check_groups(recipe: Recipe, count: int) -> None:
             raise RecipeError(
                 f"split: {count} datasets cannot fill {groups} groups (method {method}, split.axes {recipe.split.axes} "
                 f"makes 2^{recipe.split.axes}).",
-                "Datasets are never cut. Use fewer axes, add datasets, or use split.method: joint.",
+                "Datasets are never split. Use fewer axes, add datasets, or use split.method: joint.",
             )
 
 

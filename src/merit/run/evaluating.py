@@ -1,6 +1,6 @@
-"""Evaluating a run: which models there are, what they were trained on, and in what they differ from the plain merge.
+"""Evaluating a run: which models there are, what they were trained on, and how they differ from the plain merge.
 
-The figures themselves are :mod:`merit.evaluation`'s. A model that is stale or damaged is refused here, before it is loaded.
+The measuring is done by :mod:`merit.evaluation`. A stale or damaged model is refused here, before it is loaded.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from merit.run.training import branch_stages
 def evaluate_run(session: Session) -> Evaluation:
     """Measure every model of the run on held-out rows.
 
-    Where only the models have changed since the last time, the stage is made again unasked: figures are kept by content,
-    so nothing is lost. Changed settings are refused like everywhere.
+    If only the models have changed since the last time, the stage is rerun automatically: figures are cached by content,
+    so nothing is lost. Changed settings are refused as in every stage.
 
     Raises:
         RunFolderError: A model is stale or damaged, or the evaluation was made with other settings.
@@ -73,7 +73,7 @@ def held_out_rows(mixture: Path) -> HeldOut:
     """Test and kept rows of a run, compared with what the mixture stage wrote: an answer that changed is noticed.
 
     Raises:
-        RunFolderError: A file is missing or holds something else.
+        RunFolderError: A file is missing or has other content.
     """
     for name, facts in Stage("mixture", mixture).record().outputs.items():
         path = mixture / name
@@ -85,14 +85,14 @@ def held_out_rows(mixture: Path) -> HeldOut:
 
 
 def model_set(session: Session, models: Mapping[str, tuple[Path | None, str]], missing: Mapping[str, str]) -> ModelSet:
-    """The models of a run as the evaluation takes them, with how they were made."""
+    """The models of a run as the evaluation expects them, with how they were made."""
     method = split_of(session.run).method
     about = About(method=method, trained_tokens=trained_tokens(session), remarks=remarks(session), missing=missing)
     return ModelSet(session.base, {name: Candidate(*facts) for name, facts in models.items()}, about)
 
 
 def find_models(session: Session) -> tuple[dict[str, tuple[Path | None, str]], dict[str, str]]:
-    """Every model that takes part, as name → (folder or None for the base, content); and why others do not.
+    """Every model to evaluate, as name → (folder or None for the base, content); and why others are left out.
 
     Raises:
         RunFolderError: A model is stale, or its files are not what was recorded.
@@ -154,7 +154,7 @@ def _merged_tokens(session: Session, scope: Scope) -> int:
 
 
 def remarks(session: Session) -> dict[str, str]:
-    """In what way each merged model is not the plain token-weighted average of all its branches."""
+    """How each merged model differs from the plain token-weighted average of all its branches."""
     found = {}
     for scope in session.scopes:
         stage = Stage("merged", scope.root / "merged")

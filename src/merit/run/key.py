@@ -1,8 +1,8 @@
-"""What decides each stage's answer: recipe and fingerprints of what it reads in, :class:`Stage` objects out.
+"""What determines each stage's result: recipe and fingerprints of its inputs in, :class:`Stage` objects out.
 
-Left out on purpose, because it changes how an answer is made and not what it is: paths, host, device, threads, batch sizes
-of measurement, checkpoint intervals. Those are recorded. Nothing is computed and no live object is looked at here: the same
-recipe and files give the same key in every process.
+Left out on purpose, because they change how a result is computed and not what it is: paths, host, device, threads, batch
+sizes of measurement, checkpoint intervals. Those are only recorded. Keys never depend on live objects: the same recipe and
+files give the same key in every process.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from merit.run.scope import Scope
 from merit.run.store import Stage
 
 ROWS, SOURCE, BRANCH = "rows of ", "source of ", "branch "
-"""Beginnings of the names of inputs that there are several of."""
+"""Prefixes of the names of inputs of which there are several."""
 
 
 def _without(block: Mapping[str, Any], *keys: str) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def _dataset(item: DatasetSettings) -> dict[str, Any]:
 
 
 def mixture_settings(recipe: Recipe) -> dict[str, Any]:
-    """The settings that decide which rows there are and what their tokens are."""
+    """The settings that determine the rows and their tokens."""
     mixture = _without(recipe.mixture.model_dump(mode="json"), "folder", "path", "test", "datasets")
     mixture["images"] = _without(mixture["images"], "folder")
     if recipe.mixture.datasets is not None:
@@ -80,7 +80,7 @@ def conflict_stage(recipe: Recipe, run: Path, *, base: str, rows: Mapping[str, s
 
 
 def split_stage(recipe: Recipe, scope: Scope, *, rows: Mapping[str, str], geometry: str | None) -> Stage:
-    """Groups of datasets. ``geometry`` is the content of the gradients' geometry; None where no gradient is read."""
+    """Groups of datasets. ``geometry`` is the content of the gradients' geometry; None if no gradients are used."""
     settings: dict[str, Any] = {"split": recipe.split.model_dump(mode="json")}
     if recipe.split.method == "joint":
         settings["split"] = {"method": "joint"}
@@ -91,14 +91,14 @@ def split_stage(recipe: Recipe, scope: Scope, *, rows: Mapping[str, str], geomet
 
 
 def training_settings(recipe: Recipe) -> dict[str, Any]:
-    """The settings that decide a branch's weights, its group aside."""
+    """The settings that determine a branch's weights, apart from its group."""
     return {"train": recipe.train.deciding(), "model": recipe.model.deciding(), "seed": recipe.seed}
 
 
 def branch_stage(
     recipe: Recipe, scope: Scope, k: int, group: Sequence[str], *, base: str, rows: Mapping[str, str]
 ) -> Stage:
-    """Branch ``k``: fine-tuning on ``group`` alone; it depends on no other group."""
+    """Branch ``k``: fine-tuning on ``group`` only; it does not depend on other groups."""
     settings = {**training_settings(recipe), "group": sorted(group)}
     inputs = {"base": base, **_rows_of({name: rows[name] for name in sorted(group)})}
     return Stage("branch", scope.root / "branches" / str(k), settings, inputs, scope.name(f"branch {k}"))
@@ -107,7 +107,7 @@ def branch_stage(
 def merged_stage(
     recipe: Recipe, scope: Scope, branches: Mapping[int, Stage], *, base: str, excluded: Sequence[int] = ()
 ) -> Stage:
-    """The merge of ``branches``; ``excluded`` are the run's other ones, left out."""
+    """The merge of ``branches``; ``excluded`` are the run's other branches, left out."""
     merge = recipe.merge.model_dump(mode="json")
     if merge["scale"] != "auto":
         merge = _without(merge, "scales", "rule")
@@ -117,19 +117,19 @@ def merged_stage(
 
 
 def merged_as_made(recipe: Recipe, scope: Scope, branches: Mapping[int, Stage], *, base: str) -> Stage:
-    """:func:`merged_stage` for the branches that an existing merge says it took, of the run's ``branches``."""
+    """:func:`merged_stage` for the branches that an existing merge recorded, of the run's ``branches``."""
     taken = {k: branch for k, branch in branches.items() if k not in left_out(scope)}
     return merged_stage(recipe, scope, taken, base=base, excluded=left_out(scope))
 
 
 def left_out(scope: Scope) -> list[int]:
-    """Numbers of the branches that a scope's merge was made without; none where there is no merge."""
+    """Numbers of the branches that a scope's merge left out; none if there is no merge."""
     stage = Stage("merged", scope.root / "merged")
     return [int(k) for k in stage.record().settings.get("excluded", [])] if stage.begun else []
 
 
 def model_content(stage: Stage) -> str:
-    """Content of the model that a done stage wrote (weights, config, tokenizer; not its card)."""
+    """Content of the model written by a finished stage (weights, config, tokenizer; not its card)."""
     return str(stage.record().facts["model_fingerprint"])
 
 

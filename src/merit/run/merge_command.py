@@ -22,7 +22,7 @@ from merit.run.session import Session
 
 @dataclass(frozen=True)
 class Words:
-    """How to merge, as it stands on the command line; None is what was not given.
+    """How to merge, as given on the command line; None where not given.
 
     Attributes:
         operator, weights, scale, options, dtype: As in the recipe's ``merge`` block; options as KEY=VALUE.
@@ -42,11 +42,11 @@ class Words:
         """The words as overrides of a run's recipe.
 
         Raises:
-            RecipeError: A word is for checkpoints outside a run.
+            RecipeError: An option is only for checkpoints outside a run.
         """
         if self.adapter != "full" or self.rank is not None:
             raise RecipeError(
-                "merge: --adapter and --rank go with --base and --checkpoint; a run's merge is a full model."
+                "merge: --adapter and --rank need --base and --checkpoint; a run's merge is a full model."
             )
         given = {"operator": self.operator, "weights": self.weights, "scale": self.scale, "dtype": self.dtype}
         found = [f"merge.{key}={value}" for key, value in given.items() if value is not None]
@@ -58,10 +58,10 @@ class Words:
         """The words as settings of a merge outside a run.
 
         Raises:
-            MergeError: One is malformed, or they do not go together.
+            MergeError: One is malformed, or they cannot be combined.
         """
         if self.weights is not None:
-            raise MergeError("--weights goes with a run; outside of one every --checkpoint DIR=WEIGHT has its own.")
+            raise MergeError("--weights needs a run; outside of one every --checkpoint DIR=WEIGHT has its own.")
         if self.scale == "auto":
             raise MergeError(
                 "--scale auto needs held-out data, which only a run has.", "Give a number here, or merge a run folder."
@@ -70,7 +70,7 @@ class Words:
             raise MergeError(f"--adapter {self.adapter}: expected full, concat or recompress.")
         if (self.rank is not None) != (self.adapter == "recompress"):
             raise MergeError(
-                "--rank R goes with --adapter recompress, and with nothing else.",
+                "--rank R and --adapter recompress need each other.",
                 "There is no good default: independent branches lose most of the merge at one branch's rank.",
             )
         if self.adapter != "full" and (self.operator not in (None, "average") or self.options or self.dtype):
@@ -109,7 +109,7 @@ def merge_checkpoints(
     """Merge checkpoint folders (or LoRA adapters) of one base with given weights, outside any run.
 
     Raises:
-        MergeError: A word is missing or malformed, or the checkpoints do not belong together.
+        MergeError: An option is missing or malformed, or the checkpoints are not compatible.
     """
     if base is None or not checkpoints or output is None:
         raise MergeError(
@@ -145,5 +145,5 @@ def _options(words: Sequence[str]) -> Options:
         try:
             found[key] = yaml.safe_load(value)
         except yaml.YAMLError:
-            raise MergeError(f"--option {text}: {value!r} cannot be read as a value.") from None
+            raise MergeError(f"--option {text}: {value!r} is not a valid value.") from None
     return found

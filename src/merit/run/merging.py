@@ -1,6 +1,6 @@
-"""Merging the branches of a run: which take part; the rest is :mod:`merit.merge`'s.
+"""Merging the branches of a run: chooses the branches; the rest is done by :mod:`merit.merge`.
 
-It knows the run folder, so a branch that is missing, truncated, stale or of another base is refused here, before a byte of
+It knows the run folder, so a branch that is missing, truncated, stale or of another base is refused here, before any
 tensor data is read.
 """
 
@@ -33,10 +33,10 @@ def merge_run(session: Session, scope: Scope, *, exclude: Sequence[int] = (), al
         session: The command's session.
         scope: The run, or one of its baselines.
         exclude: Branch numbers to leave out; the other weights are renormalised.
-        allow_missing: Leave out branches that are not trained yet, too.
+        allow_missing: Also leave out branches that are not trained yet.
 
     Raises:
-        MergeError: A branch is not trained, or the branches do not belong together.
+        MergeError: A branch is not trained, or the branches are not compatible.
         RunFolderError: A branch is stale or damaged, or ``merged`` was made with other settings.
     """
     taking, left_out = choose_branches(session, scope, exclude, allow_missing)
@@ -57,10 +57,10 @@ def merge_run(session: Session, scope: Scope, *, exclude: Sequence[int] = (), al
 def choose_branches(
     session: Session, scope: Scope, exclude: Sequence[int], allow_missing: bool
 ) -> tuple[dict[int, Stage], list[int]]:
-    """Branches that take part, and the numbers of those left out.
+    """Branches to merge, and the numbers of those left out.
 
     Raises:
-        MergeError: A branch is not trained, an excluded number does not exist, or none is left.
+        MergeError: A branch is not trained, an excluded number does not exist, or no branches are left.
     """
     branches = branch_stages(session, scope)
     unknown = sorted(set(exclude) - set(branches))
@@ -72,13 +72,13 @@ def choose_branches(
         names = ", ".join(map(str, missing))
         raise MergeError(
             f"merge: branches {names} of {len(branches)} are not trained yet in {scope.root / 'branches'}.",
-            f"Train them (`merit train {session.run} --branch {missing[0]}`), or merge what is there with "
+            f"Train them (`merit train {session.run} --branch {missing[0]}`), or merge the others with "
             "--allow-missing or --exclude; the weights are then renormalised, and card and record say so.",
             "Nothing was written.",
         )
     taking = {k: stage for k, stage in wanted.items() if k not in missing}
     if not taking:
-        raise MergeError("merge: no branch is left to merge.")
+        raise MergeError("merge: no branches are left to merge.")
     for stage in taking.values():
         stage.verify()
     return taking, sorted(set(branches) - set(taking))
@@ -87,7 +87,7 @@ def choose_branches(
 def make_merge(
     session: Session, scope: Scope, taking: Mapping[int, Stage], left_out: Sequence[int], output: Path
 ) -> MergeResult:
-    """Write the merged checkpoint into ``output``; with ``scale: auto`` the curve lies next to the weights (scale.svg)."""
+    """Write the merged checkpoint into ``output``; with ``scale: auto`` the curve is next to the weights (scale.svg)."""
     settings = session.recipe_of(scope).merge
     if settings.dtype is None and session.recipe_of(scope).train.save_dtype == "float32":
         settings = settings.model_copy(update={"dtype": "base"})  # the branches need not have the base's dtype

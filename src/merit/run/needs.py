@@ -1,7 +1,7 @@
-"""What a run needs of memory and disk, by counting weights: those in a base's files, or published figures.
+"""How much memory and disk a run needs, by counting weights: those in a base's files, or published figures.
 
-What is frozen needs neither gradients nor optimizer state. Activations are left out: they depend on the batch and are what
-``train.micro_batch_size`` is for. Nothing is measured here.
+Frozen weights need neither gradients nor optimizer state. Activations are not included: they depend on the batch and are
+controlled by ``train.micro_batch_size``. Nothing is measured here.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from merit.recipe.schema import Recipe
 
 _WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 _MOMENTS = {"sgd": 0, "adafactor": 0, "adamw_8bit": 2, "adamw_8bit_paged": 2}
-"""Bytes of optimizer state per trained weight, where it is not Adam's 8; adafactor's rows and columns are few."""
+"""Bytes of optimizer state per trained weight, if not Adam's 8; adafactor's rows and columns are negligible."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A base by the numbers that decide memory and disk.
+    """The numbers of a base that determine memory and disk.
 
     Attributes:
         parameters: Number of stored weights.
@@ -38,13 +38,13 @@ class Weights:
 
 
 def branch_count(recipe: Recipe) -> int:
-    """Branches to train, baselines included."""
+    """Branches to train, including baselines."""
     groups = [1 if method == "joint" else 2**recipe.split.axes for method in (recipe.split.method, *recipe.baselines)]
     return sum(groups)
 
 
 def weigh(recipe: Recipe, base: BaseFacts, sizes: Mapping[str, int]) -> Weights:
-    """Count a base's weights and those that ``model.trainable`` means.
+    """Count a base's weights and those selected by ``model.trainable``.
 
     Args:
         recipe: The recipe.
@@ -52,7 +52,7 @@ def weigh(recipe: Recipe, base: BaseFacts, sizes: Mapping[str, int]) -> Weights:
         sizes: Number of weights by name in its files.
 
     Raises:
-        RecipeError: ``model.trainable`` means nothing in this base.
+        RecipeError: ``model.trainable`` selects nothing in this base.
     """
 
     def count(trainable: str | list[str]) -> int:
@@ -65,7 +65,7 @@ def weigh(recipe: Recipe, base: BaseFacts, sizes: Mapping[str, int]) -> Weights:
 def estimate(
     recipe: Recipe, base: BaseFacts, *, branches: int | None = None, merges: int | None = None, at_once: int = 1
 ) -> tuple[int, int]:
-    """:func:`needs` of a base that is there, its preparation done."""
+    """:func:`needs` of a base that exists, with its preparation done."""
     recipe = recipe.model_copy(update={"prepare": None})
     return needs(recipe, weigh(recipe, base, file_sizes(base)), branches=branches, merges=merges, at_once=at_once)
 
@@ -78,14 +78,14 @@ def needs(
     Disk: branches, merges and what a preparation leaves in the stored dtype, and for each branch that trains at once one
     checkpoint (float32 weights, and the optimizer's state of the trained ones). Memory: float32 weights of one branch, with
     gradients and optimizer state of the trained ones; a preparation's stages may train more than the branches do. Images in
-    files of their own are read where they lie; those inside rows are kept once in the run folder and not counted here.
+    separate files are read in place; those embedded in rows are copied once to the run folder and not counted here.
 
     Args:
         recipe: The recipe.
         weights: Its base's.
         branches: Branches to store. Default: the recipe's.
         merges: Merges to store. Default: the recipe's.
-        at_once: Branches that train side by side.
+        at_once: Branches that train in parallel.
     """
     if merges is None:
         merges = 1 + sum(method != "joint" for method in recipe.baselines)

@@ -1,6 +1,6 @@
-"""The preparation of a base, in order: assemble → each training stage → ``prepared/base``. It joins; it computes nothing.
+"""The preparation of a base, in order: assemble → each training stage → ``prepared/base``.
 
-A training stage is a run of its own inside the run folder, with one group and no gradients: it trains, resumes, records and
+A training stage is a separate run inside the run folder, with one group and no gradients: it trains, resumes, records and
 is refused like any other.
 """
 
@@ -27,7 +27,7 @@ from merit.run.store import Stage
 
 
 def prepare(session: Session, run_chain: Callable[[Session, str], None]) -> Path:
-    """Make ``prepared/base``, going on from what is done.
+    """Make ``prepared/base``, resuming from what is done.
 
     Args:
         session: The command's session.
@@ -38,13 +38,13 @@ def prepare(session: Session, run_chain: Callable[[Session, str], None]) -> Path
 
     Raises:
         UserError: A step cannot be done, or was done with other settings.
-        Interrupted: Stopped from outside; the same command goes on.
+        Interrupted: Stopped from outside; the same command resumes.
     """
     recipe, run, reporter = session.given, session.run, session.reporter
     if recipe.prepare is None:
         raise RecipeError(
             f"{recipe.name}: the recipe has no prepare block, so there is nothing to prepare.",
-            "model.base is the base as it stands; docs/preparation.md says when another one is needed.",
+            "model.base is used as the base; docs/preparation.md explains when a prepared one is needed.",
         )
     final = prepared_stage(recipe, run)
     if final.begun and not stage_folder(run, "").is_dir() and _only_inputs(final.changes()):
@@ -69,7 +69,7 @@ def prepare(session: Session, run_chain: Callable[[Session, str], None]) -> Path
 
 
 def prepared_stage(recipe: Recipe, run: Path, model: str | None = None) -> Stage:
-    """The prepared base, as asked now."""
+    """The prepared base's stage, as requested now."""
     assert recipe.prepare is not None
     inner = [(stage, stage_recipe(recipe, stage, "")) for stage in recipe.prepare.stages]
     return key.prepared_stage(recipe, run, inner, model)
@@ -106,7 +106,7 @@ def plan_of(recipe: Recipe) -> Assembly:
     """The recipe's assembly, checked without weights.
 
     Raises:
-        CheckpointError: A checkpoint is not there, or the two do not fit.
+        CheckpointError: A checkpoint is missing, or the two do not fit together.
     """
     assert recipe.prepare is not None
     assert recipe.prepare.assemble is not None
@@ -120,9 +120,9 @@ def plan_of(recipe: Recipe) -> Assembly:
 
 
 def planned_base(recipe: Recipe, run: Path) -> tuple[BaseFacts, dict[str, int]]:
-    """Facts of the base that a preparation will end in, and its parameters' sizes by file name, before it is made.
+    """Facts about the base that a preparation will make, and its parameters' sizes by file name, before it is made.
 
-    Training changes no shape, so they are those of the assembled model, or of ``model.base``.
+    Training does not change shapes, so they are those of the assembled model, or of ``model.base``.
 
     Raises:
         CheckpointError: See :func:`plan_of`.
@@ -148,7 +148,7 @@ def planned_base(recipe: Recipe, run: Path) -> tuple[BaseFacts, dict[str, int]]:
 
 
 def _link(source: Path, target: Path) -> None:
-    """The files of ``source`` under another name: hard links where the disk has them, copies where not."""
+    """The files of ``source`` under another name: hard links if the disk supports them, otherwise copies."""
     if not source.is_dir():
         raise RunFolderError(f"{source} is missing.", "Run `merit prepare` again.")
     target.mkdir(parents=True)

@@ -18,13 +18,13 @@ from merit.errors import RunFolderError
 from merit.files import canonical, checksum, content_hash, differences, read_json, sealed, write_json
 
 FORMAT = 2
-"""Version of the record format. Records of another version (0.1 wrote version 1) are refused by name."""
+"""Version of the record format. Records of other versions (0.1 wrote version 1) are refused."""
 
 _LIBRARIES = ("merit-tuning", "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "numpy")
 
 
 class StaleStageError(RunFolderError):
-    """A stage's record does not match what the recipe asks for now."""
+    """A stage's record does not match the current recipe."""
 
 
 class OtherVersionError(RunFolderError):
@@ -36,7 +36,7 @@ class Output(BaseModel):
 
     Attributes:
         bytes: Its size.
-        xxh3: XXH3-128 of its content, in hex: finds damage and mix-ups, not forgery.
+        xxh3: XXH3-128 of its content, in hex: detects damage and mix-ups, not forgery.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -45,27 +45,27 @@ class Output(BaseModel):
 
     @classmethod
     def of(cls, path: Path) -> Output:
-        """Size and hash of a file as it stands."""
+        """Size and hash of a file as it is now."""
         return cls(bytes=path.stat().st_size, xxh3=content_hash(path))
 
 
 class Record(BaseModel):
-    """A stage's record. Facts of the stage itself (steps, weights ...) stand next to these fields, as :meth:`facts`.
+    """A stage's record. Facts of the stage itself (steps, weights ...) are stored next to these fields, see :meth:`facts`.
 
     Attributes:
         format: Version of the record format.
         stage: Name of the stage.
-        fingerprint: Of stage, settings and inputs: what identifies the answer.
-        settings: The settings that decide the answer.
+        fingerprint: Of stage, settings and inputs: identifies the result.
+        settings: The settings that determine the result.
         inputs: Fingerprint of every input, by name.
         seed: The recipe's seed.
-        versions: Of Python and the libraries that decide results.
-        host: Where it was made; decides nothing.
+        versions: Of Python and the libraries that affect results.
+        host: Where it was made; for information only.
         started: UTC, ISO 8601.
         finished: UTC, ISO 8601.
         seconds: Wall time.
         outputs: Every file of the stage, by its name in the stage's folder.
-        checksum: Of all the rest, so that damage to the record itself is noticed.
+        checksum: Of everything else, so that damage to the record itself is noticed.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -89,7 +89,7 @@ class Record(BaseModel):
         return dict(self.model_extra or {})
 
     def changes(self, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> list[str]:
-        """What differs from what is asked now, as ``field: old -> new``; inputs as ``input.name: old -> new``."""
+        """What differs from the current request, as ``field: old -> new``; inputs as ``input.name: old -> new``."""
         return differences(self.settings, plain(settings)) + differences(self.inputs, dict(inputs), "input")
 
 
@@ -132,12 +132,12 @@ def damaged(path: Path, why: str, folder: Path | None = None) -> RunFolderError:
     """The error for a file of a run folder that is not what was written; ``folder`` is its stage's (default: its own)."""
     return RunFolderError(
         f"{path} is damaged: {why}.",
-        f"Remove the folder {folder or path.parent} and run the same command again: the stage is made anew.",
+        f"Remove the folder {folder or path.parent} and run the same command again: the stage is rerun.",
     )
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide results, without importing them."""
+    """Versions of Python and of the libraries that affect results, without importing them."""
     found = {"python": platform.python_version()}
     for name in _LIBRARIES:
         try:
@@ -148,15 +148,15 @@ def versions() -> dict[str, str]:
 
 
 def host() -> dict[str, Any]:
-    """The machine; decides nothing."""
+    """The machine; for information only."""
     return {"system": platform.platform(), "cores": os.cpu_count(), "name": socket.gethostname()}
 
 
 def now() -> str:
-    """The time, UTC, ISO 8601 to the second."""
+    """The current time, UTC, ISO 8601 to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def shown(changes: Sequence[str], most: int = 8) -> list[str]:
-    """The first changes, and how many more there are."""
+    """The first changes, and the number of further ones."""
     return [*changes[:most], *([f"... and {len(changes) - most} more"] if len(changes) > most else [])]

@@ -1,7 +1,7 @@
 """How a λ of θ0 + λ(θ̄ − θ0) is judged in a run: which held-out rows are measured, on a model that moves along the line.
 
-The search reads test rows that the evaluation does not use, where a dataset has some to spare; where it has not, the same
-rows are read, and the record says so. The grid and the rule are :mod:`merit.merge.weights`'.
+The search reads test rows that the evaluation does not use, if a dataset has some to spare; otherwise it reads the same
+rows, and the record says so. The grid and the rule are in :mod:`merit.merge.weights`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from merit.mixture import EncodedDataset, draw, load_split
 from merit.run.session import Session
 
 ROWS = 50
-"""Most rows per dataset and λ: the curve is a mean over datasets, so a few dozen rows each fix it well."""
-_SPARE = 8  # fewer unused rows than this are too few to stand for a dataset
+"""Maximum rows per dataset and λ: the curve is a mean over datasets, so a few dozen rows each are enough."""
+_SPARE = 8  # fewer unused rows than this are too few to represent a dataset
 
 
 def judge_scales(session: Session, merged: Path, folder: Path) -> Judge:
@@ -36,7 +36,7 @@ def judge_scales(session: Session, merged: Path, folder: Path) -> Judge:
     Args:
         session: The command's session.
         merged: The plain merge (λ = 1).
-        folder: For what is needed meanwhile.
+        folder: For temporary files.
     """
     test, shared = spare_rows(session, load_split(session.run / "mixture", "test"), "mixture")
     kept, shared_kept = spare_rows(session, load_split(session.run / "mixture", "kept"), "kept")
@@ -88,7 +88,7 @@ def _mean_loss(session: Session, model: PreTrainedModel, datasets: Mapping[str, 
 def _drift_from(
     session: Session, base: PreTrainedModel, datasets: Mapping[str, list[EncodedRow]], folder: Path
 ) -> Callable[[PreTrainedModel], float]:
-    """Divergence from the base on answers that it samples now, as a function of a model."""
+    """Divergence from the base on freshly sampled answers, as a function of a model."""
     settings = session.recipe.evaluate
     forward = Forward(session.base.batcher, session.device, settings.batch_tokens)
     sizes = {name: len(rows) for name, rows in datasets.items()}

@@ -26,7 +26,7 @@ class Scope:
         return self.run / "baselines" / self.method if self.method else self.run
 
     def name(self, stage: str) -> str:
-        """A stage's name as people say it: ``split``, ``random split``."""
+        """A stage's display name: ``split``, ``random split``."""
         return f"{self.method} {stage}" if self.method else stage
 
 

@@ -1,4 +1,4 @@
-"""What one command opens once and every step then shares: recipe, run folder, base, datasets, device.
+"""What a command opens once and all its steps share: recipe, run folder, base, datasets, device.
 
 A :class:`Session` is one command's view of a run; nothing in it changes once it is opened.
 """
@@ -27,7 +27,7 @@ from merit.run.scope import Scope, recipe_of, scopes_of
 from merit.run.store import Stage, is_run_folder
 
 HASHES = ".hashes.json"
-"""Known hashes of the user's big files by path, size and modification time. A cache: it is made anew when it is missing."""
+"""Known hashes of the user's big files by path, size and modification time. A cache: it is rebuilt if missing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +38,8 @@ class Session:
         given: The recipe as it was given.
         run: The run folder; made when the first stage writes.
         reporter: Where progress is shown.
-        jobs: Processes side by side.
-        redo: Make stages again whose record no longer matches, instead of stopping.
+        jobs: Parallel processes.
+        redo: Rerun stages whose record no longer matches, instead of stopping.
     """
 
     given: Recipe
@@ -50,7 +50,7 @@ class Session:
 
     @cached_property
     def recipe(self) -> Recipe:
-        """The recipe as the stages after a preparation read it."""
+        """The recipe as seen by the stages after a preparation."""
         return with_prepared_base(self.given, self.run)
 
     @cached_property
@@ -71,7 +71,7 @@ class Session:
 
     @property
     def base_stands(self) -> bool:
-        """Whether the base is there: always, unless the recipe prepares it."""
+        """Whether the base exists: always, unless the recipe prepares it."""
         return self.given.prepare is None or (self.run / "prepared" / "record.json").is_file()
 
     @cached_property
@@ -90,10 +90,10 @@ class Session:
 
     @cached_property
     def sources(self) -> dict[str, str]:
-        """Content of every dataset's source files; as recorded, where they are no longer there and the rows are.
+        """Content of every dataset's source files; as recorded, if they are gone and the encoded rows are not.
 
         Raises:
-            MixtureError: A source is missing, and no finished mixture stage stands in for it.
+            MixtureError: A source is missing, and no finished mixture stage replaces it.
         """
         try:
             with self.hashes() as known:
@@ -107,7 +107,7 @@ class Session:
 
     @property
     def sources_here(self) -> bool:
-        """Whether the sources are there; False only where a finished mixture stage stands in for them."""
+        """Whether the sources exist; False only if a finished mixture stage replaces them."""
         try:
             _ = self.found
         except MixtureError:
@@ -131,7 +131,7 @@ class Session:
         return recipe_of(self.recipe, scope)
 
     def reopened(self) -> Session:
-        """The same command with nothing opened yet: the base has changed."""
+        """The same command with nothing opened yet, since the base has changed."""
         return Session(self.given, self.run, self.reporter, self.jobs, self.redo)
 
     def write_recipe(self) -> None:

@@ -1,8 +1,8 @@
-"""What is done in a run folder: read from records alone, so it is quick and changes nothing.
+"""What is done in a run folder: read only from records, so it is quick and changes nothing.
 
 A stage is *done* (its record matches the recipe), *stale* (made with other settings, or from an earlier stage's results that
-are no longer there), *running* (a live process holds it), *partial* (begun, to be gone on from), *damaged* or *missing*.
-Source files and the base are not read here, so a change of theirs shows when a stage command or `merit run` meets it.
+no longer exist), *running* (a live process holds its lock), *partial* (begun, can be resumed), *damaged* or *missing*.
+Source files and the base are not read here, so changes to them are only noticed by a stage command or `merit run`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ORDER = ("assemble", "prepared", "mixture", "gradients", "split", "branch", "mer
 
 @dataclass(frozen=True)
 class Row:
-    """One stage as it stands.
+    """The state of one stage.
 
     Attributes:
         stage: Its name.
@@ -43,7 +43,7 @@ class Row:
         seconds: Wall time of making it.
         finished: When, UTC, ISO 8601.
         bytes: Of its files.
-        detail: How far it is, or what came out.
+        detail: How far it has got, or its result.
     """
 
     stage: str
@@ -59,12 +59,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Status:
-    """A run folder as it stands.
+    """The state of a run folder.
 
     Attributes:
         run: The folder.
         name: The recipe's name.
-        running: Whether a live process holds it.
+        running: Whether a live process holds its lock.
         stages: In the order of the chain.
     """
 
@@ -80,7 +80,7 @@ class Status:
 
 @dataclass(frozen=True)
 class Known:
-    """Content of what is outside the run folder, where a command has read it; empty values are not compared.
+    """Content of what is outside the run folder, if a command has read it; empty values are not compared.
 
     Attributes:
         base: Of the base.
@@ -99,7 +99,7 @@ def run_status(run: Path, recipe: Recipe, known: Known | None = None) -> Status:
     Args:
         run: The run folder.
         recipe: The recipe to compare the records with.
-        known: Content of what lies outside; what it does not hold is not compared.
+        known: Content of what is outside the run folder; what is missing here is not compared.
     """
     known = known or Known()
     rows = [*_preparation(recipe, run), *_rows(recipe, run, known)]
@@ -143,7 +143,7 @@ def _scope_rows(recipe: Recipe, scope: Scope, rows: Mapping[str, str], base: str
 
 
 def _encoded(run: Path) -> dict[str, str]:
-    """Fingerprints of the encoded training rows by dataset; empty where the mixture is not done."""
+    """Fingerprints of the encoded training rows by dataset; empty if the mixture is not done."""
     with contextlib.suppress(RunFolderError, ValueError):
         return {item.name: item.fingerprint for item in read_counts(run / "mixture")}
     return {}
@@ -167,7 +167,7 @@ def _preparation(recipe: Recipe, run: Path) -> Iterator[Row]:
 
 
 def _row(stage: Stage, wanted: Callable[[], Stage] | None) -> Row:
-    """``wanted``: the stage as asked now; None where that cannot be known."""
+    """``wanted``: the stage as requested now; None if that cannot be known."""
     row = Row(stage.name, stage.kind, str(stage.path))
     if not stage.path.is_dir():
         return row
@@ -194,7 +194,7 @@ def _row(stage: Stage, wanted: Callable[[], Stage] | None) -> Row:
 
 
 def _changed_inputs(old: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
-    """Differences among the inputs that are known now; where one dataset's is known, all of them are."""
+    """Differences among the inputs that are known now; if one dataset's is known, all are."""
     new = {name: value for name, value in wanted.items() if value}
     families = {name.partition(" of ")[0] for name in new if " of " in name}
     held = {name: value for name, value in old.items() if name in new or name.partition(" of ")[0] in families}

@@ -1,4 +1,4 @@
-"""One way to run a stage: done before, stale, made again, locked, recorded, reported. What a stage computes is its own."""
+"""How every stage is run: reused, refused as stale, rerun, locked, recorded, reported. Stages only compute."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Work:
-    """What a step's ``make`` is handed.
+    """What a step's ``make`` receives.
 
     Attributes:
         folder: The stage's folder: everything it writes goes there.
-        progress: To be called as it goes on.
-        facts: What is put in here stands in the record.
+        progress: To be called as the work advances.
+        facts: What is put in here is written to the record.
     """
 
     folder: Path
@@ -39,16 +39,16 @@ class Step(Generic[R]):
     """A stage that can be made or loaded.
 
     Attributes:
-        title: What the terminal calls it.
-        stage: Its folder, and what decides its answer.
+        title: Its name on the terminal.
+        stage: Its folder, and what determines its result.
         make: Writes the stage's files and returns the result.
-        load: The result of a finished stage's folder.
+        load: Loads the result from a finished stage's folder.
         seed: The recipe's seed.
-        begin: Said before it is made; nothing when empty.
-        describe: Said when it is there.
-        notes: What a person should know of the result.
-        keep: Names in the folder that an attempt may go on from.
-        follows_inputs: Made again unasked when only its inputs changed.
+        begin: Printed before it is made; nothing if empty.
+        describe: Printed when it is done.
+        notes: What the user should know about the result.
+        keep: Names in the folder that an attempt may resume from.
+        follows_inputs: Rerun automatically when only its inputs changed.
     """
 
     title: str
@@ -65,10 +65,10 @@ class Step(Generic[R]):
 
 
 def run_step(step: Step[R], session: Session) -> R:
-    """Load a stage that stands as asked, or make it.
+    """Load a stage if it is done and matches, or make it.
 
     Raises:
-        StaleStageError: It stands otherwise, and ``redo`` is off.
+        StaleStageError: It does not match, and ``redo`` is off.
         RunFolderError: It is damaged, or another process is writing it.
     """
     reporter = session.reporter
@@ -90,7 +90,7 @@ def run_step(step: Step[R], session: Session) -> R:
 
 
 def stands(stage: Stage, session: Session, *, follows_inputs: bool = False, keep: tuple[str, ...] = ()) -> bool:
-    """Whether a stage stands as asked and undamaged; a stale one is refused, or removed with ``redo``.
+    """Whether a stage is done, matches and is undamaged; a stale one is refused, or removed with ``redo``.
 
     Raises:
         StaleStageError: It was made with other settings or inputs.
@@ -107,7 +107,7 @@ def stands(stage: Stage, session: Session, *, follows_inputs: bool = False, keep
         return False
     if not session.redo:
         stage.is_done()
-    session.reporter.note(f"{stage.name}: made with other settings or inputs; made again (--redo)")
+    session.reporter.note(f"{stage.name}: made with other settings or inputs; rerun (--redo)")
     stage.clear(keep)
     return False
 

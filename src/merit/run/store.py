@@ -1,7 +1,7 @@
 """The run folder: which stage owns which files, when a stage is done, and who is writing. No maths, no models.
 
-A stage is done when its ``record.json`` stands (:mod:`merit.run.record`). One that does not match what is asked now is
-stale: refused by name, never used and never overwritten silently. A finished stage's files are compared with the record by
+A stage is done when its ``record.json`` exists (:mod:`merit.run.record`). One that does not match the current request is
+stale: refused, never silently used or overwritten. A finished stage's files are compared with the record by
 content whenever they are read again.
 """
 
@@ -28,7 +28,7 @@ from merit.split.result import Split
 
 RECORD = "record.json"
 MARKER = ".merit"
-"""Empty file that tells a run folder from any other folder."""
+"""Empty file that marks a run folder."""
 
 _OWN_FILES = (RECORD, ".lock", "running.json", "progress.json", "log.txt")
 _LARGE = 2**32
@@ -37,14 +37,14 @@ _LARGE = 2**32
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage's folder, and what is asked of it now.
+    """One stage's folder, and what is requested of it now.
 
     Attributes:
         kind: mixture, gradients, split, branch, merged, evaluation, assemble or prepared.
         path: Its folder.
-        settings: The settings that decide the answer, as JSON values.
+        settings: The settings that determine the result, as JSON values.
         inputs: Fingerprint of every input, by name.
-        title: As people say it: ``random branch 0``; the kind when empty.
+        title: Display name: ``random branch 0``; the kind if empty.
     """
 
     kind: str
@@ -55,12 +55,12 @@ class Stage:
 
     @property
     def name(self) -> str:
-        """As people say it."""
+        """Display name."""
         return self.title or self.kind
 
     @property
     def fingerprint(self) -> str:
-        """What identifies the answer: kind of stage, settings and inputs."""
+        """Identifies the result: kind of stage, settings and inputs."""
         return fingerprint({"stage": self.kind, "settings": plain(self.settings), "inputs": dict(self.inputs)})
 
     @property
@@ -70,7 +70,7 @@ class Stage:
 
     @property
     def begun(self) -> bool:
-        """Whether a record stands, whatever it says."""
+        """Whether a record exists, whatever its content."""
         return self.record_file.is_file()
 
     def record(self) -> Record:
@@ -82,11 +82,11 @@ class Stage:
         return read_record(self.record_file)
 
     def changes(self) -> list[str]:
-        """What differs between the record and what is asked now."""
+        """What differs between the record and the current request."""
         return self.record().changes(self.settings, self.inputs)
 
     def is_done(self) -> bool:
-        """Whether the stage's files stand and are what is asked for.
+        """Whether the stage is done and matches the current request.
 
         Raises:
             StaleStageError: They were made with other settings or inputs.
@@ -102,10 +102,10 @@ class Stage:
         """Compare the files with the record by content.
 
         Args:
-            weights: Read the weights, too, where they have at most 4 GiB; else only their sizes are compared.
+            weights: Also read the weights if they have at most 4 GiB; otherwise only their sizes are compared.
 
         Raises:
-            RunFolderError: One is missing or holds something else.
+            RunFolderError: One is missing or has other content.
         """
         outputs = self.record().outputs
         weights &= sum(facts.bytes for name, facts in outputs.items() if name.endswith(".safetensors")) <= _LARGE
@@ -114,7 +114,7 @@ class Stage:
             if not path.is_file():
                 raise damaged(path, "it is missing", self.path)
             if path.stat().st_size != facts.bytes:
-                raise damaged(path, f"it has {path.stat().st_size} bytes, {facts.bytes} were written", self.path)
+                raise damaged(path, f"it has {path.stat().st_size} bytes, but {facts.bytes} were written", self.path)
             if (weights or not name.endswith(".safetensors")) and Output.of(path) != facts:
                 raise damaged(path, "its content is not what was written", self.path)
 
@@ -133,16 +133,16 @@ class Stage:
 
         Args:
             seed: Recorded.
-            keep: Names inside the stage's folder that an attempt may go on from; anything else that an unfinished attempt
+            keep: Names inside the stage's folder that an attempt may resume from; anything else that an unfinished attempt
                 left is removed first.
 
         Raises:
-            RunFolderError: Another process is writing this stage, or the folder holds somebody's files.
+            RunFolderError: Another process is writing this stage, or the folder contains foreign files.
         """
         foreign = self.path.is_dir() and any(self.path.iterdir()) and not (self.path / ".lock").exists()
         if foreign and not self.begun:
             raise RunFolderError(
-                f"{self.path} holds files that the {self.name} stage did not make, and would have to remove.",
+                f"{self.path} contains files that the {self.name} stage did not make and would have to remove.",
                 "Use another run folder (--output DIR), or move these files. Nothing was changed.",
             )
         self.path.mkdir(parents=True, exist_ok=True)
@@ -177,16 +177,16 @@ class Stage:
 def stale(path: Path, name: str, changes: Sequence[str]) -> StaleStageError:
     """The error for a stage that was made with other settings or inputs."""
     return StaleStageError(
-        f"{path}: {name} was made with other settings or inputs than those asked for now:",
+        f"{path}: {name} was made with settings or inputs other than the current ones:",
         *shown(changes),
-        "Ways out: set these back; or use another run folder (--output DIR); or have it made again, with what follows "
-        "from it (--redo).",
+        "Ways out: change these back; or use another run folder (--output DIR); or rerun it and what depends on it "
+        "(--redo).",
         "Nothing was changed.",
     )
 
 
 def split_of(root: Path) -> Split:
-    """The finished split below a run's or a baseline's folder, as it was written.
+    """The finished split in a run's or a baseline's folder, as it was written.
 
     Raises:
         RunFolderError: There is none, or it is damaged.
@@ -206,14 +206,14 @@ def claim(folder: Path) -> None:
     """Make ``folder`` a run folder, or accept it as one.
 
     Raises:
-        RunFolderError: It holds other things: nothing of a user's may ever be overwritten or removed.
+        RunFolderError: It contains other things: a user's files must never be overwritten or removed.
     """
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"{folder} is a file, so it cannot be a run folder.", "Use another --output DIR.")
     if folder.is_dir() and any(folder.iterdir()) and not is_run_folder(folder):
         there = ", ".join(sorted(child.name for child in folder.iterdir())[:4])
         raise RunFolderError(
-            f"{folder} is neither empty nor a run folder: it holds {there}.",
+            f"{folder} is neither empty nor a run folder: it contains {there}.",
             "Use another --output DIR (default: runs/NAME, after the recipe's name). Nothing was changed.",
         )
     if not (folder / MARKER).exists():
@@ -223,14 +223,14 @@ def claim(folder: Path) -> None:
 
 @contextlib.contextmanager
 def lock(folder: Path, what: str) -> Iterator[None]:
-    """Hold ``folder`` for this process; a killed process leaves no lock behind.
+    """Lock ``folder`` for this process; a killed process leaves no lock behind.
 
     Raises:
-        RunFolderError: Another process holds it; its command, host and start are named.
+        RunFolderError: Another process holds the lock; the message gives its command, host and start.
     """
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "running.json"
-    file = FileLock(folder / ".lock", timeout=1)  # a second, since `merit status` looks for a moment
+    file = FileLock(folder / ".lock", timeout=1)  # a second, since `merit status` holds it for a moment
     try:
         file.acquire()
     except Timeout:
@@ -257,7 +257,7 @@ def _holder(note: Path) -> str:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a live process holds ``folder``."""
+    """Whether a live process holds the lock of ``folder``."""
     if not (folder / ".lock").exists():
         return False
     try:
@@ -265,5 +265,5 @@ def is_locked(folder: Path) -> bool:
             return False
     except Timeout:
         return True
-    except OSError:  # a folder that we may not write to: nobody here holds it
+    except OSError:  # a folder that we may not write to: no process here holds it
         return False

@@ -1,7 +1,6 @@
-"""Training the branches of a run: which are to be done, in this process or in worker processes, and what is recorded.
+"""Training the branches of a run: which to train, in this process or in worker processes, and what is recorded.
 
-It joins :mod:`merit.train` (one group) with :mod:`merit.launch` (processes). It decides no hyperparameters and does not
-merge.
+It connects :mod:`merit.train` (one group) with :mod:`merit.launch` (processes).
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from merit.train.requirements import processes_here
 from merit.train.workers import WorkerJob, share_out, threads_for
 
 _KEPT = ("checkpoints", "trackers")
-"""What an unfinished branch goes on from, and what its trackers wrote; not among the stage's outputs."""
+"""What an unfinished branch resumes from, and its trackers' files; not part of the stage's outputs."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class BranchId:
 
 
 def branch_stages(session: Session, scope: Scope) -> dict[int, Stage]:
-    """The branches of a scope, as asked now."""
+    """The branches of a scope, as requested now."""
     rows = {item.name: item.fingerprint for item in read_counts(session.run / "mixture")}
     recipe, base = session.recipe_of(scope), session.base.fingerprint
     groups = split_of(scope.root).groups
@@ -93,12 +92,12 @@ def _group(session: Session, branch: BranchId) -> list[str]:
 
 
 def train_branches(session: Session, branches: Sequence[BranchId]) -> None:
-    """Train what is not done yet, one after another or ``session.jobs`` side by side.
+    """Train what is not done yet, one after another or ``session.jobs`` in parallel.
 
     Raises:
-        ResourceError: The disk does not suffice.
+        ResourceError: Not enough disk space.
         UserError: A branch cannot be trained.
-        Interrupted: Stopped from outside; checkpoints stand.
+        Interrupted: Stopped from outside; checkpoints are saved.
     """
     stages = {branch: _stage(session, branch) for branch in branches}
     waiting = [branch for branch, stage in stages.items() if not stands(stage, session, keep=_KEPT)]
@@ -116,7 +115,7 @@ def train_branches(session: Session, branches: Sequence[BranchId]) -> None:
     )
     workers = min(session.jobs, len(waiting))
     processes = session.recipe.train.processes
-    side = f", {workers} side by side" if workers > 1 else ""
+    side = f", {workers} in parallel" if workers > 1 else ""
     side += f", {processes} processes each" if processes > 1 else ""
     session.reporter.stage("train", f"{len(waiting)} branches{side}")
     if workers > 1 or processes > processes_here():
@@ -127,10 +126,10 @@ def train_branches(session: Session, branches: Sequence[BranchId]) -> None:
 
 
 def train_here(session: Session, branch: BranchId) -> None:
-    """Train one branch in this process; of several that train it together, the leading one keeps the record.
+    """Train one branch in this process; if several processes train it together, the main one writes the record.
 
     Raises:
-        Interrupted: Stopped from outside; a checkpoint stands.
+        Interrupted: Stopped from outside; a checkpoint is saved.
     """
     recipe, stage = session.recipe_of(scope_of(session, branch)), _stage(session, branch)
     rows = load_split(session.run / "mixture", "train")
@@ -148,7 +147,7 @@ def train_here(session: Session, branch: BranchId) -> None:
         record |= result.facts()
         record["model_fingerprint"] = checkpoint.fingerprint(stage.path / "model")
     _say(session, branch, stage)
-    if stop.asked:  # the branch was in its last step when the signal came: it is finished, and the run stops after it
+    if stop.asked:  # the signal came during the branch's last step: it is finished, and the run stops after it
         raise Interrupted(f"stopped after branch {branch} was finished")
 
 
@@ -164,7 +163,7 @@ def _say(session: Session, branch: BranchId, stage: Stage) -> None:
 
 
 def _train_in_workers(session: Session, waiting: Sequence[BranchId], workers: int) -> None:
-    """Workers of equal work; each trains its branches one after another, so that libraries load once per worker."""
+    """Jobs with equal work; each worker trains its branches one after another, so that it loads libraries only once."""
     counts = {item.name: item.target_tokens for item in read_counts(session.run / "mixture")}
     work = {branch: sum(counts[name] for name in _group(session, branch)) or 1 for branch in waiting}
     jobs = [_job(session, mine, sum(work[branch] for branch in mine), workers) for mine in share_out(work, workers)]

@@ -1,4 +1,4 @@
-"""A worker process: trains the branches of a job file and writes how it ended.
+"""A worker process: trains the branches of a job file and writes the outcome.
 
 python -m merit.run.worker JOB.json OUTCOME.json
 """

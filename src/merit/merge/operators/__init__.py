@@ -1,7 +1,7 @@
-"""The merge operators by name: a dict literal. Each is a pure function in a file of its own, with its paper and limits.
+"""The merge operators by name: a dict literal. Each is a pure function in its own file, with its paper and limits.
 
 Three kinds: ``linear`` operators are coefficients of θ0 and the θ_k (merged with exact rounding); ``block`` operators
-work entry by entry; ``matrix`` operators need a whole weight matrix and leave everything else to the uniform average.
+work elementwise; ``matrix`` operators need a whole weight matrix and leave everything else to the uniform average.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Options = dict[str, Value]
 
 @dataclass(frozen=True)
 class Option:
-    """One setting of an operator: its default, what it must be, and in words."""
+    """One setting of an operator: its default, its check, and a description of valid values."""
 
     default: Value
     valid: Callable[[object], bool]
@@ -108,7 +108,7 @@ OPERATORS: dict[str, Operator] = {
 
 
 def uses_weights(operator: Operator, options: Options) -> bool:
-    """Whether the branches' weights change the result; otherwise all count alike."""
+    """Whether the branches' weights change the result; otherwise all count equally."""
     return operator.name == "average" or bool(options.get("weighted", options.get("normalize", False)))
 
 
@@ -116,7 +116,7 @@ def operator_and_options(name: str, given: Mapping[str, Value]) -> tuple[Operato
     """Look an operator up and complete its options with their defaults.
 
     Raises:
-        MergeError: Unknown operator or option, or an impossible value; the message names the nearest right one.
+        MergeError: Unknown operator or option, or an invalid value; the message names the nearest valid one.
     """
     if name not in OPERATORS:
         raise MergeError(

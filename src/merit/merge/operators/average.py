@@ -1,4 +1,4 @@
-"""Token-weighted average, θ̄ = Σ w_k θ_k with w_k = N_k / Σ N_j: the merge of MERIT. Along the line θ0 + λ(θ̄ − θ0) for λ ≠ 1.
+"""Token-weighted average, θ̄ = Σ w_k θ_k with w_k = N_k / Σ N_j: MERIT's merge. On the line θ0 + λ(θ̄ − θ0) for λ ≠ 1.
 
 Limits: it is a mean of weights, so it needs branches of one base that lie in one low-loss region (see the diagnostics).
 

@@ -2,7 +2,7 @@
 
 Sum-scaled. ``common_fraction: 1`` is Iso-C, which only flattens the spectrum of Σ δ_k. Limits: the flat spectrum moves every
 direction that it keeps, rounding noise included; the scale α (here λ) has no data-free default and is searched on held-out
-data. Directions of δ_k below 1e-7 of its norm are left out and counted, a branch that left a matrix untouched altogether.
+data. Directions of δ_k below 1e-7 of its norm are dropped and counted; so is all of a branch that left a matrix untouched.
 
 Source: Marczak et al., No task left behind: isotropic model merging with common and task-specific subspaces,
 arXiv:2502.04959, Algorithm 2 (Iso-C: Algorithm 1).
@@ -41,7 +41,7 @@ def merge_matrix(deltas: spectral.Deltas, common_fraction: float = 0.8) -> tuple
         for k in range(branches):
             delta = deltas[k]
             u, s, v = spectral.svd(delta - left @ (left.T @ delta))
-            # what a deficient δ_k leaves is rounding noise, which the flat spectrum must not raise to full size
+            # what a rank-deficient δ_k leaves is rounding noise, which the flat spectrum must not amplify to full size
             s = np.where(s > spectral.TINY * np.linalg.norm(delta), s, 0.0)
             triples.append((u[:, :specific], s[:specific], v[:specific]))
     sigma = float(np.concatenate([s for _, s, _ in triples]).mean())

@@ -1,6 +1,6 @@
 """Thin SVD and nearest orthonormal factor in float64, by the Gram eigenproblem on the short side. Pure, no files.
 
-For an m×n matrix with q = min(m, n) this costs about 2mnq + 9q³ + 2mnq operations against 14mnq and more of a full SVD. Its
+For an m×n matrix with q = min(m, n) this costs about 2mnq + 9q³ + 2mnq operations, a full SVD 14mnq and more. Its
 limit: squaring loses singular values below about 1e-8 of the largest; below TINY they are returned as zero with zero
 vectors, and between TINY and about 1e-5 the vectors on the long side are orthonormal to fewer digits.
 """
@@ -16,14 +16,14 @@ TINY = 1e-7
 
 
 class Deltas(Protocol):
-    """K task vectors δ_k (m, n) float64, each computed when it is asked for."""
+    """K task vectors δ_k (m, n) float64, each computed on demand."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, k: int, /) -> np.ndarray: ...
 
 
 def svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Thin SVD, singular values falling.
+    """Thin SVD, singular values in decreasing order.
 
     Args:
         matrix: (m, n) float64.
@@ -53,7 +53,7 @@ def svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def nearest_orthonormal(matrix: np.ndarray, drop: float = 1e-6) -> tuple[np.ndarray, float, int]:
     """P Qᵀ of the SVD P D Qᵀ of a tall matrix: the nearest matrix with orthonormal columns (orthogonal Procrustes).
 
-    Directions with D ≤ ``drop`` are left out, or the factor would fill them with arbitrary vectors.
+    Directions with D ≤ ``drop`` are dropped; otherwise the factor would fill them with arbitrary vectors.
 
     Args:
         matrix: (m, p) float64, m ≥ p.

@@ -1,7 +1,7 @@
-"""STAR: per branch truncate the spectrum of δ_k and rescale what is kept to the old nuclear norm, then average uniformly.
+"""STAR: per branch, truncate the spectrum of δ_k and rescale the rest to the old nuclear norm; then average uniformly.
 
 Limits: rounding noise of low-precision branches is rescaled *into* the kept directions, so ‖τ‖ can exceed the mean's; the
-merge record holds the ratio. An untouched matrix (δ_k = 0) stays 0.
+merge record has the ratio. An untouched matrix (δ_k = 0) stays 0.
 
 Source: Lee et al., STAR: Spectral truncation and rescale for model merging, arXiv:2502.10339, §3.2, eq. 1 and 2.
 """

@@ -2,7 +2,7 @@
 
 Limits: no weights in the paper (``weighted`` multiplies δ_k by w_k in the election and in the mean). The kept share is
 ⌊density · d⌋ entries of the whole vector (``trim: global``) or of each tensor (``local``); entries equal to the threshold
-are kept as well, and exact zeros count as entries, so the realised density differs: it is recorded.
+are also kept, and exact zeros count as entries, so the realised density differs and is recorded.
 
 Source: Yadav et al., TIES-Merging: resolving interference when merging models, arXiv:2306.01708, §4, Algorithm 1.
 """

@@ -1,9 +1,9 @@
-"""TSV-Merge: keep 1/K of each δ_k's singular triples, put them side by side, decorrelate the singular vectors.
+"""TSV-Merge: keep 1/K of each δ_k's singular triples, concatenate them, decorrelate the singular vectors.
 
 Sum-scaled: τ is not divided by K. Limits: branches that share leading directions make the stacked vectors rank-deficient;
 directions with a singular value below 1e-6 are dropped and the smallest kept one is recorded. The order of branches
-does not matter in exact arithmetic. A branch that left a matrix untouched takes no part in it, and its share of the
-directions stays empty. Matrices with min(m, n) < K keep nothing in the paper's rule; here they keep one triple.
+does not matter in exact arithmetic. A branch that left a matrix untouched contributes nothing to it, and its share of the
+directions stays empty. Matrices with min(m, n) < K keep nothing under the paper's rule; here they keep one triple.
 
 Source: Gargiulo et al., Task singular vectors: reducing task interference in model merging, arXiv:2412.00081, Algorithm 1.
 """
@@ -35,11 +35,11 @@ def merge_matrix(deltas: spectral.Deltas) -> tuple[np.ndarray, dict[str, float]]
 
 
 def assemble(triples: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, dict[str, float]]:
-    """Rebuild a matrix from stacked triples (U, S, Vᵀ) with decorrelated factors; zero singular values take no part.
+    """Rebuild a matrix from stacked triples (U, S, Vᵀ) with decorrelated factors; zero singular values are ignored.
 
     Returns:
         The matrix, and ``sigma_min``: smallest singular value kept in the decorrelation, ``dropped``: directions that were
-        left out, of zero size or shared exactly with others.
+        dropped, of zero size or shared exactly with others.
     """
     left = np.concatenate([u for u, _, _ in triples], axis=1)
     sizes = np.concatenate([s for _, s, _ in triples])
