@@ -249,7 +249,7 @@ def test_what_the_caller_says_of_the_models_is_shown(run, tmp_path):
     assert summary["method"] == "kmeans"
     assert summary["about"] == {"merged": "operator ties"}
     assert summary["verdict"][0].endswith("average of all branches: operator ties.")
-    assert "Against joint training, at another budget (merged 20 target tokens, joint 30)" in str(found.verdict)
+    assert "Against joint training, at a different budget (merged 20 target tokens, joint 30)" in str(found.verdict)
     assert run(tmp_path, ("base", "joint", "merged"), max_examples=1).reused == ("base", "joint", "merged")
     assert read(tmp_path, "summary.json")["method"] == "pca"
 

@@ -80,9 +80,9 @@ HIGH, LOW = 2.0, 1.0
         ((HIGH, LOW), (HIGH, LOW), "the merged model did better on both"),
         ((HIGH, LOW), (LOW, LOW), "the merged model learned more, with no clear difference in what was kept"),
         ((LOW, LOW), (HIGH, LOW), "the merged model kept more, with no clear difference in what was learned"),
-        ((LOW, HIGH), (HIGH, LOW), "a trade: the merged model learned less of the mixture and kept more of the base"),
-        ((HIGH, LOW), (LOW, HIGH), "a trade: the merged model learned more of the mixture and kept less of the base"),
-        ((LOW, LOW), (LOW, LOW), "no clear difference, neither in what was learned nor in what was kept"),
+        ((LOW, HIGH), (HIGH, LOW), "a trade-off: the merged model learned less of the mixture and kept more of the base"),
+        ((HIGH, LOW), (LOW, HIGH), "a trade-off: the merged model learned more of the mixture and kept less of the base"),
+        ((LOW, LOW), (LOW, LOW), "no clear difference, either in what was learned or in what was kept"),
         ((LOW, HIGH), (LOW, LOW), "the jointly trained model learned more, with no clear difference in what was kept"),
         ((LOW, LOW), (LOW, HIGH), "the jointly trained model kept more, with no clear difference in what was learned"),
         ((LOW, HIGH), (LOW, HIGH), "the jointly trained model did better on both"),
@@ -109,7 +109,7 @@ def test_calls_against_joint(mixture, kept, wanted):
 )
 def test_calls_against_a_random_split(mixture, kept, method, said):
     found = against("random", mixture, kept, method=method)
-    assert ("splitting by conflict brought this run nothing" in found) == said
+    assert ("splitting by conflict gave this run no benefit" in found) == said
     assert ("at least 3 seeds" in found) == said
 
 
@@ -130,7 +130,7 @@ def test_calls_against_a_random_split(mixture, kept, method, said):
             (HIGH, LOW),
             None,
             Advice.TRADE,
-            "A choice, not a winner: the merged model keeps more of the base",
+            "A trade-off, no clear winner: the merged model keeps more of the base",
         ),
         ((HIGH, LOW), (LOW, HIGH), None, Advice.TRADE, "winner: the jointly trained model keeps more of the base"),
         ((LOW, LOW), (LOW, LOW), None, Advice.EQUAL, "Use either the merged model or the jointly trained model"),
@@ -156,7 +156,7 @@ def test_one_seed_says_nothing_of_methods():
                 text = " ".join(sentences(other, mixture, kept))
                 assert not re.search(r"(joint training|split) (learned|kept|did)", text)
                 assert "speaks for" not in text
-                assert "words about methods take at least 3 seeds" in text
+                assert "conclusions about methods need at least 3 seeds" in text
 
 
 def test_methods_take_three_seeds_that_agree():
@@ -285,7 +285,7 @@ def test_budgets_that_differ_are_said():
     tokens = {"base": 0, "random": 2000, "merged": 1000}
     found = against("random", (LOW, HIGH), (LOW, LOW), trained_tokens=tokens)
     assert found.startswith(
-        "Against the random split's model, at another budget (merged 1,000 target tokens, random 2,000):"
+        "Against the random split's model, at a different budget (merged 1,000 target tokens, random 2,000):"
     )
     assert "the random split's model learned more" in found
     assert "may come from the budget alone" in found
@@ -293,7 +293,7 @@ def test_budgets_that_differ_are_said():
     assert "plitting by conflict" not in found
     same = against("random", (LOW, HIGH), (LOW, LOW), trained_tokens={**tokens, "random": 1000})
     assert "budget" not in same
-    assert "splitting by conflict brought this run nothing" in same
+    assert "splitting by conflict gave this run no benefit" in same
     assert "budget" not in against("random", (LOW, HIGH), (LOW, LOW), trained_tokens={"merged": 1000})
 
 

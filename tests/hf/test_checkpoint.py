@@ -222,14 +222,14 @@ def test_swapped_shards_are_refused(tmp_path, tensors):
     one.rename(tmp_path / "x")
     two.rename(one)
     (tmp_path / "x").rename(two)
-    with pytest.raises(CheckpointError, match=r"places .* in .*but it lies in"):
+    with pytest.raises(CheckpointError, match=r"places .* in .*but it is in"):
         checkpoint.read_headers(tmp_path)
 
 
 def test_missing_shards_and_leftover_weights_are_refused(tmp_path, tensors):
     shard(tmp_path, tensors)
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="holds both"):
+    with pytest.raises(CheckpointError, match="contains both"):
         checkpoint.read_headers(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model-00002-of-00002.safetensors").unlink()

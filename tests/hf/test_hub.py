@@ -89,7 +89,7 @@ def test_a_revision_that_is_not_there(hub: str) -> None:
 
 
 def test_consent_is_told(hub: str) -> None:
-    assert "shy/data asks for consent" in resolve_ids(recipe("some/model", {"path": "shy/data"}))[0]
+    assert "shy/data is gated" in resolve_ids(recipe("some/model", {"path": "shy/data"}))[0]
 
 
 def test_a_hub_out_of_reach_refuses_nothing(hub: str, monkeypatch: pytest.MonkeyPatch) -> None:

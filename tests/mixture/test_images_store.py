@@ -387,7 +387,7 @@ def test_image_files_of_hub_datasets_lie_in_its_cache(recipe, tmp_path, monkeypa
     source = Source("d", part, None)
     folder = source.image_folder(part, limits)
     assert folder.look(str(inside)).width == 24
-    for path, words in ((str(outside), "leads out"), ("a.png", "no folder is named")):
+    for path, words in ((str(outside), "leads out"), ("a.png", "no folder is given")):
         with pytest.raises(Exception, match=words):
             folder.look(path)
     assert replace(source, images=str(tmp_path / "cache")).image_folder(part, limits).look("a.png").file == str(inside)
@@ -442,7 +442,7 @@ def test_or_stop_with_one_message(recipe, seeing, tmp_path, damaged):
     said = {
         "image_missing": "gone.png is not there",
         "image_damaged": "cut.png: it cannot be decoded",
-        "image_format": "page.jpg: it is no JPEG, .*it looks like an HTML page",
+        "image_format": "page.jpg: it is not a JPEG, .*it looks like an HTML page",
         "image_too_large": r"large.png: it has 101 x 100 pixels, more than mixture.images.max_file_pixels \(10000\)",
         "image_outside": "(outside|link).png leads out of .*d",
         "image_url": "https://example.org/a.png",
@@ -645,7 +645,7 @@ def test_a_failed_run_leaves_the_earlier_images(recipe, seeing, tmp_path):
     good, bad = parquet(tmp_path / "x.parquet", [picture(1)]), parquet(tmp_path / "y.parquet", [picture(2), b"broken"])
     prepare_mixture(recipe(listed(good)), seeing, tmp_path / "out")
     before = (tmp_path / "out" / "images" / "train" / "d.bin").read_bytes()
-    with pytest.raises(MixtureError, match=r"row 2: its image: it is no JPEG"):
+    with pytest.raises(MixtureError, match=r"row 2: its image: it is not a JPEG"):
         prepare_mixture(recipe(listed(bad)), seeing, tmp_path / "out")
     assert (tmp_path / "out" / "images" / "train" / "d.bin").read_bytes() == before
     assert not (tmp_path / "out" / ".unfinished").exists()

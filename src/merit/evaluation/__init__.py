@@ -1,14 +1,14 @@
-"""What was learned, what was kept: held-out loss, exact match, drift from the base, and the verdict in plain words.
+"""What was learned and what was kept: held-out loss, exact match, drift from the base, and a verdict in words.
 
 ::
 
     figures.py     the typed figures
-    forward.py     how rows go through a model
-    heldout.py     loss and exact match; decode.py answers, text.py compares
+    forward.py     batches and device for measuring
+    heldout.py     loss and exact match; decode.py generates answers, text.py compares them
     drift.py       divergence from the base on its own answers
-    measure.py     all of it for one loaded model
+    measure.py     all of these for one loaded model
     statistics.py  intervals and tests of paired differences; summary.py averages and pairs
-    calls.py       what the differences come to; verdict.py says it in sentences
+    calls.py       what follows from the differences; verdict.py puts it in sentences
     results.py     the finished evaluation and its files
     stage.py       evaluate: every model on the same rows
 

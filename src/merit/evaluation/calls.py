@@ -1,7 +1,7 @@
-"""What the differences come to: whether merged learned more and kept more than each other model, and which to use.
+"""Conclusions from the differences: whether merged learned more and kept more than each other model, and which to use.
 
-Typed, without words. A comparison of one run is about its models. About the methods that made them, a call takes several
-runs with different seeds (:func:`across_seeds`): another seed alone moves a model by more than chance over datasets.
+Typed, without text. A comparison within one run is about its models. A conclusion about the methods needs several
+runs with different seeds (:func:`across_seeds`): another seed alone changes a model by more than chance over datasets.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from merit.evaluation.figures import Difference, Part, Summary
 __all__ = ["MIN_SEEDS", "Advice", "Comparison", "Recommendation", "Side", "across_seeds", "comparisons", "recommend"]
 
 MIN_SEEDS = 3
-"""Fewest training seeds of a call about methods."""
+"""Minimum training seeds for a conclusion about methods."""
 
 
 class Side(Enum):
@@ -40,8 +40,8 @@ class Comparison:
     Attributes:
         other: Its name.
         differences: Every measure.
-        budgets: Target tokens that merged and the other were trained on, where they are known and differ.
-        remark: How the other was made, where that is not the plain way.
+        budgets: Target tokens that merged and the other were trained on, if they are known and differ.
+        remark: How the other was made, if not in the standard way.
     """
 
     other: str
@@ -65,7 +65,7 @@ class Comparison:
 
     @property
     def kept_by_drift_alone(self) -> bool:
-        """Whether no measure but drift says that merged kept more, or less."""
+        """Whether drift is the only measure that says that merged kept more, or less."""
         called = {item.metric for item in self.of("kept") if item.outcome in ("better", "worse")}
         return self.kept in (Side.MORE, Side.LESS) and called == {"drift"}
 
@@ -100,7 +100,7 @@ def _side(items: Iterable[Difference]) -> Side:
 
 
 class Advice(Enum):
-    """What a recommendation rests on."""
+    """The reason for a recommendation."""
 
     BETTER = "better"
     """The model did better in one column and no worse in the other."""
@@ -123,9 +123,9 @@ class Recommendation:
     """Which model to use.
 
     Attributes:
-        use: Its name; None where the figures do not decide.
+        use: Its name; None if the figures do not decide.
         advice: Why.
-        against: The comparison that it rests on: joint training's where there is one, else the base's.
+        against: The comparison that it is based on: with joint training if there is one, else with the base.
     """
 
     use: str | None
@@ -134,7 +134,7 @@ class Recommendation:
 
 
 def recommend(found: Sequence[Comparison]) -> Recommendation:
-    """Which model to use, by the comparisons of one run."""
+    """Which model to use, from the comparisons of one run."""
     by_name = {item.other: item for item in found}
     base = by_name.get("base")
     if base is not None and base.learned in (Side.SAME, Side.LESS):
@@ -155,9 +155,9 @@ def recommend(found: Sequence[Comparison]) -> Recommendation:
 
 
 def across_seeds(runs: Sequence[Comparison]) -> tuple[Side, Side]:
-    """What runs with different seeds, and the same two methods, say of the methods: learned and kept.
+    """Conclusions about two methods, learned and kept, from runs with different seeds.
 
-    A method learned (kept) more only where at least :data:`MIN_SEEDS` seeds were run and all of them call it so.
+    A method learned (kept) more only if at least :data:`MIN_SEEDS` seeds were run and all of them agree.
 
     Args:
         runs: The comparison of each seed's run.

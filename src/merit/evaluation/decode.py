@@ -1,10 +1,10 @@
 """Batched decoding with a key-value cache: greedy, or sampling at temperature 1 from given uniform numbers.
 
-One loop serves exact match (greedy) and drift (sampling). It is handed a model and token ids and returns token ids; it
-knows no text, no datasets and no files. It does not cover beam search, top-k/top-p or stop strings.
+One loop serves exact match (greedy) and drift (sampling). It takes a model and token ids and returns token ids.
+Not covered: beam search, top-k/top-p, stop strings.
 
-Rows are sorted by length, left-padded, and dropped from the batch as they end. A row's answer does not depend on the rows
-beside it, beyond float rounding: padding is masked, positions count real tokens only, and every row brings its own
+Rows are sorted by length, left-padded, and dropped from the batch as they end. A row's answer does not depend on the other
+rows of its batch, beyond float rounding: padding is masked, positions count only real tokens, and every row has its own
 uniform numbers.
 """
 
@@ -38,14 +38,14 @@ def decode(
     Args:
         model: A causal LM in eval mode.
         prompts: Rows to be continued; none is empty.
-        limits: Most new tokens per row, the end token included.
+        limits: Maximum new tokens per row, including the end token.
         end_tokens: Ids that end an answer.
         forward: How rows go through the model; a batch's padded tokens count prompt and new tokens together.
         uniforms: For sampling: per row at least ``limit`` numbers in [0, 1), float64; token t of the row is the inverse of
             the model's cumulative distribution at the row's t-th number. None: greedy.
 
     Returns:
-        New token ids per row, (m,) int64, the end token included where one came. Empty where the prompt fills the
+        New token ids per row, (m,) int64, including the end token if there is one. Empty if the prompt fills the
         context.
 
     Raises:
@@ -88,7 +88,7 @@ def _decode_batch(
     steps = int(limits.max())
     pictures = to_device(batcher(prompts, left=True), device)
     inputs, mask_BL = pictures.pop("input_ids"), pictures.pop("attention_mask")
-    del pictures["labels"]  # what is left (pixels and the like) goes in with the prompt, once
+    del pictures["labels"]  # the rest (such as pixels) goes in once, with the prompt
     width = inputs.shape[1]
     mask = torch.cat([mask_BL, mask_BL.new_ones(len(prompts), steps)], dim=1)
     tokens = torch.full((len(prompts), steps), -1, dtype=torch.int64, device=device)
@@ -120,7 +120,7 @@ def _decode_batch(
                 "Set evaluate.exact_match: never and evaluate.drift.prompts: 0; the held-out loss needs no cache.",
             )
         logits = output.logits[:, -1]
-        if batcher.images is not None:  # no answer holds a picture; fed back, its token would stand for none
+        if batcher.images is not None:  # answers contain no images; fed back, an image token would have no image
             logits = logits.index_fill(1, image_token, float("-inf"))
         chosen = logits.argmax(dim=-1) if numbers is None else _inverse_cdf(logits, numbers[rows, step])
         tokens[rows, step] = chosen
@@ -130,7 +130,7 @@ def _decode_batch(
             break
         # A row that has ended and is still in the batch stays where it is: its next position may not exist.
         inputs, positions = chosen[:, None], positions[..., -1:] + going[:, None]
-        if 2 * count <= len(rows):  # at least half have ended: go on with the others only
+        if 2 * count <= len(rows):  # at least half have ended: continue with the others only
             kept = going.nonzero().squeeze(1)
             cache.batch_select_indices(kept)
             state = (inputs, mask, left, rows, going)
@@ -157,7 +157,7 @@ def _cut(tokens: np.ndarray, end_tokens: Collection[int]) -> np.ndarray:
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """Longest sequence that the model's config allows (tokens), None where it names none."""
+    """Longest sequence that the model's config allows (tokens), None if it does not say."""
     config = model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None)
     return int(context) if context else None

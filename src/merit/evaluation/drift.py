@@ -6,7 +6,7 @@ ln p_model(v)], in nats per token. The expectation over the sampled prefixes is 
 is exact (float64), so the figure is never negative, has less variance than ln p_base − ln p_model of the sampled token
 alone, and both estimate the same quantity: KL of whole answers per token, by the chain rule. The base's drift is 0.
 
-Left out: whether a drift is good or bad. A model that learned nothing has none; read it beside what was learned.
+Drift alone is neither good nor bad. A model that learned nothing has none; read it next to what was learned.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def choose_prompts(rows: Mapping[str, int], count: int, seed: int) -> list[tuple
 
     Args:
         rows: Number of rows by dataset.
-        count: Prompts wanted; fewer come back where the datasets hold fewer.
+        count: Requested prompts; fewer are returned if the datasets have fewer.
         seed: Seed of both orders.
 
     Returns:
@@ -81,13 +81,13 @@ def sample_answers(
     Args:
         model: The base.
         prompts: Rows to be continued.
-        longest: Most tokens per answer, the end token included.
+        longest: Maximum tokens per answer, including the end token.
         ends: Ids that end an answer.
         forward: How rows go through the model.
         seed: Seed of the sampling.
 
     Returns:
-        Token ids per answer; empty where the prompt fills the model's context.
+        Token ids per answer; empty if the prompt fills the model's context.
     """
     uniforms = [np.random.default_rng([seed, 2, i]).random(longest) for i in range(len(prompts))]
     return decode(model, prompts, [longest] * len(prompts), ends, forward, uniforms)
@@ -99,8 +99,8 @@ class Reference:
 
     Attributes:
         rows: Prompt and answer as one row each, the answer's tokens being the targets; no answer is empty.
-        offsets: (P + 1,) int64; answer i owns positions ``offsets[i]:offsets[i + 1]``.
-        logits: (N, V) float32, in a temporary file that goes with the process.
+        offsets: (P + 1,) int64; answer i has positions ``offsets[i]:offsets[i + 1]``.
+        logits: (N, V) float32, in a temporary file that is removed with the process.
     """
 
     rows: list[EncodedRow]
@@ -163,7 +163,7 @@ def measure_drift(model: PreTrainedModel, reference: Reference, forward: Forward
         forward: How rows go through the model.
 
     Raises:
-        CheckpointError: The model's vocabulary has another size, or its logits are not finite.
+        CheckpointError: The model's vocabulary has a different size, or its logits are not finite.
     """
     sums, agreed = np.zeros(len(reference.rows)), 0
     vocabulary = reference.logits.shape[1]

@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 Part = Literal["mixture", "kept"]
-"""What the rows are: the mixture's test sets, or what the base could do before."""
+"""What the rows are: the mixture's test sets, or what the base could already do."""
 Metric = Literal["loss", "exact_match", "drift"]
 Outcome = Literal["better", "worse", "unclear", "few"]
 
@@ -37,7 +37,7 @@ class Figures:
 
     Attributes:
         loss: Nats per target token.
-        exact_match: Share of rows; None where it was not measured.
+        exact_match: Share of rows; None if it was not measured.
         examples: Rows measured.
         target_tokens: Of these rows.
     """
@@ -58,7 +58,7 @@ class Drift:
 
     Attributes:
         kl: Mean KL(base‖model) over tokens, nats.
-        top1_agreement: Share of tokens at which base and model find the same token likeliest.
+        top1_agreement: Share of tokens at which base and model predict the same most likely token.
         tokens: Positions.
         prompts: Answers.
         kl_sums: KL of each answer, nats.
@@ -75,12 +75,12 @@ class Drift:
 
 @dataclass(frozen=True)
 class ModelFigures:
-    """Everything measured of one model.
+    """Everything measured for one model.
 
     Attributes:
         sets: Figures by dataset, for each part.
-        drift: None where it was not measured.
-        seconds: What measuring took.
+        drift: None if it was not measured.
+        seconds: Time that measuring took.
         reused: It was measured by an earlier call.
     """
 
@@ -115,7 +115,7 @@ class MeanDrift:
 
 @dataclass(frozen=True)
 class Averages:
-    """One model's averages; None where nothing was measured.
+    """One model's averages; None if nothing was measured.
 
     Attributes:
         mixture: Over the mixture's datasets.
@@ -123,7 +123,7 @@ class Averages:
         short: Over the mixture's datasets with short answers.
         long: Over its other datasets.
         drift: From the base.
-        trained_target_tokens: That the model was trained on, where known.
+        trained_target_tokens: Target tokens that the model was trained on, if known.
     """
 
     mixture: Average | None
@@ -143,14 +143,14 @@ class Difference:
     """Two models, paired by dataset (drift: by answer).
 
     Attributes:
-        model: The one whose figures come first: merged.
-        other: The one compared with.
-        part: Where the units are from.
-        metric: What differs.
+        model: The model in question: merged.
+        other: The model it is compared with.
+        part: The part that the units are from.
+        metric: The measure.
         difference: Mean of ``model`` − ``other``.
-        ci95: 95 % bootstrap interval of it; None below two units.
+        ci95: Its 95 % bootstrap interval; None with fewer than two units.
         p: Two-sided p of this measure alone.
-        p_holm: The same, corrected for the number of measures of the comparison; None where there are too few units.
+        p_holm: The same, corrected for the number of measures of the comparison; None if there are too few units.
         units: Datasets, or answers.
         wins: Units at which ``model`` is better.
         losses: Units at which it is worse.
@@ -175,12 +175,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class Summary:
-    """What tables and verdict are made from.
+    """The data for tables and verdict.
 
     Attributes:
         models: Names in the order of tables.
-        about: Remark by model on how it was made, where that is not the plain way.
-        missing: Models that were expected and take no part, and why.
+        about: Remark by model on how it was made, if not in the standard way.
+        missing: Models that were expected but are not included, and why.
         method: Split method that ``merged`` was made with.
         seed: Of the bootstrap.
         short_answer_datasets: The mixture's datasets with short answers.

@@ -1,4 +1,4 @@
-"""How rows go through a model when it is measured: the batches, where to compute, whom to tell."""
+"""How rows go through a model when it is measured: batches, device, progress."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from merit.hf.batches import Batcher
 __all__ = ["LOGITS_BUDGET", "Forward", "logits_tokens"]
 
 LOGITS_BUDGET = 2**29
-"""Most logits of one batch (float32 entries, 2 GiB): a large vocabulary makes batches smaller than ``batch_tokens``."""
+"""Maximum logits per batch (float32 entries, 2 GiB): a large vocabulary makes batches smaller than ``batch_tokens``."""
 
 
 def _nobody(rows: int, /) -> None:
-    """Nobody counts the rows."""
+    """Ignore the number of rows."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Forward:
     Attributes:
         batcher: Makes the batches.
         device: The model's device.
-        batch_tokens: Padded tokens per batch; figures depend on it by float rounding only.
+        batch_tokens: Padded tokens per batch; figures depend on it only by float rounding.
         on_batch: Called with the number of rows just finished.
     """
 

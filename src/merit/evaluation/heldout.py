@@ -5,7 +5,7 @@ tokens and divided by their number, so a dataset's figure weighs tokens; the mac
 **Exact match** (share of rows): the greedy answer to the row's last prompt equals its reference after
 :func:`merit.evaluation.text.normalise`. It is measured where answers are short enough for equality to mean something.
 
-It is handed a model and rows. It chooses no files, averages over nothing but a dataset, and compares no models.
+Averages over datasets and comparisons of models are made elsewhere.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from merit.hf.rows import EncodedRow
 __all__ = ["answer_lengths", "answer_limit", "end_tokens", "greedy_answers", "is_short_answer", "row_losses"]
 
 LIMIT_MARGIN = 4
-"""Tokens that a greedy answer may run past its dataset's longest reference: another spelling of it may be longer."""
+"""Tokens by which a greedy answer may exceed its dataset's longest reference: another spelling of it may be longer."""
 SHORT_SHARE = 0.9
 """Share of a dataset's answers that must be short for it to count as a short-answer dataset."""
 LONGEST_TAIL = 16
-"""Most tokens that a chat template is expected to put after an answer's text."""
+"""Maximum tokens that a chat template is expected to put after an answer's text."""
 CUT = 2**31
-"""Length that stands for an answer whose end was cut off."""
+"""Length used for an answer whose end was cut off."""
 
 
 def row_losses(model: PreTrainedModel, rows: Sequence[EncodedRow], forward: Forward) -> tuple[np.ndarray, np.ndarray]:
@@ -68,7 +68,7 @@ def greedy_answers(
     Args:
         model: A causal LM in eval mode.
         rows: Rows with ``prompt_length``.
-        limits: Most new tokens per row.
+        limits: Maximum new tokens per row.
         tokenizer: Decodes the answers.
         ends: Ids that end an answer, from :func:`end_tokens`.
         forward: How rows go through the model.
@@ -78,7 +78,7 @@ def greedy_answers(
 
 
 def answer_lengths(rows: Sequence[EncodedRow]) -> np.ndarray:
-    """Target tokens of every row's last answer (N,) int64, its end token included; :data:`CUT` where the row was cut."""
+    """Target tokens of every row's last answer (N,) int64, including its end token; :data:`CUT` if the row was cut."""
     return np.asarray(
         [CUT if row.truncated else int(row.targets[row.prompt_length :].sum()) for row in rows], dtype=np.int64
     )
@@ -90,7 +90,7 @@ def is_short_answer(lengths: np.ndarray, longest: int) -> bool:
 
 
 def answer_limit(lengths: np.ndarray, max_new_tokens: int) -> int:
-    """Most new tokens of a greedy answer: the setting, or a little over the dataset's longest reference if that is less."""
+    """Maximum new tokens of a greedy answer: the setting, or a little over the dataset's longest reference if less."""
     return int(min(max_new_tokens, lengths.max() + LIMIT_MARGIN))
 
 
@@ -99,14 +99,14 @@ def end_tokens(
 ) -> tuple[int, ...]:
     """Ids that end an answer: the tokenizer's end of sequence, and what the chat template puts after an answer.
 
-    The latter is read off the rows: of the target tokens that follow the answer's text, the first special one, else the
-    last, unless answers hold that token themselves (a line end, say). A row whose tokens do not spell its answer (cut, or
-    with characters that the tokenizer cannot write) counts only if its last target is a special token.
+    The latter is taken from the rows: of the target tokens that follow the answer's text, the first special one, else the
+    last, unless answers contain that token themselves (a line break, say). A row whose tokens do not decode to its answer
+    (truncated, or with unrepresentable characters) counts only if its last target is a special token.
 
     Args:
-        datasets: Rows per dataset; the first ``per_dataset`` of each are looked at.
+        datasets: Rows per dataset; the first ``per_dataset`` of each are examined.
         tokenizer: The rows' tokenizer.
-        per_dataset: Rows to look at.
+        per_dataset: Rows to examine.
 
     Returns:
         Sorted ids.

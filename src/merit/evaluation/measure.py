@@ -33,7 +33,7 @@ class HeldOut:
 
     Attributes:
         test: The mixture's test rows: what was learned.
-        kept: Rows of what the base could do before: what was kept.
+        kept: Rows of what the base could already do: what was kept.
     """
 
     test: Mapping[str, EncodedDataset]
@@ -54,9 +54,9 @@ class Measured:
 
 @dataclass(frozen=True)
 class _Set:
-    """The rows of one dataset that are measured.
+    """The rows of one dataset to measure.
 
-    ``limit``: most new tokens of a greedy answer; None: no exact match here.
+    ``limit``: maximum new tokens of a greedy answer; None: no exact match here.
     """
 
     part: Part
@@ -67,7 +67,7 @@ class _Set:
 
 
 class Questions:
-    """What every model is asked, drawn once: the rows of each dataset, and the prompts for drift.
+    """What every model is measured on, drawn once: the rows of each dataset, and the prompts for drift.
 
     Args:
         rows: Held-out rows; the parts may be empty.
@@ -99,12 +99,12 @@ class Questions:
 
     @property
     def size(self) -> int:
-        """Rows that one model goes through: a loss each, an answer each where exact match is measured, the prompts."""
+        """Number of rows per model: one per loss, one per answer if exact match is measured, one per prompt."""
         rows = sum(len(item.rows) * (1 if item.limit is None else 2) for item in self._sets)
         return rows + len(self._prompts)
 
     def ask_base(self, model: PreTrainedModel, folder: Path, forward: Forward) -> None:
-        """Sample the base's answers and keep its logits on them; the same answers whenever it is done again.
+        """Sample the base's answers and keep its logits on them; repeating it gives the same answers.
 
         Raises:
             ResourceError: No room for the logits.
@@ -127,7 +127,7 @@ class Questions:
 
     @property
     def wants_base(self) -> bool:
-        """Whether :meth:`ask_base` comes first."""
+        """Whether :meth:`ask_base` must be called first."""
         return bool(self._prompts)
 
     def ask(self, name: str, model: PreTrainedModel, folder: Path, forward: Forward) -> Measured:
@@ -177,7 +177,7 @@ def _draw(part: Part, name: str, dataset: EncodedDataset, settings: EvaluateSett
 
 
 def _limit(part: Part, lengths: np.ndarray, settings: EvaluateSettings) -> int | None:
-    """Most new tokens of a greedy answer, None where exact match is not measured.
+    """Maximum new tokens of a greedy answer, None if exact match is not measured.
 
     Under ``auto`` a dataset of the mixture must have short answers (``short_answer``); for a kept set it is enough that
     its answers fit ``max_new_tokens``, since a verbose sentence that is no longer reproduced shows a lost style.
@@ -203,7 +203,7 @@ def _mean_loss(losses: np.ndarray, counts: np.ndarray, model: str, item: _Set) -
         what = f"not finite ({losses[bad]} at measured row {bad})" if tokens else "undefined: its rows have no targets"
         raise CheckpointError(
             f"evaluate: the held-out loss of model {model} on dataset {item.name} ({item.part}) is {what}.",
-            "A model with such losses has diverged or holds non-finite weights: lower train.learning_rate and train again.",
+            "A model with such losses has diverged or has non-finite weights: lower train.learning_rate and train again.",
             "No results were written; models measured before this one are kept.",
         )
     return loss
@@ -212,7 +212,7 @@ def _mean_loss(losses: np.ndarray, counts: np.ndarray, model: str, item: _Set) -
 def _write_answers(
     file: Path, asked: Sequence[tuple[_Set, EncodedRow]], answers: Sequence[str], matches: Sequence[bool]
 ) -> None:
-    """The model's greedy answers next to the references, one JSON object per line, for people to look at."""
+    """The model's greedy answers next to the references, one JSON object per line, for inspection."""
     lines = [
         json.dumps(
             {"part": item.part, "dataset": item.name, "match": match, "answer": answer, "reference": row.answer},

@@ -37,10 +37,10 @@ class Evaluation:
 
     Attributes:
         sets: {model: {dataset: figures}} for each part.
-        drift: By model; empty where it was not measured.
+        drift: By model; empty if it was not measured.
         summary: Averages and comparisons.
         reused: Models whose figures were measured by an earlier call; not saved.
-        seconds: What measuring took, by model; not saved.
+        seconds: Time that measuring took, by model; not saved.
     """
 
     sets: dict[Part, dict[str, ByDataset]]
@@ -77,7 +77,7 @@ class Evaluation:
         """Read what :meth:`save` wrote.
 
         Raises:
-            RunFolderError: A file is missing, damaged, or not an evaluation's.
+            RunFolderError: A file is missing, damaged, or not from an evaluation.
         """
         return cls(
             {part: read_as(folder / name, dict[str, ByDataset]) for part, name in FILES.items()},

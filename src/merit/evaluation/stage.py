@@ -1,7 +1,7 @@
 """Every model on the same held-out rows: measured one after another, compared, and written into one folder.
 
-Rows are drawn once and each model is loaded once. What is done per model is kept, so a killed evaluation goes on with the
-next model. Which models there are, and how they were made, is the caller's.
+Rows are drawn once and each model is loaded once. Results are saved per model, so a killed evaluation resumes with the
+next model. The caller decides which models there are.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = ["About", "Candidate", "HeldOut", "ModelSet", "evaluate"]
 
 
 class HasFolder(Protocol):
-    """Something that lies in a folder: a base, a branch, a merged model."""
+    """Something with a folder: a base, a branch, a merged model."""
 
     @property
     def folder(self) -> Path:
@@ -43,16 +43,16 @@ class HasFolder(Protocol):
 
 
 Model = str | Path | HasFolder
-"""A model as a caller may name it: its checkpoint folder, or what has one."""
+"""A model as given by a caller: its checkpoint folder, or an object that has one."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One model that takes part.
+    """One model to evaluate.
 
     Attributes:
         weights: Checkpoint folder, or a LoRA adapter's; None for the base itself.
-        fingerprint: Of its content: two of the same are measured once, one that is unchanged not again.
+        fingerprint: Of its content: equal models are measured once, unchanged ones not again.
     """
 
     weights: Path | None
@@ -64,9 +64,9 @@ class ModelSet:
     """The models of an evaluation.
 
     Attributes:
-        base: The base; its ``settings`` say in which dtype a GPU computes.
-        models: By name; ``base`` is among them, ``merged`` is compared with the others.
-        about: What else is known of them.
+        base: The base; its ``settings`` set the dtype of GPU arithmetic.
+        models: By name, including ``base``; ``merged`` is compared with the others.
+        about: What else is known about them.
     """
 
     base: Base
@@ -75,7 +75,7 @@ class ModelSet:
 
     def __post_init__(self) -> None:
         if "base" not in self.models:
-            raise ValueError(f"models must hold 'base'; found {sorted(self.models)}")
+            raise ValueError(f"models must include 'base'; found {sorted(self.models)}")
 
     @classmethod
     def of(cls, models: Mapping[str, Model]) -> ModelSet:
@@ -95,7 +95,7 @@ def _folder(model: Model) -> Path:
 
 @dataclass(frozen=True)
 class _Stored:
-    """What is kept of one model; its fields are the file's keys. ``checksum`` is of all the others."""
+    """Saved results of one model; its fields are the file's keys. ``checksum`` covers all others."""
 
     format: int
     key: str
@@ -104,7 +104,7 @@ class _Stored:
     mixture: ByDataset
     kept: ByDataset
     drift: Drift | None
-    answers: dict[str, str] = field(default_factory=dict)  # content of the files that show its answers
+    answers: dict[str, str] = field(default_factory=dict)  # content of the files with its answers
     checksum: str = ""
 
     def content(self) -> str:
@@ -134,20 +134,20 @@ def evaluate(
     """Measure every model and compare the merged one with the others.
 
     Args:
-        models: By name, ``base`` among them; ``merged`` is the one that the verdict is about.
+        models: By name, including ``base``; the verdict is about ``merged``.
         rows: The mixture's test rows by dataset, or these and the kept sets. With neither there is nothing to measure: no
             model is loaded, and the verdict says what to add.
         settings: The recipe's ``evaluate`` block.
         seed: Seed of the draws, the sampling and the bootstrap.
-        folder: Where results go, and what an earlier, killed call measured is found; None: nothing is kept.
-        device: Where to compute; CUDA by default where there is one.
-        progress: Told of rows.
+        folder: For results, including those of an earlier, killed call; None: nothing is saved.
+        device: Where to compute; CUDA by default if available.
+        progress: In rows.
 
     Returns:
         The evaluation; its ``verdict`` is printed as plain sentences.
 
     Raises:
-        CheckpointError: A model cannot be loaded, or its loss is not finite: model and dataset are named.
+        CheckpointError: A model cannot be loaded, or its loss is not finite; the message names model and dataset.
         ResourceError: No room for the base's logits.
     """
     with tempfile.TemporaryDirectory() as scratch:
@@ -181,7 +181,7 @@ def _joined(found: Mapping[str, ModelFigures], questions: Questions, about: Abou
 
 
 def _questions_key(rows: HeldOut, settings: EvaluateSettings) -> dict[str, object]:
-    """What decides a model's figures besides the model; batch size, device and paths do not."""
+    """What determines a model's figures besides the model; batch size, device and paths do not."""
 
     def content(datasets: Mapping[str, EncodedDataset]) -> dict[str, list[str]]:
         return {name: [part.fingerprint, fingerprint(part.answers)] for name, part in datasets.items()}
@@ -198,7 +198,7 @@ def _questions_key(rows: HeldOut, settings: EvaluateSettings) -> dict[str, objec
 
 
 class _Measuring:
-    """Figures by model: read where they stand, taken from a model of the same content, or measured now."""
+    """Figures by model: read if they exist, taken from a model of the same content, or measured now."""
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
-"""Paired differences: an interval for their mean, a p-value that holds for few and skewed ones, and Holm's correction.
+"""Paired differences: an interval for their mean, a p-value valid for few and skewed ones, and Holm's correction.
 
-Arrays in, numbers out. Which comparisons are a family is :mod:`merit.evaluation.summary`'s to say.
+Arrays in, numbers out. Which comparisons form a family is decided in :mod:`merit.evaluation.summary`.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ __all__ = ["ERROR", "MIN_UNITS", "Paired", "compare", "holm", "interval", "p_val
 RESAMPLES = 10_000
 """Bootstrap resamples."""
 FLIPS = 20_000
-"""Random sign patterns, where there are too many to try all."""
+"""Random sign patterns, if there are too many to try all."""
 EXACT = 14
 """Units up to which every sign pattern is tried."""
 ERROR = 0.05
-"""Most probability of any false call among the measures of one comparison."""
+"""Maximum probability of any false call among the measures of one comparison."""
 SKEW_REACH = 6.0
 """t up to which Johnson's correction grows: it is made for t near the threshold, and far beyond it would undo any
 difference."""
 MIN_UNITS = 12
-"""Fewest datasets (or answers) of which a difference is called: with fewer, skewed differences alone would make more than
+"""Minimum datasets (or answers) for calling a difference: with fewer, skewed differences alone would give more than
 5 % of false calls (benchmarks/results/verdict.md)."""
 
 
@@ -46,7 +46,7 @@ def interval(values: np.ndarray, weights: np.ndarray | None = None, *, seed: int
     """95 % bootstrap interval of a (weighted) mean over units that are drawn with replacement.
 
     The expanded percentile interval: the percentiles are moved outward so that for n units it is as wide as Student's
-    interval where that one is right; plain percentiles are too narrow for the few datasets of a mixture.
+    interval where that is exact; plain percentiles are too narrow for the few datasets of a mixture.
     Source: Hesterberg, "What Teachers Should Know About the Bootstrap", The American Statistician 69 (2015), 371-386.
 
     Args:
@@ -78,7 +78,7 @@ def p_value(values: np.ndarray, *, seed: int = 0) -> float:
 
     Args:
         values: (n,) float64 differences, n ≥ 3.
-        seed: Seed of the sign patterns, where not all are tried.
+        seed: Seed of the sign patterns, if not all are tried.
     """
     return max(_sign_flips(values, seed), _skewed_t(values))
 

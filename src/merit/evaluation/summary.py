@@ -1,8 +1,8 @@
 """From figures by dataset to averages and paired comparisons. Pure: tables in, one summary out; no model, no files.
 
 **Macro average**: the unweighted mean over datasets, so that a large dataset counts no more than a small one. **Pooled
-loss**: all target tokens together. **Paired difference**: merged minus the other model, dataset by dataset. Both speak of
-other datasets like these; neither says anything of another training seed.
+loss**: all target tokens together. **Paired difference**: merged minus the other model, dataset by dataset. These
+generalise to other datasets like these, not to other training seeds.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ __all__ = ["About", "called", "macro", "model_order", "paired", "paired_drift", 
 
 @dataclass(frozen=True)
 class About:
-    """What is known of the models besides their figures.
+    """What is known about the models besides their figures.
 
     Attributes:
         method: Split method that ``merged`` was made with.
         trained_tokens: Target tokens that each model was trained on, by name.
-        remarks: In what way a model is not the plain one (``operator ties``, ``without branch 1``), by name.
-        missing: Models that were expected and take no part, by name, and why (``unfinished: ...``).
+        remarks: How a model differs from the standard one (``operator ties``, ``without branch 1``), by name.
+        missing: Models that were expected but are not included, by name, and why (``unfinished: ...``).
     """
 
     method: str = "pca"
@@ -61,7 +61,7 @@ def model_order(models: Iterable[str]) -> tuple[str, ...]:
 
 
 def macro(figures: ByDataset, only: Collection[str] | None = None) -> Average | None:
-    """Averages of one model over datasets (all, or those named in ``only``); None where there is none."""
+    """Averages of one model over datasets (all, or those named in ``only``); None if there is none."""
     chosen = [item for name, item in figures.items() if only is None or name in only]
     if not chosen:
         return None
@@ -80,7 +80,7 @@ def macro(figures: ByDataset, only: Collection[str] | None = None) -> Average | 
 
 
 def paired(ours: ByDataset, theirs: ByDataset, metric: Metric, *, seed: int = 0) -> Paired | None:
-    """Difference of two models over the datasets at which both have the metric; None where there is none.
+    """Difference of two models over the datasets for which both have the metric; None if there is none.
 
     Args:
         ours: The merged model's figures by dataset.
@@ -98,7 +98,7 @@ def _value(figures: Figures, metric: Metric) -> float | None:
 
 
 def paired_drift(ours: Drift, theirs: Drift, *, seed: int = 0) -> Paired:
-    """Difference of two models' drift over the same answers of the base; units are answers, weighed by their tokens."""
+    """Difference of two models' drift over the same answers of the base; units are answers, weighted by their tokens."""
     tokens = np.asarray(ours.token_counts, dtype=np.float64)
     values = (np.asarray(ours.kl_sums) - np.asarray(theirs.kl_sums)) / tokens
     return compare(values, tokens, lower_is_better=True, seed=seed)
@@ -112,12 +112,12 @@ def summarise(
     short: Collection[str] = (),
     seed: int = 0,
 ) -> Summary:
-    """Everything that tables and verdict show.
+    """All data for tables and verdict.
 
     Args:
         sets: {part: {model: {dataset: figures}}}; the mixture's part names every model.
         drift: By model; may be empty.
-        about: What else is known of the models.
+        about: What else is known about the models.
         short: Names of the mixture's short-answer datasets.
         seed: Seed of the bootstrap.
     """
@@ -160,7 +160,7 @@ def _comparisons(
     if "merged" not in models:
         return
     for other in models:
-        is_merged = other == "merged" or other == method == "joint"  # a joint run's merged model goes by both names
+        is_merged = other == "merged" or other == method == "joint"  # a joint run's merged model has both names
         if is_merged or other.startswith("branch-"):
             continue
         measures: dict[tuple[Part, Metric], Paired] = {}
@@ -176,10 +176,10 @@ def _comparisons(
 
 
 def called(other: str, measures: Mapping[tuple[Part, Metric], Paired]) -> list[Difference]:
-    """What may be said of each measure of one comparison; together they make a false call in at most 5 %.
+    """The outcome of each measure of one comparison; any false call among them has at most 5 % probability.
 
     Args:
-        other: Whom merged is compared with.
+        other: The model that merged is compared with.
         measures: Paired differences by part and metric.
     """
     family = {key: item.p for key, item in measures.items() if item.units >= MIN_UNITS}

@@ -1,4 +1,4 @@
-"""When two short answers count as the same. Strings in, strings out; it knows no models and no datasets.
+"""When two short answers count as the same. Strings in, strings out.
 
 The rules are deliberately few (docs/evaluation.md lists them): they forgive how an answer is typed, never what it says.
 """
@@ -20,12 +20,12 @@ def normalise(text: str) -> str:
     1. Unicode NFKC and casefold (full-width forms, ligatures, ß = ss).
     2. Runs of white space become one space; none at the ends.
     3. Until nothing changes: quotes and Markdown emphasis at both ends, sentence punctuation at the *end*, and one pair
-       of brackets around everything are taken off. A minus sign, a leading point, %, $ and units stay: -5 is not 5.
+       of brackets around everything are removed. A minus sign, a leading point, %, $ and units stay: -5 is not 5.
 
-    Articles stay. A text of nothing but such marks stays as it is after step 2.
+    Articles stay. A text consisting only of such marks stays as it is after step 2.
     """
     folded = text
-    while True:  # casefold can undo NFKC and the other way round; it settles after a round or two
+    while True:  # casefold can undo NFKC and vice versa; it settles after a round or two
         again = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", folded).casefold())
         if again == folded:
             break

@@ -1,10 +1,10 @@
 """The verdict: what was learned and what was kept, side by side, in a few plain sentences. Pure: a summary in, text out.
 
-The first sentence says what to use and how sure that is. "Better" and "worse" stand only where the comparison's measures,
-corrected for their number, allow it: any false call in at most 5 % of comparisons. It never ranks by one column: a merged
-model commonly has a higher loss on the training mixture than joint training and still does better elsewhere (Choi & Kim
-2026, §3 and Appendix B), so the mixture alone would mislead. One run has one seed: it speaks of this run's models, never of
-the methods that made them.
+The first sentence says what to use and how certain that is. "Better" and "worse" are used only where the comparison's
+measures, corrected for their number, allow it: a false call in at most 5 % of comparisons. It never ranks by one column: a
+merged model commonly has a higher loss on the training mixture than joint training and still does better elsewhere (Choi &
+Kim 2026, §3 and Appendix B), so the mixture alone would mislead. One run has one seed: it is about this run's models, not
+about the methods that made them.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _NO_LEARNED = (
     "and leave evaluate.heldout on."
 )
 _NO_KEPT = (
-    "Kept: not measured; give evaluate.kept_folder (what the base could do before). Drift from the base needs prompts, "
+    "Kept: not measured; give evaluate.kept_folder (what the base could already do). Drift from the base needs prompts, "
     "which it takes from test or kept rows: evaluate.drift.prompts of them, above 0."
 )
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What may be said of the merged model; ``print`` it for the sentences.
+    """Conclusions about the merged model; ``print`` it for the sentences.
 
     Attributes:
         recommendation: Which model to use.
@@ -60,12 +60,12 @@ class Verdict:
         return "\n".join(self.sentences)
 
     def against(self, other: str) -> Comparison | None:
-        """The comparison with one other model; None where there is none."""
+        """The comparison with one other model; None if there is none."""
         return next((item for item in self.comparisons if item.other == other), None)
 
 
 def judge(summary: Summary) -> Verdict:
-    """What was learned, what was kept, how the two go together, and how sure that is."""
+    """What was learned, what was kept, how to read both together, and how certain that is."""
     found = comparisons(summary)
     advised = recommend(found)
     return Verdict(advised, found, tuple(_sentences(summary, found, advised)))
@@ -78,7 +78,7 @@ def _sentences(summary: Summary, found: Sequence[Comparison], advised: Recommend
         absent = "; ".join(f"{name} ({why})" for name, why in summary.missing.items())
         opening.insert(0, f"Not measured: {absent}.")
     if not any(item.mixture or item.kept or item.drift for item in averages.values()):
-        nothing = "Nothing was measured, so nothing can be said of what was learned or kept."
+        nothing = "Nothing was measured, so nothing can be said about what was learned or kept."
         return [*opening, nothing, _NO_LEARNED, _NO_KEPT]
     if "merged" not in averages:
         return ["No merged model was measured, so nothing is compared.", *opening]
@@ -101,7 +101,7 @@ def counted(n: int, what: str) -> str:
 
 
 def _advice(advised: Recommendation) -> str:
-    """What to use, and how sure."""
+    """What to use, and how certain that is."""
     item = advised.against
     if item is None or advised.advice is Advice.UNKNOWN:
         return "No recommendation: too little was measured to compare the merged model with another."
@@ -115,7 +115,7 @@ def _advice(advised: Recommendation) -> str:
         Advice.BETTER: did,
         Advice.ONE_COLUMN: f"{did}; the other column was not measured on enough data",
         Advice.TRADE: (
-            f"A choice, not a winner: {kept_more} keeps more of the base, {learned_more} has learned more of the mixture"
+            f"A trade-off, no clear winner: {kept_more} keeps more of the base, {learned_more} learned more of the mixture"
         ),
         Advice.EQUAL: f"Use either the merged model or {other}: there is no clear difference between them",
         Advice.MIXED: f"No recommendation: the measures disagree on whether the merged model or {other} did better",
@@ -187,7 +187,7 @@ def _both_columns(averages: Mapping[str, Averages]) -> str:
 
 
 def _against(item: Comparison, method: str) -> str:
-    """One comparison: what it comes to, then the differences in both columns."""
+    """One comparison: the conclusion, then the differences in both columns."""
     parts: tuple[tuple[str, Part], ...] = (("learned", "mixture"), ("kept", "kept"))
     figures = "; ".join(f"{word}: {_outcomes(item.of(part))}" for word, part in parts if item.of(part))
     other = _NAMES.get(item.other, item.other)
@@ -196,7 +196,7 @@ def _against(item: Comparison, method: str) -> str:
         return f"Against {title}: {_call(item, other, method)} ({figures})"
     ours, theirs = item.budgets
     return (
-        f"Against {title}, at another budget (merged {ours:,} target tokens, {item.other} {theirs:,}): "
+        f"Against {title}, at a different budget (merged {ours:,} target tokens, {item.other} {theirs:,}): "
         f"{_call(item, other, method)} A difference may come from the budget alone. ({figures})"
     )
 
@@ -211,9 +211,9 @@ def _call(item: Comparison, other: str, method: str) -> str:
         (more, more): "the merged model did better on both: it learned more and kept more.",
         (more, same): "the merged model learned more, with no clear difference in what was kept.",
         (same, more): "the merged model kept more, with no clear difference in what was learned.",
-        (less, more): "a trade: the merged model learned less of the mixture and kept more of the base.",
-        (more, less): "a trade: the merged model learned more of the mixture and kept less of the base.",
-        (same, same): "no clear difference, neither in what was learned nor in what was kept.",
+        (less, more): "a trade-off: the merged model learned less of the mixture and kept more of the base.",
+        (more, less): "a trade-off: the merged model learned more of the mixture and kept less of the base.",
+        (same, same): "no clear difference, either in what was learned or in what was kept.",
         (less, same): f"{other} learned more, with no clear difference in what was kept: {no_reason}",
         (same, less): f"{other} kept more, with no clear difference in what was learned: {no_reason}",
         (less, less): f"{other} did better on both, it learned more and kept more: {no_reason}",
@@ -226,8 +226,8 @@ def _call(item: Comparison, other: str, method: str) -> str:
         text += " What was kept is judged by drift alone" + (f"; the kept sets {said}." if sets else ".")
     if item.budgets is None and item.other == "random" and method in _BY_CONFLICT and {learned, kept} <= {same, less}:
         text += (
-            " So splitting by conflict brought this run nothing over a random split; words about the methods take at least "
-            f"{MIN_SEEDS} seeds."
+            " So splitting by conflict gave this run no benefit over a random split; conclusions about the methods need at "
+            f"least {MIN_SEEDS} seeds."
         )
     return text
 
@@ -243,7 +243,7 @@ def _words(side: Side, what: str) -> str:
 
 
 def _outcomes(items: Sequence[Difference]) -> str:
-    """Each measure's difference with its interval and what may be said of it."""
+    """Each measure's difference with its interval and outcome."""
     said = {"better": "better", "worse": "worse", "unclear": "no clear difference"}
     parts = []
     for item in items:
@@ -277,7 +277,7 @@ def _caution(summary: Summary) -> str:
         ("kept", "drift"): "answer",
     }
     over = [counted(units[key], name) for key, name in names.items() if key in units]
-    seed = f"one training seed, so this is about this run's models; words about methods take at least {MIN_SEEDS} seeds"
+    seed = f"one training seed, so it is about this run's models; conclusions about methods need at least {MIN_SEEDS} seeds"
     if not over:
         return f"Caution: {seed}. Too little was measured to call any difference."
     answers = " of the base" if ("kept", "drift") in units else ""

@@ -1,7 +1,7 @@
 """The base (θ0): its facts, tokenizer, chat template, image inputs, and the fingerprints of their files.
 
-One :class:`Base` is opened per command and handed to every stage. What a stage sets on a live tokenizer changes nothing
-here: both fingerprints are functions of files and settings alone. Weights are loaded by :mod:`merit.hf.models`.
+One :class:`Base` is opened per command and passed to every stage. State set on a live tokenizer does not affect the
+fingerprints: both depend only on files and settings. Weights are loaded by :mod:`merit.hf.models`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from merit.hf.image_inputs import ImageInputs
 from merit.recipe.schema import ModelSettings
 
 _SENSES = ("vision_config", "audio_config", "video_config", "vision_tower", "mm_vision_tower", "visual", "vision")
-"""Keys of configs that name an encoder of something else than text."""
+"""Config keys that show an encoder for something other than text."""
 
 TemplateOrigin = Literal["recipe", "base", "default"]
 
@@ -40,12 +40,12 @@ class BaseFacts:
     """What is known of a base without loading its weights.
 
     Attributes:
-        folder: Where its files lie on this machine.
+        folder: Folder of its files on this machine.
         model_type: transformers' name of the architecture.
         architecture: Class name from its config.
         parameters: Number of stored weights (tied ones once).
-        dtypes: File dtype by tensor name, by safetensors' names (BF16, F32 ...).
-        context: Longest sequence it was made for (tokens), or None when its config names none.
+        dtypes: File dtype by tensor name, in safetensors' notation (BF16, F32 ...).
+        context: Longest sequence that it supports (tokens), or None if its config does not say.
         family: Its vision-language family; None for a text-only base.
     """
 
@@ -60,7 +60,7 @@ class BaseFacts:
 
 @dataclass(frozen=True)
 class Template:
-    """A chat template and where it comes from.
+    """A chat template and its origin.
 
     Attributes:
         text: Jinja.
@@ -73,18 +73,18 @@ class Template:
 
 @dataclass(frozen=True, eq=False)
 class Base(BaseFacts):
-    """The base as every stage reads it; tokenizer and image inputs are opened on first use.
+    """The base as used by every stage; tokenizer and image inputs are opened on first use.
 
     Attributes:
         settings: The recipe's ``model`` block that it was opened with.
-        hashes: Known hashes of its weight files by path, size and time; extended.
+        hashes: Known hashes of its weight files by path, size and time; new ones are added.
     """
 
     settings: ModelSettings = field(kw_only=True)
     hashes: MutableMapping[str, str] | None = field(default=None, kw_only=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Facts and fingerprints only: another process opens tokenizer and image inputs from the files itself."""
+        """Facts and fingerprints only: another process opens tokenizer and image inputs from the files."""
         live = ("tokenizer", "images", "template")
         return {key: value for key, value in self.__dict__.items() if key not in live}
 
@@ -113,7 +113,7 @@ class Base(BaseFacts):
         """Its tokenizer, with a pad token, right padding and :attr:`template` set.
 
         Raises:
-            CheckpointError: The folder holds no usable tokenizer.
+            CheckpointError: The folder has no usable tokenizer.
         """
         tokenizer = load_tokenizer(self.folder, "model.base", trust_remote_code=self.settings.trust_remote_code)
         tokenizer.chat_template = self.template.text
@@ -126,7 +126,7 @@ class Base(BaseFacts):
 
     @cached_property
     def images(self) -> ImageInputs | None:
-        """How it sees images; None for a text-only base.
+        """How it processes images; None for a text-only base.
 
         Raises:
             CheckpointError: Its image processor or image token is missing.
@@ -135,11 +135,11 @@ class Base(BaseFacts):
         return image_inputs(self.folder, config, self.tokenizer, self.settings.max_pixels)
 
     def write_inputs(self, folder: Path) -> None:
-        """Have a model folder, which holds this base's side files, say how its rows were made.
+        """Update the side files of a model folder, copied from this base, to show how its rows were made.
 
-        That is the chat template, where it is not the base's own, and the image processor's size, where ``max_pixels`` has
-        lowered it: whoever uses the model sees pictures as training did. Tokenizer files are never rewritten, since the
-        library's own rewriting can come back with other ids.
+        That is the chat template, if it is not the base's own, and the image processor's size, if ``max_pixels``
+        lowered it: inference then sees images as training did. Tokenizer files are never rewritten, since the
+        library's rewriting can change ids.
         """
         if self.template.origin != "base":
             write_text(folder / "chat_template.jinja", self.template.text)
@@ -166,7 +166,7 @@ class Base(BaseFacts):
     def input_fingerprint(self) -> str:
         """Content of what turns rows into model inputs: tokenizer and image processor files, template, pixel limit.
 
-        A hash of bytes on disk and of settings; nothing is loaded for it.
+        A hash of bytes on disk and of settings; nothing is loaded.
         """
         files = side_files.input_files(self.folder)
         if self.family is not None:  # image token, patch size
@@ -199,7 +199,7 @@ def resolve_base(settings: ModelSettings) -> Path:
         return Path(
             snapshot_download(settings.base, revision=settings.revision, allow_patterns=list(side_files.DOWNLOADED))
         )
-    except Exception as error:  # the network errors of the libraries below have no root in common
+    except Exception as error:  # the libraries' network errors have no common base class
         raise CheckpointError(
             f"model.base: {settings.base} is not a folder here, and as a hub id it could not be downloaded: "
             f"{side_files.reason(error)}",
@@ -213,7 +213,7 @@ def open_base(settings: ModelSettings | str | Path, hashes: MutableMapping[str, 
 
     Args:
         settings: The recipe's ``model`` block, or just a folder or hub id.
-        hashes: Known hashes of big files, read and extended (:func:`merit.hf.checkpoint.weights_digest`).
+        hashes: Known hashes of big files; new ones are added (:func:`merit.hf.checkpoint.weights_digest`).
 
     Raises:
         CheckpointError: No config, no safetensors weights, neither a causal LM nor of a known vision-language family, or
@@ -226,14 +226,14 @@ def open_base(settings: ModelSettings | str | Path, hashes: MutableMapping[str, 
     model_type = config.get("model_type") or ""
     architecture = (config.get("architectures") or [""])[0]
     family = FAMILIES.get(model_type)
-    # Some of these are in the library's list of causal language models, too: they would pass as text models.
+    # Some of these are also in the library's list of causal language models: they would pass as text models.
     sees = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or any(config.get(key) for key in _SENSES)
     if sees and family is None:
         raise CheckpointError(
             f"model.base: {settings.base} is a {architecture or 'model'} (model_type {model_type or 'none'}), which takes "
             "more than text; it is not of a known vision-language family.",
             f"Known families, by model_type: {', '.join(FAMILIES)}.",
-            "Where only text is wanted, give a checkpoint of its language model alone.",
+            "For text only, give a checkpoint of just its language model.",
         )
     known = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if family is None else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES).get(
         model_type
@@ -256,8 +256,8 @@ def open_base(settings: ModelSettings | str | Path, hashes: MutableMapping[str, 
     headers = checkpoint.read_headers(folder)
     if family is not None:
         for name in headers.tensors:
-            family.role(name)  # refuses a tensor of no role
-    # A vision-language config keeps its language model's settings in a block of their own, or (old files) next to its own.
+            family.role(name)  # refuses a tensor without a role
+    # A vision-language config has its language model's settings in a separate block, or (old files) among its own.
     text = config.get("text_config") or {}
     context = text.get("max_position_embeddings") or config.get("max_position_embeddings")
     return Base(
@@ -277,7 +277,7 @@ def load_tokenizer(folder: Path, key: str, *, trust_remote_code: bool = False) -
     """A fresh tokenizer object from a folder's files.
 
     Raises:
-        CheckpointError: There is none, or only one without character offsets; ``key`` of the recipe named the folder.
+        CheckpointError: There is none, or only one without character offsets; ``key`` is the recipe key of the folder.
     """
     logging.set_verbosity_error()
     try:
@@ -285,7 +285,7 @@ def load_tokenizer(folder: Path, key: str, *, trust_remote_code: bool = False) -
     except Exception as error:  # whatever the library raises on damaged files
         raise CheckpointError(
             f"{key}: no tokenizer could be loaded from {folder}: {side_files.reason(error)}",
-            "The folder must hold tokenizer.json (or its older forms) next to config.json.",
+            "The folder must contain tokenizer.json (or its older forms) next to config.json.",
         ) from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise CheckpointError(

@@ -1,7 +1,7 @@
 """From encoded rows to batches, and from a batch to the one loss that every stage uses.
 
-Training, gradients and evaluation all pad, decode pictures and compute cross-entropy here, so that a figure means the same
-everywhere. It is handed rows and a model; it loads neither, and draws no rows.
+Training, gradients and evaluation all pad, decode images and compute cross-entropy here, so that a figure means the same
+everywhere. Rows and model are passed in.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ IGNORE = -100
 
 
 class Batcher:
-    """Rows → one padded batch; what every stage feeds a model with.
+    """Rows → one padded batch, as every stage feeds it to a model.
 
     Args:
         pad_id: Token to pad with; it is masked.
-        images: How the base sees images; None for a text-only base.
+        images: How the base processes images; None for a text-only base.
     """
 
     def __init__(self, pad_id: int, images: ImageInputs | None = None) -> None:
@@ -35,15 +35,15 @@ class Batcher:
     def __call__(self, rows: Sequence[EncodedRow], *, left: bool = False) -> dict[str, torch.Tensor]:
         """``input_ids``, ``attention_mask`` and ``labels`` (−100 where no target), each (B, L) int64.
 
-        Vision-language models get their pixels, too (float32, all images of the batch in order, decoded now), where a
-        row of the batch has an image, and the input that marks image tokens (B, L) where the model wants one.
+        Vision-language models also get pixels (float32, all images of the batch in order, decoded now) if a
+        row of the batch has an image, and the input that marks image tokens (B, L) if the model needs one.
 
         Args:
             rows: The batch.
             left: Pad on the left (to generate) instead of the right.
 
         Raises:
-            MixtureError: An image cannot be read any more.
+            MixtureError: An image can no longer be read.
         """
         longest = max(len(row.input_ids) for row in rows)
         input_ids = np.full((len(rows), longest), self.pad_id, dtype=np.int64)
@@ -93,7 +93,7 @@ def target_losses(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> 
 
 
 def accepts(model: torch.nn.Module, argument: str) -> bool:
-    """Whether the model class's own ``forward`` names this argument (wrappers such as PEFT's and DDP's hide it)."""
+    """Whether the model class's own ``forward`` has this argument (wrappers such as PEFT's and DDP's hide it)."""
     while isinstance(inner := getattr(model, "module", None), torch.nn.Module):
         model = inner
     if hasattr(model, "get_base_model"):
@@ -103,10 +103,10 @@ def accepts(model: torch.nn.Module, argument: str) -> bool:
 
 
 def length_sorted_batches(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[np.ndarray]:
-    """Indices grouped so that rows of like length share a batch of at most ``max_tokens`` padded tokens.
+    """Indices grouped so that rows of similar length share a batch of at most ``max_tokens`` padded tokens.
 
-    Longest first, so that a batch that does not fit in memory fails at once. A row longer than ``max_tokens`` gets a
-    batch of its own. Ties keep their order, so the result is deterministic.
+    Longest first, so that a batch that does not fit in memory fails at once. A row longer than ``max_tokens`` gets its
+    own batch. Ties keep their order, so the result is deterministic.
     """
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
     batches: list[np.ndarray] = []

@@ -1,7 +1,7 @@
-"""The weights of a Hugging Face checkpoint folder as they lie on disk: headers, tensors, fingerprint. Storage, no maths.
+"""The weights of a Hugging Face checkpoint folder as stored on disk: headers, tensors, fingerprint. Storage, no maths.
 
 Everything works from the safetensors files themselves: no model is built and no ML library is imported. A tensor's name is
-its name on disk; modules can name it differently. The folder's other files are :mod:`merit.hf.side_files`'.
+its name on disk; modules can name it differently. :mod:`merit.hf.side_files` handles the folder's other files.
 
 Format: 8 bytes little-endian header length, a JSON header ``{name: {dtype, shape, data_offsets}}``, then the data.
 Source: https://github.com/huggingface/safetensors#format
@@ -27,19 +27,19 @@ from merit.parallel import parallel, threads
 MODEL_STEM, ADAPTER_STEM = "model", "adapter_model"
 _LARGEST = 2**63
 LARGE = 2**31
-"""Bytes of weights from which a known hash is taken for an unchanged file (by size and time) without reading it."""
-_HEADER_LIMIT = 100_000_000  # the limit that the reference implementation sets as well
+"""From this many bytes of weights, the known hash of an unchanged file (by size and time) is used without reading it."""
+_HEADER_LIMIT = 100_000_000  # the reference implementation's limit
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor lies.
+    """Where one tensor is stored.
 
     Attributes:
         name: Its name on disk.
         dtype: One of ``DTYPES``.
         shape: Its shape; () is a scalar, a 0 makes it empty.
-        file: The file that holds it, as an index-relative name (``model-00001-of-00002.safetensors``).
+        file: The file that contains it, as an index-relative name (``model-00001-of-00002.safetensors``).
         start: Absolute offset of its first byte in that file.
         nbytes: Its size in bytes.
     """
@@ -94,7 +94,7 @@ class Checkpoint:
         return sum(f.size for f in self.files.values())
 
     def path(self, tensor: TensorInfo) -> Path:
-        """The file that holds ``tensor``."""
+        """The file that contains ``tensor``."""
         return self.folder / tensor.file
 
 
@@ -106,13 +106,13 @@ def read_headers(folder: str | os.PathLike[str], stem: str | None = None) -> Che
 
     Args:
         folder: A Hugging Face checkpoint folder.
-        stem: ``model`` (one file or shards), ``adapter_model`` (a PEFT adapter), or None: whichever is there.
+        stem: ``model`` (one file or shards), ``adapter_model`` (a PEFT adapter), or None: whichever exists.
 
     Returns:
         The headers; every byte of every file's data section belongs to exactly one tensor.
 
     Raises:
-        CheckpointError: The folder is missing or holds only pickles; a file is truncated, has overlapping or wrong
+        CheckpointError: The folder is missing or contains only pickles; a file is truncated, or has overlapping or wrong
             offsets; the index and the shards disagree.
     """
     folder = Path(folder)
@@ -123,8 +123,8 @@ def read_headers(folder: str | os.PathLike[str], stem: str | None = None) -> Che
     found = _weights(folder, stem)
     if len(found) > 1:
         raise CheckpointError(
-            f"{folder} holds both {found[0]} and {found[1]}, so it is unclear which weights are meant.",
-            "Remove the one that is left over (transformers would load the single file).",
+            f"{folder} contains both {found[0]} and {found[1]}, so it is unclear which weights are meant.",
+            "Remove the leftover one (transformers would load the single file).",
         )
     if not found:
         _refuse_without_weights(folder, stem)
@@ -137,7 +137,7 @@ def read_headers(folder: str | os.PathLike[str], stem: str | None = None) -> Che
                 raise CheckpointError(f"{folder}: {tensor.name} is in both {tensors[tensor.name].file} and {name}.")
             tensors[tensor.name] = tensor
     if not tensors:
-        raise CheckpointError(f"{folder} holds no tensors.")
+        raise CheckpointError(f"{folder} contains no tensors.")
     return Checkpoint(folder, {name: files[name] for name in sorted(files)}, tensors, stem)
 
 
@@ -151,12 +151,12 @@ def _refuse_without_weights(folder: Path, stem: str) -> None:
     pickles = [p for p in pickles if p not in ("training_args.bin", "optimizer.pt", "scheduler.pt")]
     if pickles:
         raise CheckpointError(
-            f"{folder} holds pickled weights ({pickles[0]}), which can run code when loaded; only safetensors are read.",
+            f"{folder} contains pickled weights ({pickles[0]}), which can run code when loaded; only safetensors are read.",
             "Convert once, in a Python that trusts the file:",
             f"  AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained('CONVERTED')  # plus the tokenizer",
         )
     shards = sorted(p.name for p in folder.glob("*.safetensors"))
-    there = f"it holds {', '.join(shards[:3])}" if shards else "no safetensors file is there"
+    there = f"it contains {', '.join(shards[:3])}" if shards else "there is no safetensors file"
     raise CheckpointError(f"{folder} has neither {stem}.safetensors nor {stem}.safetensors.index.json ({there}).")
 
 
@@ -182,7 +182,7 @@ def _read_sharded(folder: Path, index: str) -> dict[str, WeightFile]:
         if weight_map.get(tensor) != held.get(tensor):
             raise CheckpointError(
                 f"{folder}: {index} places {tensor} in {weight_map.get(tensor, 'no file')}, "
-                f"but it lies in {held.get(tensor, 'no file')}.",
+                f"but it is in {held.get(tensor, 'no file')}.",
                 "The shards were swapped or belong to different checkpoints; copy or download them again.",
             )
     return files
@@ -210,7 +210,7 @@ def _read_file(folder: Path, name: str) -> WeightFile:
     end = data
     for tensor in tensors:
         if tensor.start != end:
-            kind = "overlaps what comes before it" if tensor.start < end else "leaves a hole before it"
+            kind = "overlaps the previous tensor" if tensor.start < end else "leaves a gap before it"
             raise bad(f"tensor {tensor.name} starts at byte {tensor.start}, expected {end}: it {kind}")
         end += tensor.nbytes
     if end != size:
@@ -240,7 +240,7 @@ def _tensor_info(name: str, entry: object, file: str, data: int, bad: Callable[[
 
 
 def pread_into(descriptor: int, buffer: memoryview, offset: int, path: Path) -> None:
-    """Fill ``buffer`` (bytes) from ``offset`` of an open file; CheckpointError when the file ends before that."""
+    """Fill ``buffer`` (bytes) from ``offset`` of an open file; CheckpointError if the file is too short."""
     while buffer:
         got = os.preadv(descriptor, [buffer], offset)
         if got == 0:
@@ -296,7 +296,7 @@ class TensorDigest:
         self._blocks[name][16 * first : 16 * first + len(parts)] = parts
 
     def same(self, other: TensorDigest) -> list[str]:
-        """Names of tensors that differ from, or lack in, ``other``."""
+        """Names of tensors that differ from ``other`` or are missing there."""
         names = self._blocks.keys() | other._blocks.keys()
         return sorted(n for n in names if self._blocks.get(n) != other._blocks.get(n))
 
@@ -345,8 +345,8 @@ def weights_digest(checkpoint: Checkpoint, memo: MutableMapping[str, str] | None
 
     Args:
         checkpoint: Headers from ``read_headers``.
-        memo: Known digests, read and extended here: the key holds every file's name, size and modification time (ns), so
-            unchanged files are not read again. Only checkpoints of at least ``LARGE`` bytes are remembered; None reads
+        memo: Known digests, to which new ones are added: the key has every file's name, size and modification time (ns), so
+            unchanged files are not read again. Only checkpoints of at least ``LARGE`` bytes are cached; None always reads
             the data.
 
     Returns:
@@ -354,7 +354,7 @@ def weights_digest(checkpoint: Checkpoint, memo: MutableMapping[str, str] | None
     """
     stats = [(n, (s := (checkpoint.folder / n).stat()).st_size, s.st_mtime_ns) for n in checkpoint.files]
     key = json.dumps([str(checkpoint.folder.resolve()), stats])
-    if checkpoint.nbytes < LARGE:  # read in a moment: no reason to trust a modification time
+    if checkpoint.nbytes < LARGE:  # quick to read: no reason to trust a modification time
         memo = None
     if memo is not None and key in memo:
         return memo[key]
@@ -391,6 +391,6 @@ def fingerprint(folder: str | os.PathLike[str], memo: MutableMapping[str, str] |
 
 
 def combine_fingerprint(folder: Path, weights: str) -> str:
-    """The fingerprint of ``folder`` from its already known weights digest and its side files."""
+    """The fingerprint of ``folder`` from its known weights digest and its side files."""
     files = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in side_files(folder).items()}
     return hashlib.sha256(json.dumps({"weights": weights, "files": files}, sort_keys=True).encode()).hexdigest()

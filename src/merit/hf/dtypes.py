@@ -1,4 +1,4 @@
-"""The safetensors dtypes as NumPy holds them, and the block that streaming works in. No files and no arithmetic in here."""
+"""The safetensors dtypes as represented in NumPy, and the block size of streaming. No files, no arithmetic."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BLOCK = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class DType:
-    """One safetensors dtype: its tag, bytes per element, and how NumPy holds its raw bytes (bf16, fp8: as unsigned)."""
+    """One safetensors dtype: its tag, bytes per element, and NumPy dtype of its raw bytes (bf16, fp8: unsigned)."""
 
     tag: str
     itemsize: int

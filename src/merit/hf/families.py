@@ -1,6 +1,6 @@
-"""Vision-language families: which parameters play which role, and how each sees images.
+"""Vision-language families: which parameters play which role, and how each processes images.
 
-One entry per family in :data:`FAMILIES`; :mod:`merit.hf.models` and the encoder ask here and know no family by name.
+One entry per family in :data:`FAMILIES`; the rest of the package contains no family names.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Family:
     """One family of vision-language models.
 
     Attributes:
-        inputs: How it sees images.
+        inputs: How it processes images.
         language: Pattern of the language decoder's parameter names, as modules or as files, from the start.
         vision: Pattern of the vision encoder's.
         projector: Pattern of the projector's.
@@ -43,13 +43,13 @@ class Family:
         """The role of a parameter, by its module's or its file's name.
 
         Raises:
-            CheckpointError: The name is that of no role, so that what is trained would be a guess.
+            CheckpointError: The name does not have exactly one role, so what is trained would be a guess.
         """
         found = self.roles(name)
         if len(found) != 1:
             raise CheckpointError(
                 f"model.base: the parameter {name} is {' and '.join(found) or 'neither language, projector nor vision'}: "
-                "the checkpoint is not laid out as others of its family.",
+                "the checkpoint is not structured like others of its family.",
                 "Use a checkpoint as it was published, or one saved by transformers.",
             )
         return found[0]
@@ -94,7 +94,7 @@ FAMILIES: dict[str, Family] = {
 def image_inputs(
     folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, max_pixels: int
 ) -> ImageInputs | None:
-    """How the base in ``folder`` sees images; None for a text-only base.
+    """How the base in ``folder`` processes images; None for a text-only base.
 
     Raises:
         CheckpointError: Its image processor or image token is missing, or its processor cannot make a blank picture.

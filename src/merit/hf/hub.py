@@ -1,6 +1,6 @@
-"""Hub ids of a recipe: do they exist, may they be read, do they have the subsets asked for? Nothing is downloaded.
+"""Hub ids of a recipe: do they exist, are they accessible, do they have the requested subsets? Nothing is downloaded.
 
-`merit check` asks before it fetches anything, so that a misspelt id among sixty is found in seconds. Where the hub cannot be
+`merit check` asks before it downloads anything, so that a misspelt id among sixty is found in seconds. If the hub cannot be
 reached nothing is refused: what is in the local cache can still be used.
 """
 
@@ -24,7 +24,7 @@ _SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 
 @dataclass(frozen=True)
 class HubId:
-    """One id, and where the recipe names it.
+    """One id, and where it is in the recipe.
 
     Attributes:
         kind: model or dataset.
@@ -42,7 +42,7 @@ class HubId:
 
 
 def hub_ids(recipe: Recipe) -> list[HubId]:
-    """Every hub id of a recipe, in its order: what is not a file or folder here and reads like an id."""
+    """Every hub id of a recipe, in order: what is not a local file or folder and looks like an id."""
     found = [HubId("model", recipe.model.base, "model.base", recipe.model.revision)]
     mixtures = [("mixture", recipe.mixture)]
     if recipe.prepare is not None:
@@ -73,10 +73,10 @@ def resolve_ids(recipe: Recipe) -> list[str]:
     """Ask the hub about every id of a recipe.
 
     Returns:
-        Notes: ids that ask for consent, or that the hub could not be reached.
+        Notes: gated ids, or that the hub could not be reached.
 
     Raises:
-        RecipeError: Ids that do not exist, revisions or subsets that they do not have: all of them in one message.
+        RecipeError: Ids, revisions or subsets do not exist: all of them in one message.
     """
     ids, wrong, notes = hub_ids(recipe), [], []
     if constants.HF_HUB_OFFLINE or not ids:
@@ -89,14 +89,16 @@ def resolve_ids(recipe: Recipe) -> list[str]:
                 ask = api.model_info if item.kind == "model" else api.dataset_info
                 known[place] = ask(item.id, revision=item.revision)
                 if getattr(known[place], "gated", False):
-                    notes.append(f"{item.where}: {item.id} asks for consent on its page before it can be read.")
+                    notes.append(
+                        f"{item.where}: {item.id} is gated: accept its terms on its page before it can be read."
+                    )
         except RevisionNotFoundError:
             wrong.append(f"{item.where}: the {item.kind} {item.id} has no revision {item.revision!r}.")
         except RepositoryNotFoundError:
             wrong.append(
                 f"{item.where}: the hub has no {item.kind} {item.id} (or it is private, and you are not signed in)."
             )
-        except Exception as error:  # the network errors of the libraries below have no root in common
+        except Exception as error:  # the libraries' network errors have no common base class
             notes.append(f"hub ids were not resolved, since the hub could not be reached: {reason(error)[:200]}")
             break
         else:
@@ -106,13 +108,13 @@ def resolve_ids(recipe: Recipe) -> list[str]:
         raise RecipeError(
             wrong[0] if len(wrong) == 1 else f"{len(wrong)} hub ids cannot be used:",
             *(wrong if len(wrong) > 1 else []),
-            "A path that does not exist is taken for a hub id: check the spelling of paths, too. Nothing was downloaded.",
+            "A path that does not exist is taken for a hub id: also check the spelling of paths. Nothing was downloaded.",
         )
     return notes
 
 
 def _missing_subset(item: HubId, info: ModelInfo | DatasetInfo) -> list[str]:
-    """What is wrong with the subset asked for, where the dataset's card lists its own."""
+    """What is wrong with the requested subset, if the dataset's card lists its subsets."""
     configs = (getattr(info, "card_data", None) or {}).get("configs") or []
     names = [str(config["config_name"]) for config in configs if isinstance(config, dict) and "config_name" in config]
     if item.subset is None or not names or item.subset in names:

@@ -1,8 +1,8 @@
-"""How a picture becomes tokens and pixels, one class per kind of vision-language model.
+"""How an image becomes tokens and pixels, one class per kind of vision-language model.
 
-The library's own processors are not used: Qwen's insists on a video processor that needs torchvision, SmolVLM's on a package
-that spells numbers, and ``AutoProcessor`` answers an unknown class with a bare tokenizer. Its image processors are (the
-PIL ones), and so a picture is resized, cut and normalised as the base's authors published it. Not covered: video, audio,
+The library's own processors are not used: Qwen's requires a video processor that needs torchvision, SmolVLM's a package
+that spells out numbers, and ``AutoProcessor`` returns a bare tokenizer for an unknown class. Its image processors are (the
+PIL ones), so an image is resized, cut and normalised as the base's authors published it. Not covered: video, audio,
 reading image files (:mod:`merit.hf.images`).
 """
 
@@ -25,22 +25,22 @@ from merit.hf.images import ImageRef, read_image
 from merit.hf.side_files import PROCESSOR, read_json, reason
 
 MOST_THIN = 200
-"""Longest side over shortest. Qwen's processor refuses what is thinner; others would scale it up to any size."""
+"""Longest side over shortest. Qwen's processor refuses thinner images; others would scale them up to any size."""
 
 
 class ImageInputs(ABC):
-    """Images as one base sees them: placeholder text for the prompt, tensors for the model.
+    """Images as one base processes them: placeholder text for the prompt, tensors for the model.
 
     Attributes:
-        token: The text of the image token, which the tokenizer reads as one token.
-        token_id: Its id; the model puts image features where it stands.
-        place: What a chat template writes for an image, and :meth:`text` replaces: the image token, in most families.
-        changed: Settings of the image processor that ``max_pixels`` has changed, by name; empty where it changes nothing.
-        settings: What decides the tensors (recorded, and part of every encoded dataset's fingerprint).
+        token: The text of the image token, which the tokenizer encodes as one token.
+        token_id: Its id; the model inserts image features at its positions.
+        place: What a chat template writes for an image, to be replaced by :meth:`text`: in most families the image token.
+        changed: Settings of the image processor that ``max_pixels`` has changed, by name; empty if none.
+        settings: What determines the tensors (recorded, and part of every encoded dataset's fingerprint).
     """
 
     types: ClassVar[str] = ""
-    """Name of the model input that is 1 at image tokens, where the model wants one; without it positions or attention would
+    """Name of the model input that is 1 at image tokens, if the model has one; without it positions or attention would
     be those of text."""
     resizable: ClassVar[bool] = False
     """Images keep their own size up to a limit, so that ``max_pixels`` means something."""
@@ -68,7 +68,7 @@ class ImageInputs(ABC):
         self._text = lru_cache(maxsize=65536)(self.expand)
 
     def text(self, image: ImageRef) -> str:
-        """What stands in the prompt for an image: as many image tokens as the model makes features of it.
+        """An image's placeholder in the prompt: one image token per feature that the model computes for it.
 
         Raises:
             ValueError: The image is too thin, or the processor refuses its shape.
@@ -78,11 +78,11 @@ class ImageInputs(ABC):
         return self._text(image.width, image.height)
 
     def count(self, width: int, height: int) -> int:
-        """Image tokens that a picture of this size costs (pixels)."""
+        """Number of image tokens of an image of this size (pixels)."""
         return self._text(width, height).count(self.token)
 
     def tensors(self, images: Sequence[ImageRef]) -> dict[str, torch.Tensor]:
-        """Decode images and make the model's inputs of them, in order."""
+        """Decode images and turn them into the model's inputs, in order."""
         return self.pixels([read_image(image) for image in images])
 
     def limit_pixels(self, max_pixels: int) -> None:  # noqa: B027  a family whose images have one size has nothing to limit
@@ -104,7 +104,7 @@ class QwenImages(ImageInputs):
     resizable = True
 
     def limit_pixels(self, max_pixels: int) -> None:
-        """As in :class:`ImageInputs`; Qwen calls the areas of its smallest and largest image edges."""
+        """As in :class:`ImageInputs`; Qwen's settings call the smallest and largest areas edges."""
         own = dict(self.processor.size)
         most = min(int(own["longest_edge"]), max_pixels)
         limited = {**own, "longest_edge": most, "shortest_edge": min(int(own["shortest_edge"]), most)}
@@ -125,7 +125,7 @@ class QwenImages(ImageInputs):
 
 
 class LlavaImages(ImageInputs):
-    """LLaVA: every image is resized and cropped to one size; one token per patch of the vision encoder."""
+    """LLaVA: every image is resized and cropped to the same size; one token per patch of the vision encoder."""
 
     def __init__(
         self, folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, max_pixels: int
@@ -133,7 +133,7 @@ class LlavaImages(ImageInputs):
         vision = str(config.get("vision_config", {}).get("model_type", "clip_vision_model"))
         if vision not in ("clip_vision_model", "siglip_vision_model"):
             raise CheckpointError(
-                f"model.base: {folder} is a LLaVA with a vision encoder of type {vision}, whose images are not of one size; "
+                f"model.base: {folder} is a LLaVA with a vision encoder of type {vision}, whose images have no fixed size; "
                 "expected clip_vision_model or siglip_vision_model.",
                 "Choose another base.",
             )
@@ -197,15 +197,15 @@ class Idefics3Images(ImageInputs):
 
     def pixels(self, images: Sequence[Image]) -> dict[str, torch.Tensor]:
         """As in :class:`ImageInputs`."""
-        # All images of a batch as those of one row: the model takes them in order, whatever row they stand in.
+        # All images of a batch as if of one row: the model takes them in order, whatever row they are in.
         found = self.processor(images=[list(images)], return_tensors="pt")
         return {"pixel_values": found["pixel_values"].float(), "pixel_attention_mask": found["pixel_attention_mask"]}
 
 
 class Gemma3Images(ImageInputs):
-    """Gemma 3: every image is scaled to one size; a fixed number of tokens between two marks, and empty lines around them.
+    """Gemma 3: every image is scaled to the same size; a fixed number of tokens between two markers and empty lines.
 
-    The template writes the first mark for an image. Tokens of one image attend to each other in both directions.
+    The template writes the first marker for an image. Tokens of one image attend to each other in both directions.
     """
 
     types = "token_type_ids"
@@ -226,7 +226,7 @@ class Gemma3Images(ImageInputs):
             )
         self._whole = f"\n\n{self.place}{self.token * run}{end}\n\n"
         self.processor.do_pan_and_scan = (
-            False  # the published processor's default, and the only way that training covers
+            False  # the published processor's default, and the only mode supported in training
         )
 
     def expand(self, width: int, height: int) -> str:
@@ -281,7 +281,7 @@ def _image_token(folder: Path, tokenizer: PreTrainedTokenizerFast, token_id: int
         raise CheckpointError(
             f"model.base: {folder / 'config.json'} names token {token_id} as the image token, but the tokenizer "
             + ("has no such token." if token is None else f"does not read {token!r} as that one token."),
-            "Tokenizer and model are not of one checkpoint; give the folder as it was published.",
+            "Tokenizer and model are not from the same checkpoint; give the folder as it was published.",
         )
     return str(token)
 
@@ -308,6 +308,6 @@ def _first(value: int | list[int]) -> int:
 
 
 def _processor_config(folder: Path) -> dict[str, Any]:
-    """What the published processor says besides its image processor (``processor_config.json``); empty without it."""
+    """The published processor's settings other than its image processor's (``processor_config.json``); empty without it."""
     file = folder / "processor_config.json"
     return read_json(file, PROCESSOR) if file.is_file() else {}

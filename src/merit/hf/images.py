@@ -1,9 +1,9 @@
-"""Images as files: where one lies, whether it can be used, and its pixels when they are asked for. Storage; no model.
+"""Images as files: where one is, whether it can be used, and its pixels on demand. Storage; no model.
 
-An image is never kept in memory: rows carry :class:`ImageRef`, and :func:`read_image` decodes one at the moment a batch
+Images are not kept in memory: rows carry :class:`ImageRef`, and :func:`read_image` decodes one when a batch
 needs it. Before that, :func:`examine` decodes every image once, so that a damaged one is found before anything is trained.
-What a model makes of pixels (resizing, patches, placeholder tokens) is :mod:`merit.hf.families`' business; which rows have
-which images is :mod:`merit.mixture`'s.
+What a model does with pixels (resizing, patches, placeholder tokens) is in :mod:`merit.hf.families`; which rows have
+which images, in :mod:`merit.mixture`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from PIL.ImageFile import ImageFile
 from merit.errors import MixtureError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""Image formats that are decoded; everything else is refused."""
+"""Supported image formats; everything else is refused."""
 
 _ORIENTATION = 0x0112
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
@@ -39,7 +39,7 @@ class BadImage(Exception):
 
     Attributes:
         reason: image_missing, image_outside, image_format, image_damaged or image_too_large; rows are counted under it.
-        detail: What is wrong, for a person.
+        detail: What is wrong, for the message.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -59,10 +59,10 @@ class ImageRef:
     """One image of one row.
 
     Attributes:
-        file: The file that holds its encoded bytes: an image file, or a file of many images one after the other.
+        file: The file that contains its encoded bytes: an image file, or a file of many concatenated images.
         offset: First byte in that file.
         nbytes: Number of encoded bytes.
-        width: Pixels, after the file's own rotation mark (EXIF) is followed.
+        width: Pixels, after the file's EXIF rotation is applied.
         height: Pixels, likewise.
         digest: xxh3-128 of the encoded bytes, in hex.
     """
@@ -76,10 +76,10 @@ class ImageRef:
 
 
 def read_image(ref: ImageRef) -> Image:
-    """Decode an image to RGB, turned as its EXIF mark says; :func:`decode` tells what becomes of other kinds of pixels.
+    """Decode an image to RGB, with its EXIF rotation applied; see :func:`decode` for other kinds of pixels.
 
     Raises:
-        MixtureError: The file is gone, or holds other bytes than when the mixture was prepared.
+        MixtureError: The file is gone, or its content has changed since the mixture was encoded.
     """
     try:
         with Path(ref.file).open("rb") as handle:
@@ -87,26 +87,26 @@ def read_image(ref: ImageRef) -> Image:
             data = handle.read(ref.nbytes)
     except OSError as error:
         raise MixtureError(
-            f"The image {ref.file} cannot be read any more: {error.strerror}.",
-            "Put it back; or start the run over, so that the mixture is prepared again.",
+            f"The image {ref.file} can no longer be read: {error.strerror}.",
+            "Restore it; or start the run over, so that the mixture is encoded again.",
         ) from None
     if digest(data) != ref.digest:
         raise MixtureError(
-            f"The image {ref.file} (from byte {ref.offset}) is not the one that the mixture was prepared with.",
-            "Put the old file back; or start the run over, so that the mixture is prepared again.",
+            f"The image {ref.file} (from byte {ref.offset}) has changed since the mixture was encoded.",
+            "Restore the old file; or start the run over, so that the mixture is encoded again.",
         )
     return decode(data, max_pixels=ref.width * ref.height)
 
 
 def renamed(file: Path) -> str:
-    """The format that an image file holds, where its name says another one; else an empty text. Only the header is read."""
+    """The actual format of an image file if its name says otherwise; else an empty string. Only the header is read."""
     said = _SUFFIXES.get(file.suffix.lower())
     if said is None:
         return ""
     try:
         with file.open("rb") as handle, _open(handle) as image:
             return "" if image.format == said else str(image.format)
-    except Exception:  # what is wrong with it is told elsewhere
+    except Exception:  # problems are reported elsewhere
         return ""
 
 
@@ -120,13 +120,13 @@ def examine(data: bytes, max_pixels: int) -> tuple[int, int]:
 
     Args:
         data: The encoded bytes.
-        max_pixels: Most pixels that are decoded; the header alone is looked at before.
+        max_pixels: Maximum pixels to decode, checked first from the header.
 
     Returns:
-        Its width and height in pixels, after the EXIF mark is followed.
+        Its width and height in pixels, after EXIF rotation.
 
     Raises:
-        BadImage: It is no image of a known format, is cut short or damaged, or has too many pixels.
+        BadImage: It is not an image of a known format, is truncated or damaged, or has too many pixels.
     """
     return decode(data, max_pixels).size
 
@@ -134,13 +134,13 @@ def examine(data: bytes, max_pixels: int) -> tuple[int, int]:
 def decode(data: bytes, max_pixels: int) -> Image:
     """RGB pixels of an encoded image.
 
-    The first frame of an animation counts. Transparent parts are laid over white, so that dark lines on a transparent
-    ground stay visible (plain conversion would put most of them on black). 16-bit greys are scaled to 8 bits (plain
-    conversion would cut them off at 255). CMYK and palettes are converted.
+    Only the first frame of an animation is used. Transparent parts are composited onto white, so that dark lines on a
+    transparent background stay visible (plain conversion would put most of them on black). 16-bit greyscale is scaled to
+    8 bits (plain conversion would clip it at 255). CMYK and palettes are converted.
 
     Args:
         data: The encoded bytes.
-        max_pixels: Most pixels that are decoded.
+        max_pixels: Maximum pixels to decode.
 
     Raises:
         BadImage: As :func:`examine`.
@@ -169,28 +169,28 @@ def decode(data: bytes, max_pixels: int) -> Image:
         found = _kind(data)
         raise BadImage(
             "image_format",
-            f"it is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image, or its header is damaged{found}",
+            f"it is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image, or its header is damaged{found}",
         ) from None
     except MemoryError:
         raise
-    except Exception as error:  # decoders have their own errors, all of which mean the same
+    except Exception as error:  # decoders raise errors of their own, all of which mean the same
         raise BadImage("image_damaged", f"it cannot be decoded: {str(error) or type(error).__name__}") from None
 
 
 def locate_image(text: str, folders: Sequence[Path]) -> Path:
-    """The file that a path in a row means.
+    """The file that a path in a row refers to.
 
     Args:
-        text: Path; a relative one starts from the first folder.
-        folders: Resolved folders, one of which the file must lie in, links followed.
+        text: Path; a relative one is relative to the first folder.
+        folders: Resolved folders, one of which the file must be in, after following links.
 
     Raises:
-        BadImage: It leads out of the folders, or is no file.
+        BadImage: It is outside the folders, or not a file.
     """
     shown = text if len(text) <= 200 else text[:197] + "..."
     if not folders and not Path(text).is_absolute():
         raise BadImage(
-            "image_missing", f"{shown} is a relative path, and no folder is named for it (images of the dataset)"
+            "image_missing", f"{shown} is a relative path, and no folder is given for it (the dataset's `images`)"
         )
     try:
         path = (Path(*folders[:1]) / text).resolve()
@@ -199,10 +199,10 @@ def locate_image(text: str, folders: Sequence[Path]) -> Path:
             return path
         kind = "a folder" if inside and path.is_dir() else "not there"
     except (OSError, ValueError, RuntimeError) as error:  # a NUL byte, a name that is too long, links in a circle
-        raise BadImage("image_missing", f"{shown!r} is no usable path ({error})") from None
+        raise BadImage("image_missing", f"{shown!r} is not a usable path ({error})") from None
     within = f"{folders[0]}" if folders else "the dataset's folder"
     if not inside:
-        raise BadImage("image_outside", f"{shown} leads out of {within}; name the folder that holds the images")
+        raise BadImage("image_outside", f"{shown} leads out of {within}; set the folder that contains the images")
     raise BadImage("image_missing", f"{shown} is {kind} (looked for in {within})")
 
 
@@ -210,7 +210,7 @@ def read_image_file(path: Path, max_pixels: int) -> bytes:
     """An image file's bytes.
 
     Raises:
-        BadImage: It cannot be read, or is larger than ``max_pixels`` could ever need.
+        BadImage: It cannot be read, or is larger than ``max_pixels`` could require.
     """
     try:
         size = path.stat().st_size
@@ -225,7 +225,7 @@ def read_image_file(path: Path, max_pixels: int) -> bytes:
 
 
 def encode_image(image: Image) -> bytes:
-    """A PIL image as the bytes of a PNG file, which keeps every pixel."""
+    """A PIL image as the bytes of a PNG file (lossless)."""
     image = _upright(image)
     if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
         image = image.convert("RGB")
@@ -235,7 +235,7 @@ def encode_image(image: Image) -> bytes:
 
 
 def _open(file: BinaryIO) -> ImageFile:
-    """Open an image of a known format, whatever its size: ``PIL.Image.open`` has one limit of pixels for the whole process.
+    """Open an image of a known format, whatever its size: ``PIL.Image.open`` has one pixel limit for the whole process.
 
     Raises:
         UnidentifiedImageError: It has none of the formats.
@@ -252,14 +252,14 @@ def _open(file: BinaryIO) -> ImageFile:
     raise UnidentifiedImageError("no known format")
 
 
-# Broken EXIF is harmless: no such lines amid a progress bar.
+# Broken EXIF is harmless: keep these warnings out of the progress bar.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 def _upright(image: Image) -> Image:
-    """Turned as the EXIF mark says; an EXIF block that cannot be read turns nothing.
+    """The image with its EXIF rotation applied; an unreadable EXIF block is ignored.
 
-    Pillow's ``exif_transpose`` also writes the block anew, which fails where any other entry of it is damaged.
+    Pillow's ``exif_transpose`` also rewrites the block, which fails if any other entry in it is damaged.
     """
     try:
         mark = image.getexif().get(_ORIENTATION)
@@ -299,11 +299,11 @@ _KINDS = (
     (rb"\x1f\x8b", "a gzip archive"),
     (rb".{4}ftypavi", "an AVIF image"),
     (rb".{4}ftyp(?:hei|mif)", "a HEIF image"),
-    (rb"version https://git-lfs", "a Git LFS pointer, whose file was never fetched"),
+    (rb"version https://git-lfs", "a Git LFS pointer whose file was not downloaded"),
 )
 
 
 def _kind(data: bytes) -> str:
-    """What the bytes look like, for an error message; nothing of them is shown."""
+    """What the bytes look like, for an error message; the bytes themselves are not shown."""
     found = next((name for pattern, name in _KINDS if re.match(pattern, data, re.IGNORECASE | re.DOTALL)), None)
     return f" (it looks like {found})" if found else ""

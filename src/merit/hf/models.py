@@ -1,8 +1,7 @@
 """Models in memory: loading, the trainable subset, and a branch's checkpoint folder.
 
-With :mod:`merit.hf.families` (image inputs, roles of parameters) the only module that knows model families. It is handed
-folders and returns models; it chooses no paths, reads no datasets, makes no batches (:mod:`merit.hf.batches`) and trains
-nothing.
+With :mod:`merit.hf.families` (image inputs, roles of parameters) the only module that knows model families. It takes
+folders and returns models; batches are made by :mod:`merit.hf.batches`.
 """
 
 from __future__ import annotations
@@ -37,14 +36,14 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 def pick_device(wanted: str) -> torch.device:
-    """The device to compute on: ``auto`` takes CUDA where there is one.
+    """The device to compute on: ``auto`` uses CUDA if available.
 
     Raises:
-        ResourceError: ``cuda`` was asked for and there is none.
+        ResourceError: ``cuda`` was requested but is not available.
     """
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ResourceError(
-            "train.device: cuda was asked for, but PyTorch sees no CUDA device here.",
+            "train.device: cuda was requested, but PyTorch finds no CUDA device here.",
             "Use device: auto or cpu, or a PyTorch build with CUDA on a machine that has one.",
         )
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
@@ -70,7 +69,7 @@ def load_model(
     """A causal or vision-language LM in float32 on ``device``, in eval mode.
 
     Args:
-        base: The base; its ``settings`` name the trainable subset.
+        base: The base; its ``settings`` define the trainable subset.
         device: Where to put it.
         weights: Checkpoint folder to load instead of the base's (a branch, a merged model): full, or a LoRA adapter of the
             base.
@@ -79,10 +78,10 @@ def load_model(
         quantize: ``4bit`` holds the linear layers in 4-bit NF4, for adapters to be trained on (needs bitsandbytes).
 
     Returns:
-        The library's own class; PEFT's wrapper around it, which answers to the same calls, where there are adapters.
+        The library's own class; with adapters, PEFT's wrapper around it, which has the same interface.
 
     Raises:
-        CheckpointError: Weights are missing, left over, or of another shape.
+        CheckpointError: Weights are missing, left over, or have the wrong shape.
     """
     settings, family = base.settings, base.family
     folder = Path(weights) if weights is not None else base.folder
@@ -107,7 +106,7 @@ def load_model(
 
 
 def _four_bits(settings: ModelSettings, device: torch.device) -> dict[str, object]:
-    """Loading options for a base in 4-bit NF4 with doubly quantized constants, as QLoRA (arXiv 2305.14314) has it."""
+    """Loading options for a base in 4-bit NF4 with double quantization, as in QLoRA (arXiv 2305.14314)."""
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -127,19 +126,19 @@ def read_model(
     options: Mapping[str, object] | None = None,
     allow_unused: bool = False,
 ) -> PreTrainedModel:
-    """A model with exactly the weights that its files hold.
+    """A model with exactly the weights in its files.
 
     Args:
-        kind: The library's class that chooses the model's.
+        kind: The library's auto class, which chooses the model class.
         folder: Checkpoint folder.
         dtype: Of the weights in memory.
-        where: What messages begin with, such as a recipe key.
+        where: Prefix of messages, such as a recipe key.
         trust_remote_code: Run the checkpoint's own code.
         options: Passed on to the library: a ``config`` to use instead of the folder's, a quantization.
-        allow_unused: The files may hold more than the model needs.
+        allow_unused: The files may contain more than the model needs.
 
     Raises:
-        CheckpointError: Weights are missing, left over, or of another shape, or the library cannot load the folder.
+        CheckpointError: Weights are missing, left over, or have the wrong shape, or the library cannot load the folder.
     """
     quiet()
     try:
@@ -157,7 +156,7 @@ def read_model(
     except Exception as error:  # whatever the library raises on a config that does not fit
         raise CheckpointError(
             f"{where}{folder} cannot be loaded as a model: {side_files.reason(error)}",
-            "Its config.json and its weights must be those of one checkpoint, of a type that this transformers knows.",
+            "Its config.json and weights must be from one checkpoint, of a type that this version of transformers knows.",
         ) from None
     model, info = loaded
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys")[: 2 if allow_unused else 3]:
@@ -166,22 +165,22 @@ def read_model(
             raise CheckpointError(
                 f"{where}{folder}: {len(names)} {problem.replace('_', ' ')} between its files and its architecture, "
                 f"first {names[0]}.",
-                "Such weights would be random or ignored; the checkpoint or its config.json is not what it says.",
+                "Such weights would be random or ignored; the checkpoint and its config.json do not match.",
             )
     return cast(PreTrainedModel, model)
 
 
 def quiet() -> None:
-    """No advice and no progress bars from transformers among this package's own."""
+    """Keep transformers' advice and progress bars out of this package's own output."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
 
 def mark_trainable(model: PreTrainedModel, settings: ModelSettings, seed: int) -> PreTrainedModel:
-    """Switch on gradients for the trainable subset; ``lora`` wraps the model in adapters.
+    """Enable gradients for the trainable subset; ``lora`` wraps the model in adapters.
 
     Raises:
-        RecipeError: A pattern matches no parameter, or a role that a language model does not have was asked for.
+        RecipeError: A pattern matches no parameter, or a role that a language model does not have was requested.
     """
     wanted = settings.trainable
     family = FAMILIES.get(model.config.model_type)
@@ -195,15 +194,15 @@ def mark_trainable(model: PreTrainedModel, settings: ModelSettings, seed: int) -
 
 
 def trainable_names(names: Sequence[str], wanted: str | Sequence[str], family: Family | None) -> set[str]:
-    """Those of a base's parameters that ``model.trainable`` means.
+    """The base's parameters that ``model.trainable`` selects.
 
     Args:
-        names: Parameter names as they are in the base's files.
-        wanted: A role, ``all``, ``lora`` (the language decoder's, in which adapters lie), or a list of roles and patterns.
+        names: Parameter names as in the base's files.
+        wanted: A role, ``all``, ``lora`` (the language decoder's, with adapters), or a list of roles and patterns.
         family: The base's vision-language family; None for a text-only base, all of which is language decoder.
 
     Raises:
-        RecipeError: A pattern matches no parameter, or a role that a text-only base does not have was asked for.
+        RecipeError: A pattern matches no parameter, or a role that a text-only base does not have was requested.
     """
     chosen: set[str] = set()
     for item in [wanted] if isinstance(wanted, str) else wanted:
@@ -254,22 +253,22 @@ def _with_adapters(
 def file_names(model: PreTrainedModel) -> dict[str, str]:
     """Name in a checkpoint's files of every entry of the model's state dict, by its name in the model.
 
-    They differ for vision-language models, whose modules were rearranged after their files were published.
+    They differ for vision-language models whose modules were rearranged after their files were published.
     """
     names = list(model.state_dict())
     if model.config.model_type not in FAMILIES:
         return {name: name for name in names}
     marks = {
         name: torch.empty(1) for name in names
-    }  # the renaming alone is wanted: one mark per tensor goes through it
+    }  # only the renaming is needed: one marker per tensor goes through it
     back = {id(mark): name for name, mark in marks.items()}
     return {back[id(mark)]: file_name for file_name, mark in revert_weight_conversion(model, marks).items()}
 
 
 def _check_names(model: PreTrainedModel, folder: Path) -> None:
-    """Refuse, before training, a base whose files the library would write back under other names.
+    """Refuse, before training, a base whose tensors the library would save under other names.
 
-    Branches and base are merged file by file: their names must be the same.
+    Branches and base are merged by tensor name, so names must be the same.
     """
     stored, written = set(checkpoint.read_headers(folder).tensors), set(file_names(model).values())
     odd = sorted(stored - written)
@@ -292,7 +291,7 @@ def save_branch(model: PreTrainedModel, folder: Path, base: Base, *, save_dtype:
     Args:
         model: A model from :func:`load_model`, trained or not.
         folder: New folder.
-        base: Gives each tensor's file dtype, and the config and tokenizer files that are carried along unchanged. A chat
+        base: Determines each tensor's file dtype; its config and tokenizer files are copied unchanged. A chat
             template that is not its own is written next to them.
         save_dtype: ``base``: every tensor in the base's file dtype, so that frozen tensors stay bit-identical;
             ``float32``: everything in float32.
@@ -321,7 +320,7 @@ def save_branch(model: PreTrainedModel, folder: Path, base: Base, *, save_dtype:
 
 
 def limit_threads(threads: int | None) -> int:
-    """Set PyTorch's CPU threads (None leaves them) and return the number in force; results depend on it bit for bit."""
+    """Set PyTorch's CPU threads (None: unchanged) and return their number; results depend on it bit for bit."""
     if threads:
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)

@@ -1,7 +1,7 @@
-"""Sizes of a few published checkpoints, so that a plan can say what a run needs where no weights are at hand.
+"""Sizes of a few published checkpoints, so that a plan can say what a run needs without the weights.
 
-Counts follow from the published configs (``tests/hf/test_published.py`` builds and counts them). Nothing but the
-offline plan reads this table: where the checkpoint itself is there, its headers are counted.
+Counts follow from the published configs (``tests/hf/test_published.py`` builds and counts them). Only the
+offline plan uses this table: if the checkpoint itself exists, its headers are counted.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Published:
-    """A published checkpoint by numbers.
+    """Sizes of a published checkpoint.
 
     Attributes:
         family: transformers' name of the architecture (``model_type``).
         language: Parameters of the language decoder, tied ones once.
-        context: Longest sequence it was made for (tokens).
+        context: Longest supported sequence (tokens).
         projector: Parameters of the projector; 0 for a text model.
         vision: Parameters of the vision encoder; 0 for a text model.
         stored: Bytes per stored weight (2: bfloat16 or float16).
@@ -31,7 +31,7 @@ class Published:
 
     @property
     def parameters(self) -> int:
-        """All of them."""
+        """Total number of parameters."""
         return self.language + self.projector + self.vision
 
 

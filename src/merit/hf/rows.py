@@ -1,4 +1,4 @@
-"""One row as a model reads it: token ids, which of them are predicted, and the images among them. It reads no file."""
+"""One row as a model sees it: token ids, which of them are targets, and its images. No files are read."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class EncodedRow:
 
     Attributes:
         input_ids: (n,) int32 token ids.
-        targets: (n,) bool; ``targets[i]`` means that token i is predicted in the loss. ``targets[0]`` is always False.
-        prompt_length: Tokens before the first target of the last assistant turn: what a generated answer starts from.
-        truncated: The row was cut at ``max_length``.
-        answer: Text of that assistant turn, as its source has it.
+        targets: (n,) bool; ``targets[i]`` means that token i counts in the loss. ``targets[0]`` is always False.
+        prompt_length: Tokens before the first target of the last assistant turn: the prompt of a generated answer.
+        truncated: The row was truncated to ``max_length``.
+        answer: Text of that assistant turn, as in its source.
         images: Its images, in the order of their tokens.
     """
 
@@ -30,6 +30,6 @@ class EncodedRow:
     images: tuple[ImageRef, ...] = ()
 
     def prompt(self) -> EncodedRow:
-        """What a generated answer starts from: the tokens before the last answer, and the images among them."""
+        """The prompt of a generated answer: the tokens before the last answer, and their images."""
         ids = self.input_ids[: self.prompt_length]
         return EncodedRow(ids, np.zeros(len(ids), dtype=bool), self.prompt_length, images=self.images)

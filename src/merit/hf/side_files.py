@@ -1,6 +1,6 @@
-"""Everything in a checkpoint folder but its weights: config, tokenizer, processor, chat template, licence. Storage only.
+"""Everything in a checkpoint folder except its weights: config, tokenizer, processor, chat template, licence. Storage only.
 
-Others wrote these files, so JSON is read through one check (:func:`read_json`): a file that is not what it should be is a
+These files come from other programs, so JSON is validated in one place (:func:`read_json`): an invalid file is a
 :class:`merit.errors.CheckpointError` that names the file, what was expected and what was found.
 """
 
@@ -25,16 +25,16 @@ TOKENIZER_FILES = (
 )
 """Names and patterns; ``*.model`` are sentencepiece's (tokenizer.model, spiece.model, sentencepiece.bpe.model)."""
 LICENCE_FILES = ("LICEN[SC]E*", "NOTICE*", "COPYING*", "COPYRIGHT*", "USE_POLICY*", "ACCEPTABLE_USE*")
-"""Matched without regard to case."""
+"""Matched case-insensitively."""
 
 DOWNLOADED = (
     *("*.json", "*.safetensors", "*.model", "*.spm", "*.tiktoken", "*.txt", "*.jinja", "*.py", "README.md"),
     *("[Ll][Ii][Cc][Ee][Nn][SsCc][Ee]*", "[Nn][Oo][Tt][Ii][Cc][Ee]*", "COPY*", "*USE_POLICY*"),
 )
-"""Patterns of what is downloaded of a hub id: weights and side files."""
+"""Patterns of the files downloaded for a hub id: weights and side files."""
 
 Kinds = Mapping[str, type | tuple[type, ...] | list[type]]
-"""Expected type by (dotted) key; ``[str]`` is a list of texts. A key that is absent or null has every type."""
+"""Expected type by (dotted) key; ``[str]`` is a list of strings. A key that is absent or null is always valid."""
 
 CONFIG: Kinds = {
     **{"model_type": str, "architectures": [str], "auto_map": dict, "quantization_config": dict},
@@ -70,7 +70,7 @@ def read_json(path: Path, kinds: Kinds | None = None) -> dict[str, Any]:
 
 
 def parse_json(text: bytes, where: str, kinds: Kinds | None = None) -> dict[str, Any]:
-    """As :func:`read_json`, of bytes that lie in ``where``; a key that occurs twice in one object is refused."""
+    """Like :func:`read_json`, for bytes from ``where``; duplicate keys in an object are refused."""
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
     except RecursionError:
@@ -130,7 +130,7 @@ def _shown(value: object) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error from a library, or its name where it says nothing."""
+    """The first line of a library's error, or its class name if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -147,12 +147,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def chat_template(folder: Path) -> str | None:
-    """The folder's chat template, by its files alone: chat_template.jinja, .json, or tokenizer_config.json's; else None.
+    """The folder's chat template, from its files only: chat_template.jinja, .json, or tokenizer_config.json's; else None.
 
-    Of several named ones it is the one named ``default``.
+    Of several named ones, the one named ``default``.
 
     Raises:
-        CheckpointError: A file that should hold it is damaged.
+        CheckpointError: A file that should contain it is damaged.
     """
     file = folder / "chat_template.jinja"
     if file.is_file():
@@ -197,7 +197,7 @@ def _with_dtype(block: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def side_files(folder: Path) -> dict[str, Path]:
-    """Config, tokenizer, processor and chat template files that are there, by sorted name inside the folder."""
+    """Config, tokenizer, processor and chat template files that exist, by sorted name inside the folder."""
     return _matching(folder, (*CONFIG_FILES, *TOKENIZER_FILES, *PROCESSOR_FILES, *TEMPLATE_FILES))
 
 
@@ -212,7 +212,7 @@ def tokenizer_files(folder: Path) -> dict[str, Path]:
 
 
 def processor_files(folder: Path) -> dict[str, Path]:
-    """The files of image processor and processor."""
+    """The image processor's and processor's files."""
     return _matching(folder, PROCESSOR_FILES)
 
 
@@ -227,7 +227,7 @@ def copy_side_files(source: Path, target: Path) -> list[str]:
 
 
 def copy_files(files: Mapping[str, Path], target: Path) -> list[str]:
-    """Copy files to their names inside ``target``, in order; return the names."""
+    """Copy files under their names into ``target``, in order; return the names."""
     for name, path in files.items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target / name)
