@@ -80,8 +80,16 @@ HIGH, LOW = 2.0, 1.0
         ((HIGH, LOW), (HIGH, LOW), "the merged model did better on both"),
         ((HIGH, LOW), (LOW, LOW), "the merged model learned more, with no clear difference in what was kept"),
         ((LOW, LOW), (HIGH, LOW), "the merged model kept more, with no clear difference in what was learned"),
-        ((LOW, HIGH), (HIGH, LOW), "a trade-off: the merged model learned less of the mixture and kept more of the base"),
-        ((HIGH, LOW), (LOW, HIGH), "a trade-off: the merged model learned more of the mixture and kept less of the base"),
+        (
+            (LOW, HIGH),
+            (HIGH, LOW),
+            "a trade-off: the merged model learned less of the mixture and kept more of the base",
+        ),
+        (
+            (HIGH, LOW),
+            (LOW, HIGH),
+            "a trade-off: the merged model learned more of the mixture and kept less of the base",
+        ),
         ((LOW, LOW), (LOW, LOW), "no clear difference, either in what was learned or in what was kept"),
         ((LOW, HIGH), (LOW, LOW), "the jointly trained model learned more, with no clear difference in what was kept"),
         ((LOW, LOW), (LOW, HIGH), "the jointly trained model kept more, with no clear difference in what was learned"),
@@ -205,7 +213,7 @@ def test_learned_and_kept_stand_side_by_side():
     assert "above joint's" in both
     assert "learned: loss +1.0" in joint
     assert "kept: loss -1.0" in joint
-    assert advice.startswith("A choice")
+    assert advice.startswith("A trade-off")
     assert "one training seed" in caution
     assert f"{N} mixture datasets, {N} kept datasets, {N} answers" in caution
     assert "below joint's" in sentences("joint", (HIGH, LOW))[3]

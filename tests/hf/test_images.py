@@ -152,7 +152,7 @@ def test_files_that_were_cut_short_are_damaged(kind):
         (b'{"error": "not found"}', "image_format", "JSON"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:x\n", "image_format", "Git LFS"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image_format", "SVG"),
-        (b"secret words in a text", "image_format", "no JPEG"),
+        (b"secret words in a text", "image_format", "not a JPEG"),
         (png(0, 5), "image_format", "header"),
         (png(4, 4, zlib.compress(b"\0")), "image_damaged", "cannot be decoded"),
     ],
