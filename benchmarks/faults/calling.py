@@ -45,12 +45,12 @@ def _late(_number: int, _frame: object) -> None:
     raise _Hang
 
 
-def limited(work: Callable[[], Any]) -> Outcome:
+def limited(work: Callable[[], Any], limit: int = LIMIT) -> Outcome:
     """Call ``work``; a MeritError is exit code 2, any other exception 1."""
     from merit.errors import MeritError
 
     before = signal.signal(signal.SIGALRM, _late)
-    signal.alarm(LIMIT)
+    signal.alarm(limit)
     try:
         work()
     except MeritError as error:
@@ -65,7 +65,7 @@ def limited(work: Callable[[], Any]) -> Outcome:
     return Outcome(0, "", "")
 
 
-def command(*words: object) -> Outcome:
+def command(*words: object, limit: int = LIMIT) -> Outcome:
     """Run a `merit` command."""
     from typer.testing import CliRunner
 
@@ -79,7 +79,7 @@ def command(*words: object) -> Outcome:
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
 
-    found = limited(invoke)
+    found = limited(invoke, limit)
     if found.code in (1, -1):
         return found
     return Outcome(result.exit_code, result.stdout, result.stderr)
