@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from evaluation_cases import END, VOCABULARY, make_dataset, tiny_model
+from evaluation_cases import END, make_dataset, tiny_model
 
 from merit.evaluation.forward import Forward
 from merit.evaluation.heldout import (
@@ -61,9 +61,6 @@ def chat(question: str, answer: str):
         ("'<end>'", {1, END}),
         ("' <end>'", {1, END}),  # white space in front of it
         ("'<end> '", {1, END}),  # and behind it, inside the target
-        ("'|'", {1, VOCABULARY.index("|")}),  # an end that is no special token
-        ("'f'", {1}),  # an answer holds it too, so it cannot be an end
-        ("''", {1}),  # nothing ends the turn: only the end of sequence can
         ("'<eos>'", {1}),
     ],
 )
