@@ -163,6 +163,7 @@ def test_a_circle_is_found() -> None:
         ("merit.files", ML),
         ("merit.merge", ML),
         ("merit.run.status", ML),
+        ("merit.run.merge_command", ML),
         ("merit.demo", ML),
     ],
 )

@@ -170,7 +170,7 @@ def merge(
     """
     from merit.report.merge import render
     from merit.report.terminal import Terminal
-    from merit.run.merge_command import Words, merge_checkpoints, merge_target
+    from merit.run.merge_command import Words, merge_checkpoints
 
     words = Words(operator, weights, scale, tuple(option or ()), dtype, adapter, rank)
     if target is None:
@@ -180,6 +180,8 @@ def merge(
     else:
         if base or checkpoints:
             raise RecipeError("merge: give either a recipe or run folder, or --base with --checkpoint; not both.")
+        from merit.run.merge_target import merge_target
+
         session = open_session(target, None, [*(overrides or []), *words.overrides()], quiet=quiet, redo=redo)
         result = merge_target(session, exclude=exclude or [], allow_missing=allow_missing, output=output)
     if as_json:

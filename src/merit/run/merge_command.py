@@ -1,4 +1,4 @@
-"""What `merit merge` does: for a run (recipe and run folder), or for any checkpoints of one base outside a run."""
+"""What the words of `merit merge` mean, and merging checkpoints of one base outside a run. It loads no ML library."""
 
 from __future__ import annotations
 
@@ -15,9 +15,6 @@ from merit.merge.operators import Options, operator_and_options
 from merit.merge.stage import are_adapters
 from merit.progress import Reporter
 from merit.recipe.schema import MergeSettings
-from merit.run.chain import begun, refuse_stale
-from merit.run.merging import choose_branches, make_merge, merge_run
-from merit.run.session import Session
 
 
 @dataclass(frozen=True)
@@ -88,19 +85,6 @@ class Words:
             first = error.errors()[0]
             word = str(first["loc"][0])
             raise MergeError(f"--{word} {given.get(word)}: {first['msg'][:1].lower()}{first['msg'][1:]}.") from None
-
-
-def merge_target(session: Session, *, exclude: Sequence[int], allow_missing: bool, output: Path | None) -> MergeResult:
-    """Merge a run's branches into its merged/ folder, or into ``output``."""
-    scope = session.scope
-    if output is None:
-        with begun(session, "merge"):
-            stage = merge_run(session, scope, exclude=exclude, allow_missing=allow_missing)
-        return MergeResult.load(stage.path / "model")
-    refuse_stale(session, "merge", own=False)
-    taking, left_out = choose_branches(session, scope, exclude, allow_missing)
-    session.reporter.stage("merge", f"{len(taking)} branches, {session.recipe.merge.operator}")
-    return make_merge(session, scope, taking, left_out, output)
 
 
 def merge_checkpoints(

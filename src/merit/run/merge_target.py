@@ -1,0 +1,24 @@
+"""What `merit merge` does for a run (recipe and run folder)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from merit.merge import MergeResult
+from merit.run.chain import begun, refuse_stale
+from merit.run.merging import choose_branches, make_merge, merge_run
+from merit.run.session import Session
+
+
+def merge_target(session: Session, *, exclude: Sequence[int], allow_missing: bool, output: Path | None) -> MergeResult:
+    """Merge a run's branches into its merged/ folder, or into ``output``."""
+    scope = session.scope
+    if output is None:
+        with begun(session, "merge"):
+            stage = merge_run(session, scope, exclude=exclude, allow_missing=allow_missing)
+        return MergeResult.load(stage.path / "model")
+    refuse_stale(session, "merge", own=False)
+    taking, left_out = choose_branches(session, scope, exclude, allow_missing)
+    session.reporter.stage("merge", f"{len(taking)} branches, {session.recipe.merge.operator}")
+    return make_merge(session, scope, taking, left_out, output)
