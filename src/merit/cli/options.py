@@ -86,7 +86,7 @@ def print_json(value: dict[str, Any]) -> None:
 
 def out(*renderables: RenderableType) -> None:
     """Results on stdout."""
-    from rich.console import Console
+    from merit.report.terminal import Output as Console
 
     console = Console(highlight=False)
     for item in renderables:

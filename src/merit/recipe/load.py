@@ -157,6 +157,16 @@ def _item(items: list[Any], part: str, override: str) -> int:
     raise RecipeError(f"--set {override}: the list has no item {part!r}; it has {known}.")
 
 
+_PLAINLY = {
+    "string_pattern_mismatch": "a name may contain only A-Z, a-z, 0-9 and . _ + -, and must start with a letter or digit",
+    "model_type": "must be a block of keys",
+    "model_attributes_type": "must be a block of keys",
+    "dict_type": "must be a block of keys",
+    "list_type": "must be a list",
+}
+"""Pydantic's words for some kinds of errors in those of a recipe; Name is the only pattern."""
+
+
 def _explain(error: ValidationError, where: str) -> list[str]:
     """One line per problem: where, what was expected, what was found, and the nearest right name."""
     problems: dict[str, str] = {}
@@ -171,9 +181,7 @@ def _explain(error: ValidationError, where: str) -> list[str]:
         else:
             found = json.dumps(item["input"], default=str)
             found = found if len(found) <= 80 else found[:77] + "..."
-            message = item["msg"].removeprefix("Value error, ")
-            if item["type"] == "string_pattern_mismatch":  # Name is the only pattern
-                message = "a name may contain only A-Z, a-z, 0-9 and . _ + -, and must start with a letter or digit"
+            message = _PLAINLY.get(item["type"]) or item["msg"].removeprefix("Value error, ")
             shown = "" if item["type"] == "value_error" else f"; found {found}"
             text = f"{location}: {message[0].lower() + message[1:]}{shown}."
             if item["type"] == "literal_error" and isinstance(item["input"], str):

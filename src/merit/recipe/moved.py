@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from merit.errors import nearest
-
 TRAINER: Mapping[str, str] = {
     "adam_beta1": "train.betas",
     "adam_beta2": "train.betas",
@@ -63,6 +61,7 @@ def explain_trainer(given: object) -> str:
     lines = [
         f"trainer.{key}: {where if where.startswith('gone') else f'now {where}'}"
         for key in map(str, keys)
-        for where in [TRAINER.get(key, gone + nearest(key, list(TRAINER)))]
+        for where in [TRAINER.get(key, gone)]
     ]
-    return "trainer is gone, since branches are no longer trained by TRL. " + "; ".join(lines)
+    told = [f"{'; '.join(lines)}"] if lines else []
+    return ". ".join(["trainer is gone, since branches are no longer trained by TRL", *told])

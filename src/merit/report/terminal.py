@@ -79,6 +79,14 @@ class Terminal:
             yield tick
 
 
+class Output(Console):
+    """Standard output: a reader that has seen enough (such as head) is the command line's business, not rich's."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich while it handles the error."""
+        raise BrokenPipeError
+
+
 class Eta:
     """Time left, from the rate since progress began; empty while that is unreliable."""
 

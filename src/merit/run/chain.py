@@ -338,15 +338,26 @@ def train_alone(session: Session, branches: Sequence[BranchId] | None) -> None:
     train_branches(session, branches)
 
 
+def require_split(session: Session) -> None:
+    """Refuse, before anything is read, a stage that needs the groups.
+
+    Raises:
+        RunFolderError: A split is missing.
+    """
+    for scope in session.scopes:
+        if not Stage("split", scope.root / "split").begun:
+            raise RunFolderError(
+                f"{scope.root}: the mixture is not split yet, so there is no branch to train, merge or evaluate.", _NEXT
+            )
+
+
 def _rows_for_training(session: Session) -> None:
     """Encoded rows on this machine, if they are the ones that the split was made from.
 
     Raises:
         RunFolderError: There is no split, or the rows here differ.
     """
-    for scope in session.scopes:
-        if not Stage("split", scope.root / "split").begun:
-            raise RunFolderError(f"{scope.root}: there is no split yet.", _NEXT)
+    require_split(session)
     rows = {f"{key.ROWS}{name}": value for name, value in mixture(session).fingerprints.items()}
     inputs = Stage("split", session.run / "split").record().inputs
     made_from = {name: value for name, value in inputs.items() if name.startswith(key.ROWS)}
@@ -361,6 +372,7 @@ def _rows_for_training(session: Session) -> None:
 
 def evaluate_alone(session: Session) -> None:
     """`merit evaluate`."""
+    require_split(session)
     with begun(session, "evaluate"):
         mixture(session)
         evaluate_run(session)

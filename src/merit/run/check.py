@@ -29,6 +29,8 @@ from merit.recipe.schema import DatasetSettings, MixtureSettings, Recipe
 from merit.run.needs import Weights, branch_count, file_sizes, items, needs, published_weights, weigh
 from merit.run.preparation import planned_base
 from merit.run.session import Session
+from merit.run.status import run_status
+from merit.run.store import is_run_folder
 from merit.train.requirements import check_requirements
 
 UNSEEN = "not checked"
@@ -118,6 +120,9 @@ def make_plan(session: Session, *, offline: bool = False) -> Plan:
         UserError: The first problem found.
     """
     recipe, run = session.given, session.run
+    _refuse_placeholders(recipe)
+    if is_run_folder(run):
+        run_status(run, recipe)  # a run of another version is refused here
     summaries = _sources(recipe, offline=True) if offline else session.found.check()
     datasets = tuple(item for item in summaries if not item.kept)
     kept = tuple(item for item in summaries if item.kept)
@@ -142,6 +147,18 @@ def make_plan(session: Session, *, offline: bool = False) -> Plan:
         require_space(run, disk, "the run's files", ways_out)
     steps = _stated_steps(recipe)
     return Plan(recipe, run, datasets, kept, base, weights, steps, preparation, disk, memory, tuple(notes))
+
+
+def _refuse_placeholders(recipe: Recipe) -> None:
+    """What the starter recipe leaves open, in one message."""
+    left = {"model.base": recipe.model.base, "mixture.folder": recipe.mixture.folder or ""}
+    keys = [key for key, value in left.items() if Path(value).name.startswith("PATH_")]
+    if keys:
+        raise RecipeError(
+            f"{recipe.name}: {' and '.join(keys)} still {'has' if len(keys) == 1 else 'have'} the starter recipe's "
+            "placeholder.",
+            "Set model.base to a checkpoint's folder or hub id, and mixture.folder to the folder of your datasets.",
+        )
 
 
 def _check_settings(recipe: Recipe, datasets: int, *, offline: bool) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from merit.merge import MergeResult
-from merit.run.chain import begun, refuse_stale
+from merit.run.chain import begun, refuse_stale, require_split
 from merit.run.merging import choose_branches, make_merge, merge_run
 from merit.run.session import Session
 
@@ -14,6 +14,7 @@ from merit.run.session import Session
 def merge_target(session: Session, *, exclude: Sequence[int], allow_missing: bool, output: Path | None) -> MergeResult:
     """Merge a run's branches into its merged/ folder, or into ``output``."""
     scope = session.scope
+    require_split(session)
     if output is None:
         with begun(session, "merge"):
             stage = merge_run(session, scope, exclude=exclude, allow_missing=allow_missing)
