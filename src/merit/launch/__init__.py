@@ -1,1 +1,1 @@
-"""Where branches run. Each module here starts commands somewhere and waits for them; none knows what training is."""
+"""Where branches run. Each module here starts commands somewhere and waits for them, whatever they do."""

@@ -1,7 +1,7 @@
-"""Run commands side by side on this machine, each in one process or several of its own.
+"""Run commands in parallel on this machine, each in one or more processes.
 
-It starts commands, watches them and passes signals on; what the commands do is theirs. The channels back are the small
-files of :class:`ProgressFile` while a command runs, and of :class:`merit.launch.outcome.Outcome` when it has ended.
+It starts commands, watches them and forwards signals. Commands report back through small files:
+:class:`ProgressFile` while they run, and :class:`merit.launch.outcome.Outcome` when they end.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from merit.signals import graceful
 _POLL_SECONDS = 0.2
 _TAIL_CHARACTERS = 4000
 _PATIENCE_SECONDS = 20
-"""How long the processes of one command may take to end once one of them has failed: they may wait for it for ever."""
+"""How long a command's other processes may take to end once one of them has failed: they might wait for it forever."""
 
 
 class BranchCrashed(MeritError):
-    """A branch's process ended in a way that is not the user's doing: its traceback is in the message."""
+    """A branch's process crashed through no fault of the user: its traceback is in the message."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class BranchJob:
     """One command to run.
 
     Attributes:
-        name: As people say it.
+        name: Display name.
         argv: The command.
         log_path: Its stdout and stderr are appended here.
-        outcome_path: Where it says how it ended.
+        outcome_path: Where it writes its outcome.
         work: How long it will take, in any unit (target tokens); the longest is started first.
         progress_paths: Files that it writes with :class:`ProgressFile`, one per branch that it trains.
         threads: CPU threads of each of its processes.
@@ -63,8 +63,8 @@ class BranchJob:
 class ProgressFile:
     """Writes progress to a small JSON file at most once a second, and at the last step.
 
-    Call it as ``(step, steps, facts)``; the file holds step, steps, loss, learning_rate and tokens_per_second (those that
-    are among the facts) and the Unix time of writing (seconds).
+    Call it as ``(step, steps, facts)``; the file has step, steps, loss, learning_rate and tokens_per_second (those
+    given in the facts) and the Unix time of writing (seconds).
     """
 
     def __init__(self, path: Path) -> None:
@@ -72,7 +72,7 @@ class ProgressFile:
         self._written = -float("inf")
 
     def __call__(self, step: int, steps: int, facts: Mapping[str, Any]) -> None:
-        """Note the progress."""
+        """Record the progress."""
         now = time.monotonic()
         if now - self._written < 1 and step < steps:
             return
@@ -82,7 +82,7 @@ class ProgressFile:
 
 
 def read_progress(path: Path) -> dict[str, Any] | None:
-    """What a :class:`ProgressFile` holds, or None where there is none (yet)."""
+    """The content of a :class:`ProgressFile`, or None if there is none (yet)."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return found if found["steps"] > 0 else None
@@ -93,17 +93,17 @@ def read_progress(path: Path) -> dict[str, Any] | None:
 def run_branches(jobs: Sequence[BranchJob], workers: int, progress: Progress = silent) -> None:
     """Run commands, at most ``workers`` at once, longest first.
 
-    When one fails, no other is started and those that run are told to stop (SIGTERM: they write a checkpoint first).
+    If one fails, no others are started and running ones are told to stop (SIGTERM: they write a checkpoint first).
     SIGTERM and SIGINT to this process do the same; a second signal kills.
 
     Args:
         jobs: The commands.
         workers: How many at once.
-        progress: Called a few times a second with (work done, work in all, a short text).
+        progress: Called a few times a second with (work done, total work, a short text).
 
     Raises:
         UserError: A command ended with an error that the user can fix: that error.
-        BranchCrashed: A command ended in another way; the message holds the end of its log.
+        BranchCrashed: A command ended in another way; the message has the end of its log.
         Interrupted: Stopped from outside, after the commands wrote their checkpoints.
     """
     waiting = sorted(jobs, key=lambda job: -job.work)
@@ -137,7 +137,7 @@ def run_branches(jobs: Sequence[BranchJob], workers: int, progress: Progress = s
     if stop.asked or failed:
         left = len(jobs) - len(ended)
         raise Interrupted(
-            f"stopped; {left} of {len(jobs)} branch processes are not done and go on from their checkpoints."
+            f"stopped; {left} of {len(jobs)} branch processes are not done and will resume from their checkpoints."
         )
 
 
@@ -163,7 +163,7 @@ class _Running:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     env=_environment(job, rank, port),
-                    start_new_session=True,  # Ctrl-C reaches it through us alone, and once
+                    start_new_session=True,  # Ctrl-C reaches it only through us, and once
                     preexec_fn=_stop_with_parent if sys.platform == "linux" else None,
                 )
                 for rank in range(job.processes)
@@ -174,7 +174,7 @@ class _Running:
         return [process.poll() for process in self.processes]
 
     def has_ended(self) -> bool:
-        """Whether all processes have; those that wait for one that failed are killed after a while."""
+        """Whether all processes have ended; those waiting for a failed one are killed after a while."""
         codes = self.codes()
         if None in codes and any(codes):
             self.first_failure = self.first_failure or time.monotonic()
@@ -248,7 +248,7 @@ def _stop_with_parent() -> None:
 def _progress(
     jobs: Sequence[BranchJob], ended: Sequence[BranchJob], running: Sequence[_Running], begun: float
 ) -> tuple[float, float, str]:
-    """Work done (whole commands, plus each running one's share of steps), work in all, and branches done as text."""
+    """Work done (whole commands, plus each running one's share of steps), total work, and branches done as text."""
     work = sum(job.work for job in ended)
     branches = sum(_branches(job) for job in ended)
     speed = 0.0

@@ -17,7 +17,7 @@ class Outcome:
     """How a command ended.
 
     Attributes:
-        ok: Whether it did what it was asked to do.
+        ok: Whether it succeeded.
         error: Class name of its error.
         message: What was wrong.
         ways_out: What the user can do about it.
@@ -44,13 +44,13 @@ class Outcome:
 
     @classmethod
     def load(cls, path: Path) -> Outcome | None:
-        """Read it; None where the command left none, or a damaged one."""
+        """Read it; None if it is missing or damaged."""
         with contextlib.suppress(RunFolderError):
             return read_as(path, cls)
         return None
 
     def user_error(self, whose: str) -> MeritError | None:
-        """The error as it was raised, with ``whose`` before its message; None unless the user can fix it."""
+        """The error as it was raised, with ``whose`` prefixed to its message; None unless the user can fix it."""
         kind = getattr(errors, self.error, None) if self.error in errors.__all__ else None
         if not (isinstance(kind, type) and issubclass(kind, UserError)):
             return None
@@ -58,7 +58,7 @@ class Outcome:
 
 
 def own_outcome(path: Path) -> Path:
-    """Where this process writes its outcome: each of several that work together has a file of its own."""
+    """Where this process writes its outcome: each of several processes has its own file."""
     return outcome_of(path, int(os.environ.get("RANK", "0")))
 
 

@@ -1,6 +1,6 @@
 """Balanced recursive bisection: cut at the weighted median on axis 1, then every part on axis 2, and so on.
 
-Pure; where the scores come from (principal axes, random numbers) is the caller's business.
+Pure; the caller provides the scores (principal axes, random numbers).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _TIE = 1e-6  # scores closer than this share of the axis' largest are one score:
 def bisect(scores: np.ndarray, weights: np.ndarray, names: Sequence[str]) -> Groups:
     """Cut T datasets into 2^r groups of nearly equal weight.
 
-    Each part is cut between two neighbours on its axis, where the weights of the two sides differ least: beside the
-    weighted median. Both sides keep enough datasets for the cuts still to come. What the source leaves open is decided so:
+    Each part is cut between two neighbours on its axis, where the weights of the two sides differ least: next to the
+    weighted median. Both sides keep enough datasets for the remaining cuts. Our choices where the source leaves it open:
 
     * *Equal scores* at the cut are ordered by name.
-    * *Two cuts equally balanced*: the one across the wider gap in scores, then the one nearer to the middle of the list,
+    * *Two cuts equally balanced*: the one across the wider gap in scores, then the one nearer the middle of the list,
       then the lower one.
     * *A dataset heavier than half* stays whole: its side is as light as the rule above allows.
-    * *Sign of an axis*: turned so that its largest absolute score (first by name among equals) is positive, so flipping an
+    * *Sign of an axis*: chosen so that its largest absolute score (first by name among equals) is positive, so flipping an
       axis changes nothing.
 
     Args:
@@ -71,7 +71,7 @@ def _cut(part: list[int], column: np.ndarray, weights: np.ndarray, names: Sequen
 
 
 def tied(scores: np.ndarray, groups: Groups) -> list[int]:
-    """Datasets whose side of some cut was decided by their name: others with the same score lie on the other side.
+    """Datasets whose side of some cut was decided by their name: others with the same score are on the other side.
 
     Args:
         scores: (T, r), as :func:`bisect` was given them.

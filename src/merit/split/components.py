@@ -47,7 +47,7 @@ def principal_components(matrix: np.ndarray, components: int, centring: Centring
 
     Args:
         matrix: Cosines (the paper's choice) or a Gram matrix (its raw-gradient PCA).
-        components: Axes wanted; at most T − 1 come back.
+        components: Number of axes; at most T − 1 are returned.
         centring: ``columns`` as in the paper's method; ``double`` as in its curvature study.
 
     Source: paper §4 step 3, Appendix F.3.

@@ -11,10 +11,10 @@ def split(view: MixtureView, axes: int, seed: int) -> Groups:
     """Greedy: every group starts from a most conflicting pair, then takes what keeps its mean inner cosine lowest.
 
     The K lowest-cosine disjoint pairs start the groups (single datasets where T < 2K). Then, one at a time, the
-    (dataset, group) with the lowest resulting mean cosine inside the group is placed. A group that holds its share of the
-    total weight takes no more while another has room: the paper does not say how it balances. Last, datasets are exchanged
-    between groups while that lowers the cosines inside them: greed alone does hardly better than chance for two groups.
-    ``seed`` plays no part.
+    (dataset, group) with the lowest resulting mean cosine inside the group is placed. A group that has its share of the
+    total weight takes no more while another has room: the paper does not say how it balances. Finally, datasets are swapped
+    between groups while that lowers the cosines inside them: greedy placement alone is hardly better than chance for two
+    groups. ``seed`` is not used.
     """
     assert view.cosine is not None
     cosine, weights = view.cosine, view.weights
@@ -51,9 +51,9 @@ def split(view: MixtureView, axes: int, seed: int) -> Groups:
 
 
 def _swap(groups: Groups, cosine: np.ndarray, weights: np.ndarray, fixed: int) -> None:
-    """Exchange datasets between groups, in place, as long as the cosines inside groups get lower on the whole.
+    """Swap datasets between groups, in place, as long as the total of the cosines inside groups decreases.
 
-    The best exchange comes first. The ``fixed`` first datasets of every group stay; no group's weight moves further than 5 %
+    The best swap comes first. The ``fixed`` first datasets of every group stay; no group's weight moves further than 5 %
     from its share, or further than the groups were before.
     """
     share = float(weights.sum()) / len(groups)

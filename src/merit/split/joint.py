@@ -6,5 +6,5 @@ from merit.split.view import Groups, MixtureView
 
 
 def split(view: MixtureView, axes: int, seed: int) -> Groups:
-    """All datasets in one group; ``axes`` and ``seed`` play no part."""
+    """All datasets in one group; ``axes`` and ``seed`` are not used."""
     return [list(range(len(view.names)))]

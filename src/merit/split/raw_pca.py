@@ -10,11 +10,11 @@ from merit.split.view import Groups, MixtureView
 
 
 def split(view: MixtureView, axes: int, seed: int) -> Groups:
-    """Cut along the top ``axes`` principal components of the Gram matrix; ``seed`` plays no part."""
+    """Cut along the top ``axes`` principal components of the Gram matrix; ``seed`` is not used."""
     return bisect(scores(view, axes), view.weights, view.names)
 
 
 def scores(view: MixtureView, axes: int) -> np.ndarray:
-    """Coordinates (T, axes) that the cuts are made along."""
+    """Coordinates (T, axes) along which the cuts are made."""
     assert view.gram is not None
     return principal_components(view.gram, axes).scores

@@ -1,4 +1,4 @@
-"""A split as the later stages read it, and its file ``split.json``."""
+"""A split, as used by the later stages, and its file ``split.json``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from merit.files import read_as, write_json
 
 @dataclass(frozen=True)
 class Split:
-    """A split and what is to be said about it; ``split.json`` has the same keys.
+    """A split and notes about it; ``split.json`` has the same keys.
 
     Attributes:
         method: Its name in ``METHODS``.
@@ -19,11 +19,11 @@ class Split:
         balance: What the weights count: samples or tokens.
         groups: Dataset names per group, sorted within each group.
         weights: Total weight per group.
-        left_out: Datasets of the mixture that the geometry does not hold, sorted.
+        left_out: Datasets of the mixture that are missing from the geometry, sorted.
         warnings: Plain sentences: imbalance, a dominating dataset, ties, duplicates.
-        stability: Per dataset, the share of resampled geometries in which it lands in its group; None where nothing tells
-            its noise. None altogether where no gradient was read.
-        open: Datasets whose group is not firm: a stability under 0.9 or unknown, or a tie that names decided; sorted.
+        stability: Per dataset, the share of resampled geometries in which it lands in its group; None if
+            its noise is unknown. None altogether if no gradients were used.
+        open: Datasets whose group is uncertain: a stability under 0.9 or unknown, or a tie decided by names; sorted.
     """
 
     method: str

@@ -1,6 +1,6 @@
-"""How sure a split is: the same split on resampled geometries, and how often every dataset lands in its group.
+"""How stable a split is: the same split on resampled geometries, and how often every dataset lands in its group.
 
-Pure NumPy. It knows no split method (one is handed in).
+Pure NumPy; the split method is passed in.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The split stage: a method by name, and what is to be said about its groups."""
+"""The split stage: runs the chosen method, and makes notes about its groups."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ METHODS: Mapping[str, Callable[[MixtureView, int, int], Groups]] = {
 SCORES: Mapping[str, Callable[[MixtureView, int], np.ndarray]] = {"pca": pca.scores, "raw_pca": raw_pca.scores}
 """Methods that cut along scores, in which there can be ties."""
 FIRM = 0.9
-"""Least share of resampled geometries in which a dataset's group is called firm."""
+"""Minimum share of resampled geometries for a dataset's group to count as stable."""
 
 
 def split_mixture(
@@ -40,15 +40,15 @@ def split_mixture(
 ) -> Split:
     """Cut the mixture into K = 2^axes groups (1 for joint).
 
-    The answer depends on names, weights, geometry and seed; not on the order of the datasets nor on the sign of any
+    The result depends on names, weights, geometry and seed, but not on the order of the datasets or the sign of any
     principal axis. Duplicates are cut as one dataset, as long as there are enough others to fill the groups.
 
     Args:
         method: A key of ``METHODS``.
         axes: Number of conflict axes r, at least 1.
         weights: Positive weight per dataset name: sample counts s_t or target tokens n_t.
-        geometry: The datasets' measured gradients; needed unless the method is random or joint. Datasets that it does not
-            hold are left out of the split.
+        geometry: The datasets' measured gradients; needed unless the method is random or joint. Datasets missing from
+            it are left out of the split.
         balance: What the weights are; recorded only.
         cosine: ``plain``, or ``corrected`` for the noise in the norms.
         seed: For random and kmeans, and for the resampling behind ``stability``.
@@ -94,7 +94,7 @@ class _Cutter:
         names: Datasets in the geometry's order.
         units: What is cut: places of one dataset, or of duplicates, in the order of their first names.
         inflation: (T,) factors of the cosines; 1 for plain ones.
-        warnings: What is to be said before anything is cut.
+        warnings: Warnings from before the split.
     """
 
     method: str
@@ -138,7 +138,7 @@ class _Cutter:
         )
 
     def view(self, cosine: np.ndarray | None, gram: np.ndarray | None) -> MixtureView:
-        """What the method sees; duplicates by their first."""
+        """What the method sees; duplicates are represented by their first."""
         names = tuple(self.names[unit[0]] for unit in self.units)
         firsts = [unit[0] for unit in self.units]
         grid = np.ix_(firsts, firsts)
@@ -159,7 +159,7 @@ class _Cutter:
         return places
 
     def ties(self, cosine: np.ndarray, gram: np.ndarray) -> list[str]:
-        """Names of datasets whose side only their name decided."""
+        """Datasets whose side was decided only by their name."""
         scores = SCORES.get(self.method)
         if scores is None:
             return []
@@ -180,7 +180,7 @@ def _refuse_too_few(count: int, method: str, axes: int) -> None:
     if count < group_count:
         raise RecipeError(
             f"split: {count} datasets cannot fill {group_count} groups (split.axes {axes} makes 2^{axes}).",
-            f"Datasets are never cut. Use split.axes <= {int(np.log2(max(1, count)))}"
+            f"Datasets are never split. Use split.axes <= {int(np.log2(max(1, count)))}"
             f"{' (or split.method: joint)' if count < 2 else ''}, or add datasets.",
         )
 
@@ -190,12 +190,12 @@ def _imbalance(weights: Mapping[str, float], names: Sequence[str], totals: list[
     largest = max(sorted(names), key=lambda name: weights[name])
     if weights[largest] > total / 2:
         return [
-            f"{largest} alone holds {weights[largest] / total:.0%} of the mixture's {balance}; datasets are never cut, so "
-            "the groups cannot be balanced. A budget (mixture.samples or tokens) evens it out."
+            f"{largest} alone has {weights[largest] / total:.0%} of the mixture's {balance}; datasets are never split, so "
+            "the groups cannot be balanced. A budget (mixture.samples or tokens) would fix this."
         ]
     if max(totals) > 1.5 * min(totals):
         return [
-            f"the groups are uneven: the largest holds {max(totals) / min(totals):.1f} times the {balance} of the smallest, "
-            "because datasets are never cut."
+            f"the groups are uneven: the largest has {max(totals) / min(totals):.1f} times the {balance} of the smallest, "
+            "because datasets are never split."
         ]
     return []

@@ -1,4 +1,4 @@
-"""What a split method may look at: names, weights and geometry of the mixture, sorted by dataset name."""
+"""The input of a split method: names, weights and geometry of the mixture, sorted by dataset name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Groups = list[list[int]]
 
 
 class GradientGeometry(Protocol):
-    """What a split reads of measured gradients (:class:`merit.conflict.result.Geometry` has it)."""
+    """What a split needs from measured gradients (:class:`merit.conflict.result.Geometry` implements it)."""
 
     @property
     def names(self) -> Sequence[str]:
@@ -31,22 +31,22 @@ class GradientGeometry(Protocol):
 
     @property
     def inflation(self) -> np.ndarray:
-        """Plain over unbiased norms (T,): what takes the noise out of cosines."""
+        """Plain over unbiased norms (T,): the factors that remove the noise from cosines."""
 
     @property
     def unknown(self) -> Sequence[str]:
-        """Datasets whose sampling noise nothing tells."""
+        """Datasets whose sampling noise is unknown."""
 
     @property
     def duplicates(self) -> Sequence[Sequence[str]]:
-        """Datasets that are the same, in groups."""
+        """Groups of identical datasets."""
 
     def resampled(self, replicates: int, seed: int) -> Iterator[np.ndarray]:
-        """Gram matrices as other calibration samples would have given them."""
+        """Gram matrices as other calibration samples would give them."""
 
 
 def needs_conflict(method: str) -> bool:
-    """Whether a method reads the gradients' geometry (random and joint do not)."""
+    """Whether a method uses the gradients' geometry (random and joint do not)."""
     return method not in ("random", "joint")
 
 
@@ -57,7 +57,7 @@ class MixtureView:
     Attributes:
         names: Dataset names (T,), sorted.
         weights: Positive weights (T,) float64: sample counts or target tokens.
-        cosine: Cosine matrix (T, T) float64, or None where the method needs none.
+        cosine: Cosine matrix (T, T) float64, or None if the method does not need it.
         gram: Inner products (T, T) float64, or None.
     """
 
