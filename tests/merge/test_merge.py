@@ -498,6 +498,16 @@ def test_other_vocabularies_are_refused_and_rewritten_tokenizer_files_are_not(tm
         make_plan(base, branches, output=tmp_path / "out")
 
 
+@pytest.mark.parametrize("added", [[{"id": 0}, {"id": ["x"]}, {"id": "1"}], ["x"], {"a": 1}])
+def test_added_tokens_of_another_form_are_refused(tmp_path, base, branches, added):
+    """On commit f5727a1 a traceback: numbers and lists were sorted."""
+    model = {"type": "BPE", "vocab": {"a": 0}, "merges": []}
+    (base / "tokenizer.json").write_text(json.dumps({"model": model, "added_tokens": []}))
+    (branches[0].path / "tokenizer.json").write_text(json.dumps({"model": model, "added_tokens": added}))
+    with pytest.raises((MergeError, CheckpointError), match="added.tokens"):
+        make_plan(base, branches, output=tmp_path / "out")
+
+
 def test_impossible_settings_are_refused(tmp_path, base, branches):
     out = tmp_path / "out"
     one = branches[0]

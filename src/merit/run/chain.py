@@ -347,7 +347,8 @@ def require_split(session: Session) -> None:
     for scope in session.scopes:
         if not Stage("split", scope.root / "split").begun:
             raise RunFolderError(
-                f"{scope.root}: the mixture is not split yet, so there is no branch to train, merge or evaluate.", _NEXT
+                f"{scope.root / 'split'}: the mixture is not split yet, so there is no branch to train, merge or evaluate.",
+                _NEXT,
             )
 
 
