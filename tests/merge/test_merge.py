@@ -504,7 +504,7 @@ def test_added_tokens_of_another_form_are_refused(tmp_path, base, branches, adde
     model = {"type": "BPE", "vocab": {"a": 0}, "merges": []}
     (base / "tokenizer.json").write_text(json.dumps({"model": model, "added_tokens": []}))
     (branches[0].path / "tokenizer.json").write_text(json.dumps({"model": model, "added_tokens": added}))
-    with pytest.raises((MergeError, CheckpointError), match="added.tokens"):
+    with pytest.raises((MergeError, CheckpointError), match=r"added.tokens"):
         make_plan(base, branches, output=tmp_path / "out")
 
 
