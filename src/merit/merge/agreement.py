@@ -262,9 +262,10 @@ def _sha(path: Path) -> str:
 
 
 def _tokenizer(folder: Path) -> dict[str, Any]:
-    value = read_json(folder / "tokenizer.json", {"model": dict, "model.merges": list, "added_tokens": [dict]})
+    value = read_json(folder / "tokenizer.json", {"model": dict, "added_tokens": [dict]})
     model = value.get("model") or {}
-    merges = [m.split(" ", 1) if isinstance(m, str) else m for m in model.get("merges") or []]
+    listed = model.get("merges") or []
+    merges = [m.split(" ", 1) if isinstance(m, str) else m for m in listed] if isinstance(listed, list) else listed
     added = [(t.get("id"), t.get("content")) for t in value.get("added_tokens") or []]
     parts = {key: value.get(key) for key in ("normalizer", "pre_tokenizer", "post_processor", "decoder")}
     return {"vocabulary": model.get("vocab"), "merges": merges, "added tokens": sorted(added, key=repr), **parts}
