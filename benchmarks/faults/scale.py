@@ -44,6 +44,7 @@ def main() -> None:
             words = [sys.executable, "-m", "benchmarks.faults.scale", "--one", folder, "--rows", str(given.rows)]
             done = subprocess.run([*words, "--datasets", str(count)], stdout=subprocess.PIPE, text=True, check=True)
             found.append(json.loads(done.stdout.splitlines()[-1]))
+        print(json.dumps(found[-1]), flush=True)
     text = summary(found)
     print(text)
     if not given.no_write:
@@ -81,7 +82,8 @@ def measure(folder: Path, datasets: int, rows: int) -> dict[str, Any]:
             "files": sum(path.is_file() for path in (folder / "run" / name).rglob("*")),
         }
     started = time.process_time()
-    assert command("run", folder / "run", "--quiet").code == 0
+    again = command("run", folder / "run", "--quiet", limit=3600)
+    assert again.code == 0, again
     stages["run again"] = {"cpu_seconds": round(time.process_time() - started, 2)}
     return {"datasets": datasets, "rows": rows, "stages": stages}
 
