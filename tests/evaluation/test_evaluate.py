@@ -239,7 +239,7 @@ def test_drift_alone_can_be_measured(run, tmp_path):
     run(tmp_path, ("base", "merged"), kept={}, heldout=False)
     assert read(tmp_path, "results.json") == {"base": {}, "merged": {}}
     assert read(tmp_path, "drift.json")["merged"]["kl"] > 0.01
-    assert read(tmp_path, "summary.json")["verdict"][0].startswith("Learned: not measured")
+    assert any(said.startswith("Learned: not measured") for said in read(tmp_path, "summary.json")["verdict"])
 
 
 def test_what_the_caller_says_of_the_models_is_shown(run, tmp_path):
@@ -248,7 +248,7 @@ def test_what_the_caller_says_of_the_models_is_shown(run, tmp_path):
     summary = read(tmp_path, "summary.json")
     assert summary["method"] == "kmeans"
     assert summary["about"] == {"merged": "operator ties"}
-    assert summary["verdict"][0].endswith("average of all branches: operator ties.")
+    assert any(said.endswith("average of all branches: operator ties.") for said in summary["verdict"])
     assert "Against joint training, at a different budget (merged 20 target tokens, joint 30)" in str(found.verdict)
     assert run(tmp_path, ("base", "joint", "merged"), max_examples=1).reused == ("base", "joint", "merged")
     assert read(tmp_path, "summary.json")["method"] == "pca"
@@ -342,7 +342,7 @@ def test_as_in_a_notebook(run, tmp_path):
     settings = EvaluateSettings(drift={"prompts": 6, "tokens": 5}, short_answer=10)
     found = evaluate_models(models, run.test, settings)
     assert found.results == run(tmp_path, ("base", "merged"), kept={}).results
-    assert str(found.verdict).startswith("Learned (mean over 4 held-out datasets")
+    assert "Learned (mean over 4 held-out datasets" in str(found.verdict)
     with pytest.raises(ValueError, match="open_base"):
         evaluate_models({"base": str(run.root / "base")}, run.test)
 
