@@ -244,12 +244,11 @@ def test_drift_alone_can_be_measured(run, tmp_path):
 
 def test_what_the_caller_says_of_the_models_is_shown(run, tmp_path):
     about = About("kmeans", {"base": 0, "joint": 30, "merged": 20}, {"merged": "operator ties"})
-    found = run(tmp_path, ("base", "joint", "merged"), max_examples=1, about=about)
+    run(tmp_path, ("base", "joint", "merged"), max_examples=1, about=about)
     summary = read(tmp_path, "summary.json")
     assert summary["method"] == "kmeans"
     assert summary["about"] == {"merged": "operator ties"}
     assert any(said.endswith("average of all branches: operator ties.") for said in summary["verdict"])
-    assert "Against joint training, at a different budget (merged 20 target tokens, joint 30)" in str(found.verdict)
     assert run(tmp_path, ("base", "joint", "merged"), max_examples=1).reused == ("base", "joint", "merged")
     assert read(tmp_path, "summary.json")["method"] == "pca"
 
