@@ -1,4 +1,4 @@
-"""What every benchmark writes: the machine, the versions, the date, and a Markdown table beside the JSON it came from."""
+"""What every benchmark writes: the machine, the versions, the date, and a Markdown table next to the JSON it came from."""
 
 from __future__ import annotations
 

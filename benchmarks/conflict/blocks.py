@@ -126,7 +126,7 @@ def _measure(recipe: Recipe, work: Path, most: int, names: list[str]) -> None:
             sizes.append(sums.examples)
         flat = list(vectors.reshape(-1, meter.width))
         sample = vectors[: SAMPLE // BLOCK].sum(axis=(0, 1), dtype=np.float64) / min(len(order), SAMPLE)
-        unfinished = work / "blocks" / f".{name}.npz"
+        unfinished = work / "blocks" / f"{name}.partial"
         found: dict[str, Any] = {
             "gram": gram_matrix(flat, np.float32).reshape(len(starts), PARTS, len(starts), PARTS),
             "sketches": np.array([compress(vector, layout, "sketch", SKETCH, 0) for vector in flat]).reshape(
@@ -136,6 +136,7 @@ def _measure(recipe: Recipe, work: Path, most: int, names: list[str]) -> None:
             "rows": np.array(len(order)),
             "sample": sample.astype(np.float32),
         }
-        np.savez(unfinished, **found)
-        unfinished.rename(unfinished.with_name(f"{name}.npz"))
+        with unfinished.open("wb") as file:
+            np.savez(file, **found)
+        unfinished.rename(work / "blocks" / f"{name}.npz")
         print(f"{name}: {len(order)} rows in {time.perf_counter() - started:.0f} s", flush=True)

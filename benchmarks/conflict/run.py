@@ -95,7 +95,7 @@ def main() -> None:
     given.work.mkdir(parents=True, exist_ok=True)
     recipe = blocks.make_recipe(given.base, given.mixture, given.max_length, given.include or ["*"])
     file = RESULTS / "conflict.json"
-    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    found: dict[str, Any] = json.loads(file.read_text()) if given.part and file.exists() else {}
     found["machine"] = machine()
     for part in given.part or PARTS:
         print(part, flush=True)

@@ -62,7 +62,7 @@ def watched(words: list[str]) -> tuple[float, int]:
 
     def watch() -> None:
         nonlocal peak
-        while not stop.wait(0.25):
+        while not stop.wait(1.0):  # reading it takes a few hundredths of a second of a core
             held = 0
             try:
                 for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
