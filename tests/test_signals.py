@@ -31,6 +31,7 @@ class Careless:
 def fresh() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     stop_on_sigterm()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
     yield
     stop_on_sigterm()
     for number, handler in before.items():

@@ -50,7 +50,7 @@ def test_states_that_do_not_fit_are_refused():
         Line(model, base, {n: t for n, t in merged.items() if n != "0.weight"})
     with pytest.raises(MergeError, match="shares memory"):
         Line(model, model.state_dict(), merged)
-    with pytest.raises(MergeError, match="does not agree"):
+    with pytest.raises(MergeError, match="differs between the model and the base"):
         Line(model, base | {"0.weight": torch.zeros(2, 2)}, merged)
 
 
