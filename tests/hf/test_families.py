@@ -525,7 +525,7 @@ def test_saved_rows_keep_their_images_and_notice_a_changed_one(folder: Path, tmp
     with pytest.raises(MixtureError, match="has changed since"):
         read_image(ref)
     (tmp_path / "a.png").unlink()
-    with pytest.raises(MixtureError, match="cannot be read"):
+    with pytest.raises(MixtureError, match="can no longer be read"):
         read_image(ref)
 
 
