@@ -161,7 +161,7 @@ def _preparation(recipe: Recipe, run: Path) -> Iterator[Row]:
         names = {"mixture": f"prepare {stage.name} mixture", "branch": f"prepare {stage.name}"}
         for row in _rows(own, stage_folder(run, stage.name), Known()):
             if row.kind in names:
-                yield replace(row, stage=names[row.kind])
+                yield replace(row, stage=names[row.kind], kind="prepared")
     final = _row(Stage("prepared", run / "prepared"), lambda: key.prepared_stage(recipe, run, inner))
     yield replace(final, stage="prepare")
 
