@@ -8,7 +8,7 @@ datasets or write anything. Offline it uses only what is on this machine: sizes 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -128,8 +128,9 @@ def make_plan(session: Session, *, offline: bool = False) -> Plan:
     kept = tuple(item for item in summaries if item.kept)
     _check_settings(recipe, len(datasets), offline=offline)
     opened = session.base if session.base_stands and not offline else None
-    base, weights = _weighed(session, opened, offline=offline)
+    base, sizes = _base_facts(session, opened, offline=offline)
     preparation = _preparation(recipe, base, offline=offline or opened is not None)
+    weights = _weights(recipe, base, sizes)
     if base is not None and base.family is None:
         refuse_images(summaries)
     if opened is not None:  # a template that cannot be used for training is refused here, not after a preparation
@@ -171,18 +172,19 @@ def _check_settings(recipe: Recipe, datasets: int, *, offline: bool) -> None:
         pick_device("cuda")
 
 
-def _weighed(session: Session, opened: Base | None, *, offline: bool) -> tuple[BaseFacts | None, Weights | None]:
-    """Facts and size of the base: as it is, as a preparation will make it, or as published."""
-    recipe = session.given
-    base: BaseFacts
+def _base_facts(session: Session, opened: Base | None, *, offline: bool) -> tuple[BaseFacts | None, Mapping[str, int]]:
+    """Facts of the base and the sizes of its tensors: as it is, or as a preparation will make it; none offline."""
     if opened is not None:
-        base, sizes = opened, file_sizes(opened)
-    elif not offline:
-        base, sizes = planned_base(recipe, session.run)
-    else:
-        return None, published_weights(recipe)
+        return opened, file_sizes(opened)
+    return (None, {}) if offline else planned_base(session.given, session.run)
+
+
+def _weights(recipe: Recipe, base: BaseFacts | None, sizes: Mapping[str, int]) -> Weights | None:
+    """Number of weights: counted, or as published for a base that was not looked at."""
+    if base is None:
+        return published_weights(recipe)
     _check_length(recipe, base, "train.max_length")
-    return base, weigh(recipe, base, sizes)
+    return weigh(recipe, base, sizes)
 
 
 def _notes_on_tests(recipe: Recipe, datasets: Sequence[SourceSummary]) -> Iterator[str]:
