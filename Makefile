@@ -4,12 +4,15 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: demo test check lint types install install-dev clean
+.PHONY: demo test test-all check lint types install install-dev clean
 demo: $(VENV)/.installed
 	$(BIN)/merit demo
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2
+
+test-all: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2 -m ""
 
 check: lint types
 	$(BIN)/python -m pytest -n 2 -q -m "not slow"

@@ -11,6 +11,7 @@ from benchmarks.conflict.null import Pool, draw_nulls, judge, own_datasets
 from merit.demo import write_demo
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_no_split_is_recommended_for_rows_of_one_pool(tmp_path: Path) -> None:
     """Fails on commit f5727a1: datasets cut at random from one pool of real rows got a split in 19 of 20 draws."""

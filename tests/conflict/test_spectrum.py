@@ -121,6 +121,7 @@ def test_gains_are_those_of_the_split_itself():
         assert item.gain == pytest.approx(cut_gain(cosine, groups)[0])
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", ["even", "uneven"])
 def test_no_split_is_recommended_where_there_is_no_conflict(sizes):

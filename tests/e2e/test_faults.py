@@ -13,6 +13,7 @@ from benchmarks.faults.run import BAD, survey
 from tests.builders import Case, Result
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_damage_at_random_places_is_named_healed_or_harmless(tmp_path: Path) -> None:
     """On commit f5727a1 flipped bits in every finished stage are silently accepted."""
@@ -20,6 +21,7 @@ def test_damage_at_random_places_is_named_healed_or_harmless(tmp_path: Path) -> 
     assert not bad, bad
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_mutated_inputs_are_used_or_refused_with_a_message(target: str, tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_disk_fills_up_at_each_stage(small: Case, tmp_path: Path, base: Path) -> None:
     """Each stage fails with one message, leaves no half of anything under a final name, and goes on with room again."""
@@ -140,6 +141,7 @@ def _environment(**changes: str | None) -> dict[str, str]:
     return {key: value for key, value in found.items() if value is not None}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_no_home_no_compiler_no_locale_and_odd_names(small: Case, tmp_path: Path) -> None:
     """One run in a process with none of them gives the same bits."""
@@ -223,6 +225,7 @@ def ctrl_c_after(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_ctrl_c_at_twenty_moments(small: Case, tmp_path: Path, base: Path) -> None:
     started = time.monotonic()
