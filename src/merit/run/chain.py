@@ -345,9 +345,10 @@ def require_split(session: Session) -> None:
         RunFolderError: A split is missing.
     """
     for scope in session.scopes:
-        if not Stage("split", scope.root / "split").begun:
+        record = Stage("split", scope.root / "split").record_file
+        if not record.is_file():
             raise RunFolderError(
-                f"{scope.root / 'split'}: the mixture is not split yet, so there is no branch to train, merge or evaluate.",
+                f"{record} is missing: the mixture is not split yet, so there is no branch to train, merge or evaluate.",
                 _NEXT,
             )
 
