@@ -180,7 +180,7 @@ def test_the_demo_command_with_little_of_everything(tmp_path: Path, merit) -> No
 
 
 def test_status_shows_the_step_of_a_branch_that_runs(finished: Case, merit, tmp_path: Path) -> None:
-    from merit.launch.local import ProgressFile
+    from merit.launch.job import ProgressFile
     from merit.run.store import lock
 
     run = copied(finished, tmp_path)

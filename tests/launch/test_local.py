@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from merit.errors import Interrupted, TrainingError
-from merit.launch.local import BranchCrashed, BranchJob, ProgressFile, read_progress, run_branches
+from merit.launch.job import BranchCrashed, BranchJob, ProgressFile, read_progress
+from merit.launch.local import run_branches
 from merit.launch.outcome import Outcome, outcome_of
 from merit.signals import stop_on_sigterm
 
@@ -54,8 +55,10 @@ import os, sys, time
 folder, name = sys.argv[1:]
 open(f"{folder}/order", "a").write(name)
 open(f"{folder}/now-{name}", "w").close()
-time.sleep(0.15)
-open(f"{folder}/most", "a").write(str(len([f for f in os.listdir(folder) if f.startswith("now-")])))
+def now():
+    return len([f for f in os.listdir(folder) if f.startswith("now-")])
+while now() < 2 and not os.path.exists(f"{folder}/most"): time.sleep(0.01)
+open(f"{folder}/most", "a").write(str(now()))
 os.remove(f"{folder}/now-{name}")
 """
     sizes = {"a": 1, "b": 30, "c": 2, "d": 40}
@@ -202,7 +205,8 @@ def test_killed_launcher_leaves_no_process_behind(tmp_path: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
-from merit.launch.local import BranchJob, run_branches
+from merit.launch.job import BranchJob
+from merit.launch.local import run_branches
 argv = [sys.executable, "-c", {GRACEFUL!r}, {str(saved)!r}]
 run_branches([BranchJob("a", argv, Path({str(tmp_path / "log")!r}), Path({str(tmp_path / "out")!r}))], 1)
 """
@@ -237,7 +241,7 @@ def test_running_commands_count_by_their_share_of_steps(tmp_path: Path) -> None:
     code = f"""
 import sys, time; sys.path.insert(0, {str(Path(__file__).parents[2] / "src")!r})
 from pathlib import Path
-from merit.launch.local import ProgressFile
+from merit.launch.job import ProgressFile
 ProgressFile(Path({str(progress)!r}))(1, 4, {{"tokens_per_second": 5.0}})
 while not Path({str(tmp_path / "seen")!r}).exists(): time.sleep(0.02)
 """

@@ -13,7 +13,7 @@ from tests.train import cases
 from tests.train.cases import assert_same_bits, log_rows, weights
 
 from merit.errors import RecipeError, ResourceError, RunFolderError, TrainingError
-from merit.launch.local import read_progress
+from merit.launch.job import read_progress
 from merit.train.batches import steps_for
 from merit.train.result import BranchResult
 

@@ -17,7 +17,8 @@ from tests.train import cases
 from tests.train.cases import assert_same_bits, log_rows, weights
 
 from merit.errors import TrainingError
-from merit.launch.local import BranchJob, run_branches
+from merit.launch.job import BranchJob
+from merit.launch.local import run_branches
 from merit.launch.outcome import Outcome, outcome_of
 from merit.train.checkpoint import newest
 from merit.train.result import BranchResult

@@ -1,93 +1,46 @@
 """Run commands in parallel on this machine, each in one or more processes.
 
 It starts commands, watches them and forwards signals. Commands report back through small files:
-:class:`ProgressFile` while they run, and :class:`merit.launch.outcome.Outcome` when they end.
+:class:`merit.launch.job.ProgressFile` while they run, and :class:`merit.launch.outcome.Outcome` when they end.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 from merit.errors import Interrupted, MeritError
-from merit.files import appending, write_json
+from merit.files import appending
+from merit.launch.job import BranchJob, crash, progress_of
 from merit.launch.outcome import Outcome, outcome_of
 from merit.progress import Progress, silent
 from merit.signals import graceful
 
 _POLL_SECONDS = 0.2
-_TAIL_CHARACTERS = 4000
 _PATIENCE_SECONDS = 20
 """How long a command's other processes may take to end once one of them has failed: they might wait for it forever."""
 
 
-class BranchCrashed(MeritError):
-    """A branch's process crashed through no fault of the user: its traceback is in the message."""
-
-
 @dataclass(frozen=True)
-class BranchJob:
-    """One command to run.
+class Local:
+    """This machine.
 
     Attributes:
-        name: Display name.
-        argv: The command.
-        log_path: Its stdout and stderr are appended here.
-        outcome_path: Where it writes its outcome.
-        work: How long it will take, in any unit (target tokens); the longest is started first.
-        progress_paths: Files that it writes with :class:`ProgressFile`, one per branch that it trains.
-        threads: CPU threads of each of its processes.
-        processes: How many processes work on it together; they find each other as torchrun's do (RANK, WORLD_SIZE ...).
+        side_by_side: How many commands run at once.
     """
 
-    name: str
-    argv: Sequence[str]
-    log_path: Path
-    outcome_path: Path
-    work: float = 0
-    progress_paths: Sequence[Path] = ()
-    threads: int = 1
-    processes: int = 1
+    side_by_side: int | None = 1
 
-
-class ProgressFile:
-    """Writes progress to a small JSON file at most once a second, and at the last step.
-
-    Call it as ``(step, steps, facts)``; the file has step, steps, loss, learning_rate and tokens_per_second (those
-    given in the facts) and the Unix time of writing (seconds).
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._written = -float("inf")
-
-    def __call__(self, step: int, steps: int, facts: Mapping[str, Any]) -> None:
-        """Record the progress."""
-        now = time.monotonic()
-        if now - self._written < 1 and step < steps:
-            return
-        self._written = now
-        shown = {key: facts[key] for key in ("loss", "learning_rate", "tokens_per_second") if key in facts}
-        write_json(self.path, {"step": step, "steps": steps, **shown, "time": round(time.time(), 3)})
-
-
-def read_progress(path: Path) -> dict[str, Any] | None:
-    """The content of a :class:`ProgressFile`, or None if there is none (yet)."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return found if found["steps"] > 0 else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    def run(self, jobs: Sequence[BranchJob], progress: Progress) -> None:
+        """See :func:`run_branches`."""
+        run_branches(jobs, self.side_by_side or 1, progress)
 
 
 def run_branches(jobs: Sequence[BranchJob], workers: int, progress: Progress = silent) -> None:
@@ -125,7 +78,7 @@ def run_branches(jobs: Sequence[BranchJob], workers: int, progress: Progress = s
                 if failed or stop.asked:
                     for one in running:
                         one.tell_to_stop()
-                progress(*_progress(jobs, ended, running, begun))
+                progress(*progress_of(jobs, ended, [one.job for one in running], begun))
                 if running:
                     time.sleep(_POLL_SECONDS)
         finally:
@@ -204,18 +157,8 @@ class _Running:
             error = outcome.user_error(f"branch {self.job.name}") if outcome else None
             if error is not None:
                 return error
-        with self.job.log_path.open("rb") as log:
-            log.seek(self.log_start)
-            text = log.read().decode("utf-8", "replace").strip()
         # A process that was killed takes the others with it: they lose the connection to it.
-        code = min(code for code in self.codes() if code)
-        how = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
-        if code == -signal.SIGKILL:
-            how += " (often: out of memory; fewer --jobs, a smaller train.micro_batch_size)"
-        return BranchCrashed(
-            f"branch {self.job.name} ended with {how}.\nThe whole output: {self.job.log_path}; its end:\n"
-            f"{text[-_TAIL_CHARACTERS:]}"
-        )
+        return crash(self.job, min(code for code in self.codes() if code), self.log_start)
 
 
 def _environment(job: BranchJob, rank: int, port: int) -> dict[str, str]:
@@ -243,27 +186,3 @@ def _stop_with_parent() -> None:
     """In the new process: SIGTERM when the parent dies, so that a killed run leaves no trainers behind."""
     assert _LIBC is not None
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _progress(
-    jobs: Sequence[BranchJob], ended: Sequence[BranchJob], running: Sequence[_Running], begun: float
-) -> tuple[float, float, str]:
-    """Work done (whole commands, plus each running one's share of steps), total work, and branches done as text."""
-    work = sum(job.work for job in ended)
-    branches = sum(_branches(job) for job in ended)
-    speed = 0.0
-    for one in running:
-        found = [read_progress(path) for path in one.job.progress_paths]
-        fresh = [item for item in found if item and item["time"] >= begun]
-        shares = [item["step"] / item["steps"] for item in fresh]
-        work += one.job.work * sum(shares) / max(1, len(found))
-        branches += sum(share == 1 for share in shares)
-        if fresh:
-            speed += max(fresh, key=lambda item: item["time"]).get("tokens_per_second") or 0.0
-    text = f"{branches} of {sum(map(_branches, jobs))} branches done"
-    text += f", {speed:,.0f} target tokens/s" if speed else ""
-    return work, sum(job.work for job in jobs), text
-
-
-def _branches(job: BranchJob) -> int:
-    return len(job.progress_paths) or 1

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from merit.recipe.base import Name, Settings, refuse_adapters_in_list
+from merit.recipe.launch import LaunchSettings
 from merit.recipe.mixture import (
     Column,
     DataFormat,
@@ -31,6 +32,7 @@ __all__ = [
     "DriftSettings",
     "EvaluateSettings",
     "ImageSettings",
+    "LaunchSettings",
     "LoraSettings",
     "MergeSettings",
     "MixtureSettings",
@@ -242,6 +244,7 @@ class Recipe(Settings):
     conflict: ConflictSettings = ConflictSettings()
     split: SplitSettings = SplitSettings()
     train: TrainSettings = TrainSettings()
+    launch: LaunchSettings = LaunchSettings()
     merge: MergeSettings = MergeSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     baselines: list[SplitMethod] = []

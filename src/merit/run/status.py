@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from merit.errors import RunFolderError
 from merit.files import differences
-from merit.launch.local import read_progress
+from merit.launch.job import read_progress
 from merit.mixture import read_counts
 from merit.prepare import stage_folder, stage_recipe
 from merit.recipe.schema import Recipe

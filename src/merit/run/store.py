@@ -267,3 +267,10 @@ def is_locked(folder: Path) -> bool:
         return True
     except OSError:  # a folder that we may not write to: no process here holds it
         return False
+
+
+def wait_for(folder: Path, seconds: float) -> None:
+    """Wait until no live process holds the lock of ``folder``, but not longer than ``seconds``."""
+    until = time.monotonic() + seconds
+    while is_locked(folder) and time.monotonic() < until:
+        time.sleep(0.2)

@@ -13,8 +13,10 @@ from merit.errors import Interrupted, MeritError
 from merit.launch.outcome import Outcome, own_outcome
 from merit.progress import Silent
 from merit.recipe.load import load_recipe
+from merit.run.branches import BranchId, stage_of
 from merit.run.session import Session
-from merit.run.training import BranchId, train_here
+from merit.run.store import wait_for
+from merit.run.training import train_here
 from merit.signals import ignore_from_now_on, stop_on_sigterm
 from merit.train.workers import WorkerJob
 
@@ -27,7 +29,9 @@ def main(job_file: Path, outcome_file: Path) -> int:
         recipe = load_recipe(job.run / "recipe.yaml", [f"train.threads={job.threads}"])
         session = Session(recipe, job.run, Silent(), jobs=job.jobs)
         for branch in map(BranchId.parse, job.branches):
-            train_here(session, branch)
+            wait_for(stage_of(session, branch).path, job.patience)
+            if not stage_of(session, branch).is_done():  # else a predecessor was lost just after it finished
+                train_here(session, branch)
         outcome = Outcome()
     except MeritError as error:
         outcome = Outcome.of(error)

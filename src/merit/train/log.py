@@ -13,7 +13,7 @@ import torch
 
 from merit.errors import TrainingError
 from merit.files import appending
-from merit.launch.local import ProgressFile
+from merit.launch.job import ProgressFile
 from merit.progress import Progress
 from merit.train.batches import StepBatch
 from merit.train.checkpoint import Totals, newest, step_of

@@ -23,12 +23,14 @@ class WorkerJob:
         branches: The branches to train, one after another: ``3``, or ``random/3`` of a baseline.
         threads: CPU threads of each of its processes.
         jobs: Workers side by side on this machine.
+        patience: Seconds to wait for a lost predecessor to let go of a branch's folder.
     """
 
     run: Path
     branches: tuple[str, ...]
     threads: int
     jobs: int = 1
+    patience: float = 0.0
 
     def save(self, path: Path) -> None:
         """Write it."""
