@@ -51,6 +51,13 @@ class Silent:
         return nullcontext(silent)
 
 
+def count(number: int, noun: str, plural: str = "") -> str:
+    """A number with its noun: ``1 row``, ``1,200 rows``, ``2 branches``; ``plural`` where neither -s nor -es makes it."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number:,} {plural or noun + ('es' if noun.endswith(('s', 'x', 'ch', 'sh')) else 's')}"
+
+
 def duration(seconds: float) -> str:
     """Human-readable seconds: 0.4 s, 12 s, 3 min 20 s, 2 h 05 min."""
     if seconds < 10:

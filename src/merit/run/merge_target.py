@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from merit.merge import MergeResult
+from merit.progress import count
 from merit.run.chain import begun, refuse_stale, require_split
 from merit.run.merging import choose_branches, make_merge, merge_run
 from merit.run.session import Session
@@ -17,9 +18,9 @@ def merge_target(session: Session, *, exclude: Sequence[int], allow_missing: boo
     require_split(session)
     if output is None:
         with begun(session, "merge"):
-            stage = merge_run(session, scope, exclude=exclude, allow_missing=allow_missing)
-        return MergeResult.load(stage.path / "model")
+            return merge_run(session, scope, exclude=exclude, allow_missing=allow_missing)
     refuse_stale(session, "merge", own=False)
     taking, left_out = choose_branches(session, scope, exclude, allow_missing)
-    session.reporter.stage("merge", f"{len(taking)} branches, {session.recipe.merge.operator}")
-    return make_merge(session, scope, taking, left_out, output)
+    session.reporter.stage("merge", f"{count(len(taking), 'branch')}, {session.recipe.merge.operator}")
+    with session.reporter.progress("merge") as tick:
+        return make_merge(session, scope, taking, left_out, output, tick)

@@ -16,17 +16,23 @@ from merit.files import write_text
 from merit.merge import MergeResult, merge_branches
 from merit.merge.curve import trade_off_svg
 from merit.merge.weights import condense, weigh
+from merit.progress import Progress, count
 from merit.run import key
 from merit.run.scale_search import judge_scales
 from merit.run.scope import Scope
 from merit.run.session import Session
-from merit.run.step import stands
+from merit.run.step import Step, Work, run_step
 from merit.run.store import Stage
 from merit.run.training import branch_stages
 from merit.train.result import BranchResult
 
+MODEL = "model"
+"""Name of the merged checkpoint's folder, in the stage's."""
 
-def merge_run(session: Session, scope: Scope, *, exclude: Sequence[int] = (), allow_missing: bool = False) -> Stage:
+
+def merge_run(
+    session: Session, scope: Scope, *, exclude: Sequence[int] = (), allow_missing: bool = False
+) -> MergeResult:
     """Merge the run's branches into ``merged/model``.
 
     Args:
@@ -40,18 +46,25 @@ def merge_run(session: Session, scope: Scope, *, exclude: Sequence[int] = (), al
         RunFolderError: A branch is stale or damaged, or ``merged`` was made with other settings.
     """
     taking, left_out = choose_branches(session, scope, exclude, allow_missing)
-    stage = key.merged_stage(session.recipe_of(scope), scope, taking, base=session.base.fingerprint, excluded=left_out)
-    whose = "" if scope.method is None else f"{session.recipe_of(scope).split.method}: "
-    if stands(stage, session):
-        session.reporter.stage("merge", f"{whose}{len(taking)} branches (done before)")
-        return stage
-    session.reporter.stage("merge", f"{whose}{len(taking)} branches, {session.recipe_of(scope).merge.operator}")
-    with stage.writing(session.recipe_of(scope).seed) as record:
-        result = make_merge(session, scope, taking, left_out, stage.path / "model")
-        record |= result.record()
-    for warning in condense(result.warnings, len(taking)):
-        session.reporter.note(warning)
-    return stage
+    recipe = session.recipe_of(scope)
+    whose = "" if scope.method is None else f"{recipe.split.method}: "
+    summary = f"{whose}{count(len(taking), 'branch')}, {recipe.merge.operator}"
+
+    def make(work: Work) -> MergeResult:
+        result = make_merge(session, scope, taking, left_out, work.folder / MODEL, work.progress)
+        work.facts.update(result.record())
+        return result
+
+    step = Step(
+        "merge",
+        key.merged_stage(recipe, scope, taking, base=session.base.fingerprint, excluded=left_out),
+        make,
+        load=lambda folder: MergeResult.load(folder / MODEL),
+        seed=recipe.seed,
+        describe=lambda _result: summary,
+        notes=lambda result: condense(result.warnings, len(taking)),
+    )
+    return run_step(step, session)
 
 
 def choose_branches(
@@ -85,7 +98,12 @@ def choose_branches(
 
 
 def make_merge(
-    session: Session, scope: Scope, taking: Mapping[int, Stage], left_out: Sequence[int], output: Path
+    session: Session,
+    scope: Scope,
+    taking: Mapping[int, Stage],
+    left_out: Sequence[int],
+    output: Path,
+    progress: Progress,
 ) -> MergeResult:
     """Write the merged checkpoint into ``output``; with ``scale: auto`` the curve is next to the weights (scale.svg)."""
     settings = session.recipe_of(scope).merge
@@ -93,19 +111,18 @@ def make_merge(
         settings = settings.model_copy(update={"dtype": "base"})  # the branches need not have the base's dtype
     trained = {k: BranchResult.load(stage.path) for k, stage in taking.items()}
     branches = weigh(settings.weights, trained, len(taking) + len(left_out))
-    with session.reporter.progress("merge") as tick:
-        result = merge_branches(
-            session.base,
-            [
-                replace(branch, fingerprint=key.model_content(stage))
-                for branch, stage in zip(branches, taking.values(), strict=True)
-            ],
-            output,
-            settings,
-            excluded=[f"branch {k}" for k in left_out],
-            judge=partial(judge_scales, session),
-            progress=tick,
-        )
+    result = merge_branches(
+        session.base,
+        [
+            replace(branch, fingerprint=key.model_content(stage))
+            for branch, stage in zip(branches, taking.values(), strict=True)
+        ],
+        output,
+        settings,
+        excluded=[f"branch {k}" for k in left_out],
+        judge=partial(judge_scales, session),
+        progress=progress,
+    )
     if result.scale_search is not None:
         write_text(output / "scale.svg", trade_off_svg(result.scale_search))
     return result

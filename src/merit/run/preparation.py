@@ -18,11 +18,10 @@ from merit.hf.base import BaseFacts, open_base, resolve_base
 from merit.prepare import prepared_base, stage_folder, stage_recipe
 from merit.prepare.assemble import assemble
 from merit.prepare.plan import Assembly, parameter_sizes, plan_assembly
-from merit.progress import duration
 from merit.recipe.schema import ModelSettings, Recipe
 from merit.run import key
 from merit.run.session import Session
-from merit.run.step import stands
+from merit.run.step import Step, Work, run_step
 from merit.run.store import Stage
 
 
@@ -60,12 +59,21 @@ def prepare(session: Session, run_chain: Callable[[Session, str], None]) -> Path
         run_chain(Session(stage_recipe(recipe, stage, base), folder, reporter, redo=session.redo), "train")
         base = str((folder / "branches" / "0" / "model").resolve())
     final = prepared_stage(recipe, run, model=checkpoint.fingerprint(base))
-    if not stands(final, session):
-        with final.writing(recipe.seed) as record:
-            _link(Path(base), prepared_base(run))
-            record["model_fingerprint"] = checkpoint.fingerprint(prepared_base(run))
-    reporter.stage("prepare", f"the base is {prepared_base(run)}")
-    return prepared_base(run)
+
+    def make(work: Work) -> Path:
+        _link(Path(base), prepared_base(run))
+        work.facts["model_fingerprint"] = checkpoint.fingerprint(prepared_base(run))
+        return prepared_base(run)
+
+    step = Step(
+        "prepare",
+        final,
+        make,
+        load=lambda _folder: prepared_base(run),
+        seed=recipe.seed,
+        describe=lambda folder: f"the base is {folder}",
+    )
+    return run_step(step, session)
 
 
 def prepared_stage(recipe: Recipe, run: Path, model: str | None = None) -> Stage:
@@ -80,26 +88,31 @@ def _only_inputs(changes: list[str]) -> bool:
 
 
 def _assemble(session: Session) -> Path:
-    recipe, reporter = session.given, session.reporter
+    recipe = session.given
     plan = plan_of(recipe)
     with session.hashes() as known:
         content = {
             "language model": checkpoint.fingerprint(plan.language, known),
             "vision_from": checkpoint.fingerprint(plan.vision, known),
         }
-    stage = key.assemble_stage(recipe, stage_folder(session.run, "assemble"), content)
-    model = stage.path / "model"
-    if stands(stage, session):
-        reporter.stage("prepare", "assemble (done before)")
+
+    def make(work: Work) -> Path:
+        model = work.folder / "model"
+        work.facts.update(assemble(plan, model, seed=recipe.seed).facts())
+        work.facts["model_fingerprint"] = checkpoint.fingerprint(model)
         return model
-    reporter.stage("prepare", f"assemble: {plan.config.model_type} around {recipe.model.base}")
-    with stage.writing(recipe.seed) as record:
-        record |= assemble(plan, model, seed=recipe.seed).facts()
-        record["model_fingerprint"] = checkpoint.fingerprint(model)
-    for note in plan.notes:
-        reporter.note(note)
-    reporter.stage("prepare", f"assembled and read back ({duration(stage.record().seconds)})")
-    return model
+
+    step = Step(
+        "prepare",
+        key.assemble_stage(recipe, stage_folder(session.run, "assemble"), content),
+        make,
+        load=lambda folder: folder / "model",
+        seed=recipe.seed,
+        describe=lambda _model: "assembled and read back",
+        begin=f"assemble: {plan.config.model_type} around {recipe.model.base}",
+        notes=lambda _model: plan.notes,
+    )
+    return run_step(step, session)
 
 
 def plan_of(recipe: Recipe) -> Assembly:
