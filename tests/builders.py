@@ -459,7 +459,7 @@ class Result:
 
 def call(*words: Any) -> Result:
     """Run a `merit` command in this process; what it should not raise is raised."""
-    from merit.cli import app
+    from merit.cli.commands import app
 
     result = CliRunner().invoke(app, [str(word) for word in words])
     if result.exception is not None and not isinstance(result.exception, SystemExit):

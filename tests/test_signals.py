@@ -12,7 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from merit import cli
+from merit.cli import commands
 from merit.errors import Interrupted, MeritError
 from merit.report.terminal import Terminal
 from merit.signals import Stop, deaf_to_interrupts, graceful, stop_if_asked, stop_on_sigterm
@@ -81,7 +81,7 @@ def test_inside_graceful_the_first_signal_is_a_flag_and_the_second_a_stop(number
 
 @pytest.mark.parametrize("lost", [False, True])
 def test_sigterm_in_a_command_exits_with_75(lost: bool) -> None:
-    app = typer.Typer(cls=cli.app.info.cls)
+    app = typer.Typer(cls=commands.app.info.cls)
 
     @app.command()
     def work() -> None:
@@ -118,9 +118,23 @@ def test_a_stop_after_the_last_word_fails_nothing() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_stop_while_libraries_load_says_so() -> None:
+    """Fails on commit 44eb3fd: it ended the command with 143 and without a word."""
+    words = [sys.executable, "-X", "importtime", "-m", "merit", "init"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as command:
+        assert command.stderr is not None
+        for line in command.stderr:
+            if "typer" in line:
+                command.send_signal(signal.SIGTERM)
+                break
+        said = [line for line in command.stderr.read().splitlines() if not line.startswith("import time")]
+    assert command.returncode == 75
+    assert said == ["merit: stopped by SIGTERM before anything was done."]
+
+
 def test_only_lost_stops_are_passed_over_silently() -> None:
     done = run(
-        "import sys; from merit import cli; from merit.signals import Stop; sys.argv = ['merit', '--version']\n"
+        "import sys; import merit.cli as cli; from merit.signals import Stop; sys.argv = ['merit', '--version']\n"
         "class Lost:\n"
         "    def __init__(self, error): self.error = error\n"
         "    def __del__(self): raise self.error\n"

@@ -69,7 +69,7 @@ def command(*words: object, limit: int = LIMIT) -> Outcome:
     """Run a `merit` command."""
     from typer.testing import CliRunner
 
-    from merit.cli import app
+    from merit.cli.commands import app
 
     result: Any = None
 

@@ -519,7 +519,7 @@ def test_the_check_names_every_bad_image_and_the_sizes(recipe, tmp_path, damaged
 def test_the_command_prints_them_and_says_so_in_its_exit_code(tmp_path, damaged):
     from typer.testing import CliRunner
 
-    from merit.cli import app
+    from merit.cli.commands import app
 
     path, _ = damaged
     content = {"name": "r", "model": {"base": "none"}, "mixture": settings(path, "error"), "split": {"method": "joint"}}
