@@ -1,7 +1,8 @@
-"""The tiny run that is damaged, as it stands at four moments: finished, and with one stage to be done again."""
+"""The tiny runs that are damaged, of a text and of a vision base: finished, and with one stage to be done again."""
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,6 +68,19 @@ PLACES = (
     ),
     Place("base", "finished", ("base/*",), (SPLIT, MERGE), unread=True),
     Place("sources", "finished", ("mixture/*/*.jsonl",), (SPLIT,), unread=True),
+    Place("vision: encoded rows", "vision", ("run/mixture/*/*.parquet",), (SPLIT, CHAIN, TRAIN)),
+    Place("vision: pictures of Parquet rows", "vision", ("run/mixture/images/*/*",), (SPLIT, CHAIN, EVALUATE)),
+    Place(
+        "vision: pictures to train on",
+        "untrained",
+        ("mixture/*/train*.png", "run/mixture/images/train/*"),
+        (TRAIN,),
+        unread=True,  # half of them are of the other branch
+    ),
+    Place("vision: sources", "vision", ("mixture/*/*",), (SPLIT,), unread=True),
+    Place("vision: branch's weights", "vision", ("run/branches/*/model/*.safetensors",), (MERGE, CHAIN)),
+    Place("vision: processors and configs", "vision", ("run/*/**/model/*.json",), (MERGE, EVALUATE, CHAIN)),
+    Place("vision: base", "vision", ("base/*",), (SPLIT, MERGE), unread=True),
 )
 _NO_RESULT = (".lock", "progress.json")
 
@@ -82,7 +96,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 def make_run(folder: Path) -> dict[str, Path]:
-    """A finished run below ``folder``, and copies of it with one stage to be done again; folders by moment."""
+    """Finished runs below ``folder``, and copies of them with one stage to be done again; folders by moment."""
+    return _text_run(folder) | _vision_run(folder)
+
+
+def _text_run(folder: Path) -> dict[str, Path]:
     from tests import builders
 
     top = folder / "finished"
@@ -119,6 +137,60 @@ def make_run(folder: Path) -> dict[str, Path]:
             path.unlink()
     _half_trained(moments["half"] / "run")
     return moments
+
+
+def _vision_run(folder: Path) -> dict[str, Path]:
+    import yaml
+    from tests import builders
+
+    top = folder / "vision"
+    builders.make_vision_base("llava", top / "base")
+    for number, task in enumerate(("colour", "shout", "twice", "embedded")):
+        for split, count in (("train", 8 + 2 * number), ("test", 2)):
+            _write_pictures(top / "mixture" / task, task, split, count)
+    settings = {
+        "name": "pictures",
+        "model": {"base": "base", "dtype": "float32"},
+        "mixture": {"folder": "mixture"},
+        "conflict": {"examples": 8, "sketch_size": 256},
+        "split": {"axes": 1},
+        "train": {"learning_rate": 5e-3, "batch_size": 8, "max_length": 128, "threads": 1},
+        "evaluate": {"max_new_tokens": 2, "drift": {"prompts": 2, "tokens": 2}},
+    }
+    (top / "recipe.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    for _ in range(2):
+        _done("run", top / "recipe.yaml", "--output", top / "run", "--quiet")
+    untrained = folder / "untrained"
+    shutil.copytree(top, untrained)
+    shutil.rmtree(untrained / "run" / "branches" / "0")
+    return {"vision": top, "untrained": untrained}
+
+
+def _write_pictures(place: Path, task: str, split: str, count: int) -> None:
+    import pyarrow
+    import pyarrow.parquet
+    from tests import builders
+    from tests.hf.vision_cases import COLOURS, picture
+
+    place.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, object]] = []
+    for number in range(count):
+        colour = list(COLOURS)[number % len(COLOURS)]
+        answer = {"colour": colour, "shout": colour.upper(), "twice": 2 * colour, "embedded": f"a {colour}"}[task]
+        image = picture(colour, (32, 32), number % 4)
+        if task == "embedded":
+            data = io.BytesIO()
+            image.save(data, "PNG")
+            text = [{"user": "Name it.", "assistant": answer, "source": "us"}]
+            rows.append({"images": [{"bytes": data.getvalue(), "path": None}], "texts": text})
+        else:
+            image.save(place / f"{split}-{number}.png")
+            turns = [{"from": "human", "value": "<image>\nWhich colour?"}, {"from": "gpt", "value": answer}]
+            rows.append({"image": f"{split}-{number}.png", "conversations": turns})
+    if task == "embedded":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), place / f"{split}.parquet")
+    else:
+        builders.write_rows(place / f"{split}.jsonl", rows)
 
 
 def _half_trained(run: Path) -> None:

@@ -57,16 +57,15 @@ def _orient(column: np.ndarray) -> np.ndarray:
 
 
 def _cut(part: list[int], column: np.ndarray, weights: np.ndarray, names: Sequence[str], keep: int) -> Groups:
-    order = sorted(part, key=lambda i: (column[i], names[i]))
-    running = np.cumsum(weights[order])
-    total = running[-1]
-
-    def cost(cut: int) -> tuple[float, float, float, int]:
-        imbalance = abs(2 * running[cut - 1] - total) / total
-        gap = column[order[cut]] - column[order[cut - 1]]
-        return (round(float(imbalance), 12), -float(gap), abs(cut - len(order) / 2), cut)
-
-    best = min(range(keep, len(order) - keep + 1), key=cost)
+    scores = column.tolist()
+    order = sorted(part, key=lambda i: (scores[i], names[i]))
+    cuts = np.arange(keep, len(order) - keep + 1)
+    running, along = np.cumsum(weights[order]), column[order]
+    imbalance = (np.abs(2 * running[cuts - 1] - running[-1]) / running[-1]).round(12)
+    even = cuts[imbalance == imbalance.min()]
+    gaps = along[even] - along[even - 1]
+    widest = even[gaps == gaps.max()]
+    best = min(widest.tolist(), key=lambda cut: (abs(cut - len(order) / 2), cut))
     return [order[:best], order[best:]]
 
 
