@@ -50,6 +50,7 @@ def run(
 
     Example: `merit run recipe.yaml --jobs 2 --set train.learning_rate=2e-5`
     """
+    from merit.report.page import write_page
     from merit.run.chain import STAGES, run_chain
 
     if until not in STAGES:
@@ -61,6 +62,7 @@ def run(
         )
     session = open_session(recipe, output, overrides, quiet=quiet, jobs=jobs, redo=redo)
     run_chain(session, until)
+    write_page(session.run)
     show_results(session, as_json=as_json)
 
 
@@ -93,6 +95,7 @@ def demo(
     """
     from merit.demo import write_demo
     from merit.recipe.load import load_recipe
+    from merit.report.page import write_page
     from merit.run.chain import run_chain
     from merit.run.store import claim
 
@@ -105,6 +108,7 @@ def demo(
     jobs = jobs or max(1, min(4, os.cpu_count() or 1))
     session = open_session(recipe, output, overrides, quiet=quiet, jobs=jobs, redo=redo)
     run_chain(session)
+    write_page(session.run)
     show_results(session, as_json=as_json)
 
 

@@ -56,14 +56,24 @@ class Measured:
 class _Set:
     """The rows of one dataset to measure.
 
-    ``limit``: maximum new tokens of a greedy answer; None: no exact match here.
+    ``places``: their numbers in the dataset. ``limit``: maximum new tokens of a greedy answer; None: no exact match here.
     """
 
     part: Part
     name: str
     rows: list[EncodedRow]
+    places: list[int]
     short: bool
     limit: int | None
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """One row whose answer is generated, and its number in its dataset."""
+
+    of: _Set
+    place: int
+    row: EncodedRow
 
 
 class Questions:
@@ -137,14 +147,19 @@ class Questions:
             CheckpointError: A loss or drift is not finite; model and dataset are named.
         """
         rows = [row for item in self._sets for row in item.rows]
-        asked = [(item, row) for item in self._sets if item.limit is not None for row in item.rows]
-        limits = [item.limit or 0 for item, _ in asked]
+        asked = [
+            _Asked(item, place, row)
+            for item in self._sets
+            if item.limit is not None
+            for place, row in zip(item.places, item.rows, strict=True)
+        ]
+        limits = [question.of.limit or 0 for question in asked]
         with autocast(self._base.settings, forward.device):
             losses, counts = heldout.row_losses(model, rows, forward)
             answers = heldout.greedy_answers(
-                model, [row for _, row in asked], limits, self._base.tokenizer, self._ends, forward
+                model, [question.row for question in asked], limits, self._base.tokenizer, self._ends, forward
             )
-        matches = [exact_match(answer, row.answer) for answer, (_, row) in zip(answers, asked, strict=True)]
+        matches = [exact_match(answer, question.row.answer) for answer, question in zip(answers, asked, strict=True)]
         sets: dict[Part, ByDataset] = {part: {} for part in PARTS}
         start = start_asked = 0
         for item in self._sets:
@@ -156,7 +171,7 @@ class Questions:
                 start_asked += len(item.rows)
             sets[item.part][item.name] = Figures(loss, matched, len(item.rows), int(counts[start:stop].sum()))
             start = stop
-        _write_answers(folder / answers_file(name), asked, answers, matches)
+        self._write_answers(folder / answers_file(name), asked, answers, matches)
         return Measured(sets, self._drift(name, model, forward))
 
     def _drift(self, name: str, model: PreTrainedModel, forward: Forward) -> Drift | None:
@@ -167,13 +182,40 @@ class Questions:
         except CheckpointError as error:
             raise CheckpointError(f"evaluate: model {name}: {error.message}", *error.ways_out) from None
 
+    def _write_answers(
+        self, file: Path, asked: Sequence[_Asked], answers: Sequence[str], matches: Sequence[bool]
+    ) -> None:
+        """The model's greedy answers next to question and reference, one JSON object per line, for inspection."""
+        lines = [
+            json.dumps(
+                {
+                    "part": question.of.part,
+                    "dataset": question.of.name,
+                    "row": question.place,
+                    "match": match,
+                    "prompt": self._text(question.row),
+                    "answer": answer,
+                    "reference": question.row.answer,
+                },
+                ensure_ascii=False,
+            )
+            for question, answer, match in zip(asked, answers, matches, strict=True)
+        ]
+        if lines:
+            write_text(file, "\n".join(lines) + "\n")
+
+    def _text(self, row: EncodedRow) -> str:
+        """A row's prompt without special tokens, image placeholders among them."""
+        return str(self._base.tokenizer.decode(row.prompt().input_ids.tolist(), skip_special_tokens=True)).strip()
+
 
 def _draw(part: Part, name: str, dataset: EncodedDataset, settings: EvaluateSettings, seed: int) -> _Set:
     count = len(dataset) if settings.max_examples is None else settings.max_examples
-    rows = [dataset[int(i)] for i in np.sort(draw(len(dataset), count, seed, name, purpose=f"evaluate {part}"))]
+    places = [int(i) for i in np.sort(draw(len(dataset), count, seed, name, purpose=f"evaluate {part}"))]
+    rows = [dataset[i] for i in places]
     lengths = heldout.answer_lengths(rows)
     short = heldout.is_short_answer(lengths, settings.short_answer)
-    return _Set(part, name, rows, short, _limit(part, lengths, settings))
+    return _Set(part, name, rows, places, short, _limit(part, lengths, settings))
 
 
 def _limit(part: Part, lengths: np.ndarray, settings: EvaluateSettings) -> int | None:
@@ -207,18 +249,3 @@ def _mean_loss(losses: np.ndarray, counts: np.ndarray, model: str, item: _Set) -
             "No results were written; models measured before this one are kept.",
         )
     return loss
-
-
-def _write_answers(
-    file: Path, asked: Sequence[tuple[_Set, EncodedRow]], answers: Sequence[str], matches: Sequence[bool]
-) -> None:
-    """The model's greedy answers next to the references, one JSON object per line, for inspection."""
-    lines = [
-        json.dumps(
-            {"part": item.part, "dataset": item.name, "match": match, "answer": answer, "reference": row.answer},
-            ensure_ascii=False,
-        )
-        for (item, row), answer, match in zip(asked, answers, matches, strict=True)
-    ]
-    if lines:
-        write_text(file, "\n".join(lines) + "\n")

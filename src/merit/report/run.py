@@ -28,6 +28,8 @@ def render(run: Path) -> list[RenderableType]:
     merged = run / "merged" / "model"
     if merged.is_dir():
         shown.append(f"Merged model: {merged}")
+    if (run / "report.html").is_file():
+        shown.append(f"Report: {run / 'report.html'}")
     return [*shown, f"Run folder: {run}  (`merit status {shlex.quote(str(run))}` shows every stage)"]
 
 
