@@ -214,11 +214,25 @@ def scatter(
             ]
         where = f"{p.name}: {groups[p.group]}, {p.x:.3f}, {p.y:.3f}" if groups else f"{p.name}: {p.x:.3f}, {p.y:.3f}"
         drawn.append(tag("g", tag("title", where), *marks, _mark(p.group, x, y, kind), class_="point"))
-    if len(points) <= 40:
-        drawn += [_text(xs(p.x) + 7, ys(p.y) - 6, p.name[:24], "start", class_="name") for p in points]
+    drawn += _names([(xs(p.x), ys(p.y), p.name) for p in points])
     names = [(name, f"c{k % COLOURS}") for k, name in enumerate(groups)]
     legend, more = _legend(names, _HEIGHT, shapes=True) if len(groups) > 1 else ([], 0.0)
     return chart(title, *_axes(xs, ys, x_title, y_title), *drawn, *legend, height=_HEIGHT + more)
+
+
+def _names(places: Sequence[tuple[float, float, str]]) -> list[Html]:
+    """Names next to points, where they cover no other name."""
+    taken: list[tuple[float, float, float]] = []
+    found = []
+    for x, y, name in places:
+        text = name if len(name) <= 24 else f"{name[:23]}…"
+        wide = 5.4 * len(text)
+        left = x + 7 if x + 7 + wide < _WIDTH else x - 7 - wide
+        if any(abs(y - other) < 11 and left < end and start < left + wide for other, start, end in taken):
+            continue
+        taken.append((y, left, left + wide))
+        found.append(_text(left, y - 6, text, "start", class_="name"))
+    return found
 
 
 def _reach(points: Sequence[Point], axis: int) -> list[float]:
@@ -249,7 +263,7 @@ def bars(
                 y=y + 2,
                 width=round(abs(end - zero), 1),
                 height=15,
-                class_=f"fill c{0 if value >= 0 else 5}",
+                class_=f"fill c{0 if value >= 0 else 1}",
             ),
             _text(max(end, zero) + 6, y + 14, form.format(value), "start"),
         ]

@@ -41,7 +41,9 @@ def tag(element: str, /, *children: Child, **attributes: str | float | bool | No
 
 def join(children: Iterable[Child]) -> Html:
     """Markup and text one after another; text is escaped."""
-    return Html("".join(item if isinstance(item, Html) else escape(item) for item in children if item is not None))
+    return Html(
+        "".join(item if isinstance(item, Html) else escape(_clean(item)) for item in children if item is not None)
+    )
 
 
 def _plain(value: str | float) -> str:
@@ -119,8 +121,10 @@ def table(
         rows: Cells; plain text sorts as text.
         most: Height in rows above which it scrolls.
     """
+    figures = [all(_is_figure(row[column]) for row in rows) for column in range(len(header))]
     head = [
-        tag("th", tag("button", title, type="button", class_="sort"), scope="col", aria_sort="none") for title in header
+        tag("th", tag("button", title, type="button", class_="sort"), scope="col", aria_sort="none", class_=kind)
+        for title, kind in zip(header, ("number" if right else None for right in figures), strict=True)
     ]
     body = [tag("tr", *(_cell(cell, first=not index) for index, cell in enumerate(row))) for row in rows]
     long = most is not None and len(rows) > most
@@ -129,9 +133,18 @@ def table(
         "button", "CSV", type="button", class_="save", data_csv=key, aria_label=f"Save the table {caption} as CSV"
     )
     around = tag(
-        "div", grid, class_="scroll tall" if long else "scroll", tabindex="0", role="region", aria_label=caption
+        "div",
+        grid,
+        class_="scroll tall" if long else "scroll",
+        tabindex="0",
+        role="region",
+        aria_label=f"Table: {caption}",
     )
     return tag("div", around, tag("div", save, class_="tools"), class_="table")
+
+
+def _is_figure(cell: Cell | str | Html) -> bool:
+    return isinstance(cell, Cell) and (isinstance(cell.value, int | float) or cell.text == _DASH)
 
 
 def _cell(cell: Cell | str | Html, *, first: bool) -> Html:
@@ -142,7 +155,7 @@ def _cell(cell: Cell | str | Html, *, first: bool) -> Html:
     if cell.mark:
         arrow, word = _ARROWS[cell.mark]
         text += [" ", tag("span", arrow, class_=cell.mark, role="img", aria_label=word)]
-    kind = "number" if isinstance(cell.value, int | float) or cell.text == _DASH else None
+    kind = "number" if _is_figure(cell) else None
     if first:
         return tag("th", *text, scope="row", data_v=sorts)
     return tag("td", *text, class_=kind, data_v=sorts)
@@ -157,7 +170,7 @@ def figure(key: str, title: str, drawing: Html, note: Child = None) -> Html:
     ]  # fmt: skip
     words = [tag("strong", title), *([" ", note] if note else [])]
     caption = tag("figcaption", *words)
-    around = tag("div", drawing, class_="scroll", tabindex="0", role="region", aria_label=title)
+    around = tag("div", drawing, class_="scroll", tabindex="0", role="region", aria_label=f"Figure: {title}")
     return tag("figure", caption, around, tag("div", *buttons, class_="tools"), id=key)
 
 

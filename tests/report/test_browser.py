@@ -1,0 +1,122 @@
+"""The page in a real browser: renders, sorts, saves, prints nothing to the console, and passes an accessibility check (axe).
+
+Needs playwright and axe (the extra ``browser``) and a Chromium of the system; skipped where there is none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from merit.report.page.document import page
+from report.page_cases import make_run
+from report.test_page import HOSTILE
+
+CHROMIUM = os.environ.get("MERIT_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra browser: pip install -e '.[browser]'")
+axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs the extra browser")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine (set MERIT_CHROMIUM)"),
+]
+
+SIZES = {"desktop": (1200, 900, "light"), "phone": (390, 844, "dark")}
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    models = folder / "evaluation" / "models"
+    models.mkdir(parents=True)
+    for model in ("base", "joint", "merged"):
+        row = {"part": "mixture", "dataset": "a", "row": 0, "match": True, "prompt": HOSTILE[1], "answer": HOSTILE[0]}
+        (models / f"{model}.answers.jsonl").write_text(json.dumps(row | {"reference": HOSTILE[2]}), encoding="utf-8")
+    found = folder / "report.html"
+    found.write_text(page(make_run(folder, sorted([*HOSTILE, *(f"dataset-{i:02d}" for i in range(32))]))), "utf-8")
+    return found
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as started:
+        found = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield found
+        found.close()
+
+
+@pytest.fixture(params=SIZES)
+def opened(request, browser, file):
+    width, height, scheme = SIZES[request.param]
+    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+    tab = context.new_page()
+    tab.said = []
+    tab.on("console", lambda message: tab.said.append(message.text))
+    tab.on("pageerror", lambda error: tab.said.append(str(error)))
+    tab.on("dialog", lambda dialog: (tab.said.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+    tab.on(
+        "request",
+        lambda request: None if request.url.startswith(("file:", "data:", "blob:")) else tab.said.append(request.url),
+    )
+    tab.goto(file.as_uri())
+    yield tab
+    context.close()
+
+
+def test_renders_quietly_and_fits(opened):
+    opened.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+    opened.wait_for_timeout(200)
+    assert opened.said == []
+    assert opened.evaluate("document.documentElement.scrollWidth") <= opened.viewport_size["width"]
+    painted = "(c) => new Set(c.getContext('2d').getImageData(0, 0, c.width, c.height).data).size"
+    assert opened.locator("canvas.heatmap").evaluate(painted) > 20
+    opened.locator("canvas.heatmap").hover()
+    assert " and " in opened.locator(".reading").inner_text()
+
+
+def test_passes_axe(opened):
+    opened.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+    found = axe.Axe().run(opened).response["violations"]
+    assert [(item["id"], item["nodes"][0]["html"][:120]) for item in found] == []
+
+
+def test_tables_sort_by_keyboard(opened):
+    header = opened.locator("#mixture-loss thead th", has_text="merged")
+    button = header.locator("button")
+    column = "(t) => [...t.tBodies[0].rows].map((r) => Number(r.cells[4].dataset.v))"
+    values = opened.locator("#mixture-loss").evaluate(column)
+    button.focus()
+    opened.keyboard.press("Enter")
+    assert header.get_attribute("aria-sort") == "ascending"
+    assert opened.locator("#mixture-loss").evaluate(column) == sorted(values)
+    opened.keyboard.press("Enter")
+    assert header.get_attribute("aria-sort") == "descending"
+    assert opened.locator("#mixture-loss").evaluate(column) == sorted(values, reverse=True)
+
+
+@pytest.mark.parametrize("kind", ["svg", "png"])
+@pytest.mark.parametrize("figure", ["cosines", "scatter"])
+def test_figures_save(opened, tmp_path, figure, kind):
+    with opened.expect_download() as waiting:
+        opened.locator(f"button[data-figure={figure}][data-kind={kind}]").click()
+    saved = tmp_path / waiting.value.suggested_filename
+    waiting.value.save_as(saved)
+    assert saved.name == f"{figure}.{kind}"
+    data = saved.read_bytes()
+    assert data.startswith(b"\x89PNG" if kind == "png" else b"<svg")
+    assert len(data) > 2000
+    assert opened.said == []
+
+
+def test_tables_save_as_csv(opened, tmp_path):
+    with opened.expect_download() as waiting:
+        opened.locator("button[data-csv=mixture-loss]").click()
+    saved = tmp_path / "table.csv"
+    waiting.value.save_as(saved)
+    text = saved.read_text(encoding="utf-8-sig")
+    assert text.splitlines()[0].startswith("dataset,rows,base,joint,merged")
+    assert "\n=cmd" not in text  # a spreadsheet would run it
+    assert "'=cmd" in text

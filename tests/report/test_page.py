@@ -1,0 +1,193 @@
+"""The page: nothing in the data can break or run anything, missing stages are said, sizes stay small."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from merit.report.page import charts
+from merit.report.page.document import page
+from merit.report.page.markup import Cell, Html, join, number, page_data, table, tag
+from report.page_cases import make_run
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(2)>',
+    "</script><script>alert(3)</script>",
+    "a & b < c",
+    "=cmd|' /C calc'!A0",
+    "javascript:alert(4)",
+    "]]>\u2028\u0000\x1b[31m",
+    "ünïcode 数据",
+]
+
+
+class Reader(HTMLParser):
+    """Elements with their attributes, and whether every one that opens is closed."""
+
+    VOID = frozenset({"meta", "img", "br", "input", "link"})
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.wrong: list[str] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, element, attributes):
+        self.elements.append((element, dict(attributes)))
+        if element not in self.VOID:
+            self.open.append(element)
+
+    def handle_startendtag(self, element, attributes):
+        self.elements.append((element, dict(attributes)))
+
+    def handle_endtag(self, element):
+        if not self.open or self.open.pop() != element:
+            self.wrong.append(element)
+
+    def handle_data(self, text):
+        self.text.append(text)
+
+
+def read(text: str) -> Reader:
+    reader = Reader()
+    reader.feed(text)
+    reader.close()
+    return reader
+
+
+@pytest.fixture(scope="module")
+def names() -> list[str]:
+    return sorted([*HOSTILE, *(f"dataset-{i}" for i in range(22))])
+
+
+@pytest.fixture(scope="module")
+def hostile(names, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("run")
+    models = folder / "evaluation" / "models"
+    models.mkdir(parents=True)
+    for model in ("base", "joint", "merged"):
+        rows = [
+            {
+                "part": "mixture",
+                "dataset": name,
+                "row": 0,
+                "match": model == "merged",
+                "prompt": HOSTILE[1],
+                "answer": HOSTILE[0] + model,
+                "reference": HOSTILE[2],
+            }
+            for name in names
+        ]
+        (models / f"{model}.answers.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return page(make_run(folder, names))
+
+
+def test_text_from_data_is_only_ever_text(hostile):
+    found = read(hostile)
+    assert found.wrong == []
+    assert found.open == []
+    scripts = [attributes for element, attributes in found.elements if element == "script"]
+    assert [a.get("type") for a in scripts] == ["application/json", None]
+    assert not [e for e, a in found.elements if any(key.startswith("on") for key in a)]
+    assert not [e for e, a in found.elements if e in ("img", "iframe", "object", "embed", "link", "base", "form")]
+    shown = "".join(found.text)
+    assert HOSTILE[0] in shown  # it is shown as it is
+    assert HOSTILE[3] in shown
+    assert "\x1b" not in hostile
+    assert "\x00" not in hostile
+
+
+def test_nothing_is_loaded_from_elsewhere(hostile):
+    found = read(hostile)
+    for element, attributes in found.elements:
+        for key in ("src", "href", "action", "data"):
+            if value := attributes.get(key):
+                assert value.startswith(("#", "data:image/png;base64,")), (element, key, value)
+    policy = next(a["content"] for e, a in found.elements if e == "meta" and "http-equiv" in a)
+    assert "default-src 'none'" in policy
+    assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest|WebSocket", hostile)
+
+
+def test_headings_ids_and_labels(hostile):
+    found = read(hostile)
+    ids = [a["id"] for _, a in found.elements if "id" in a]
+    assert len(ids) == len(set(ids))
+    targets = {a["href"][1:] for e, a in found.elements if e == "a"}
+    assert targets <= set(ids)
+    assert [e for e, _ in found.elements if e == "h1"] == ["h1"]
+    for element, attributes in found.elements:
+        if element in ("svg", "canvas"):
+            assert attributes["role"] == "img"
+            assert attributes["aria-label"]
+    labels = [a["aria-label"] for _, a in found.elements if a.get("role") == "region"]
+    assert len(labels) == len(set(labels))
+
+
+def test_script_data_cannot_end_its_element():
+    markup = page_data("x", {"names": ["</script><script>alert(1)</script>", "<!--", "a&b"]})
+    inside = markup[markup.index(">") + 1 : markup.rindex("</script>")]
+    assert "<" not in inside
+    assert json.loads(inside)["names"][0] == "</script><script>alert(1)</script>"
+
+
+def test_markup_is_escaped_once_and_only_text():
+    assert tag("p", "<b>", Html("<i>x</i>"), class_='a"b') == '<p class="a&quot;b">&lt;b&gt;<i>x</i></p>'
+    assert join(["<", Html("<")]) == "&lt;<"
+    assert tag("td", None, hidden=False, open=True) == "<td open></td>"
+
+
+def test_table_sorts_by_values_and_dashes_have_none():
+    markup = table("t", "T", ("name", "loss"), [["a", number(1.25)], ["b", number(None)], ["c", number(float("nan"))]])
+    found = read(markup)
+    values = [a.get("data-v") for e, a in found.elements if e == "td"]
+    assert values == ["1.25", None, None]
+    assert number(None) == Cell("–") == number(float("nan"))
+
+
+def test_stages_that_are_missing_are_said(names, tmp_path):
+    whole = make_run(tmp_path, names)
+    bare = replace(whole.own, split=None, branches=(), merge=None)
+    text = page(replace(whole, geometry=None, methods=(bare,), evaluation=None, counts=(), records={}))
+    for words in ("no finished evaluation", "No gradients", "not split yet", "No branch is trained", "not merged yet"):
+        assert words in text
+
+
+@pytest.mark.parametrize(("count", "limit"), [(8, 200_000), (200, 1_500_000)])
+def test_size_stays_small(count, limit, tmp_path):
+    text = page(make_run(tmp_path, [f"dataset-{i:04d}" for i in range(count)]))
+    assert len(text.encode()) < limit
+
+
+def test_scale_ticks_are_round_and_inside():
+    for low, high in ((0.0, 1.0), (-3.2, 17.9), (1e-7, 3e-7), (5.0, 5.0)):
+        scale = charts._Scale.over([low, high], 0.0, 100.0)
+        assert 2 <= len(scale.ticks) <= 11
+        assert all(scale.low <= tick <= scale.high for tick in scale.ticks)
+        assert scale(scale.low) == 0.0
+        assert scale(scale.high) == pytest.approx(100.0)
+
+
+def test_thinned_curve_keeps_the_mean():
+    values = np.random.default_rng(0).normal(size=1200)
+    at, means = charts.thin(values, 120)
+    assert len(at) == len(means) == 120
+    assert means.mean() == pytest.approx(values.mean())
+    at, means = charts.thin(values[:7], 120)
+    assert means.tolist() == values[:7].tolist()
+
+
+def test_names_next_to_points_do_not_cover_each_other():
+    points = [charts.Point(f"name {i}", 0.01 * (i % 3), 0.01 * (i // 3), 0) for i in range(12)]
+    drawn = charts.scatter("s", points, "x", "y", ["group 0"])
+    shown = re.findall(r'<text x="([\d.-]+)" y="([\d.-]+)" text-anchor="start" class="name">([^<]*)', drawn)
+    boxes = [(float(x), float(y), 5.4 * len(name)) for x, y, name in shown]
+    for i, (x, y, wide) in enumerate(boxes):
+        assert not any(abs(y - b) < 11 and x < a + w and a < x + wide for a, b, w in boxes[:i])
+    assert drawn.count("<title>name ") == 12  # all are named on hover
