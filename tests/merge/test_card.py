@@ -64,3 +64,16 @@ def test_the_card_holds_no_folder_of_this_machine(made, tmp_path):
     assert str(tmp_path) not in text
     assert str(tmp_path.parent) not in text
     assert f"{tmp_path.name}/b1" in text
+
+
+def test_the_card_tells_the_base_s_own_origin_and_merged_hub_models(tmp_path):
+    start = random_tensors(0)
+    base = write_checkpoint(tmp_path / "base", start)
+    (base / "README.md").write_text("---\nbase_model: [Org/Older-1B, /home/me/secret]\n---\n")
+    hub = write_checkpoint(tmp_path / "hub" / "models--Org--Code" / "snapshots" / "0a1b", near(start, 1))
+    local = write_checkpoint(tmp_path / "local", near(start, 2))
+    run_merge(make_plan(base, [Branch(hub, 1, "a"), Branch(local, 1, "b")], output=tmp_path / "out"))
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert yaml.safe_load(text.split("---\n")[1])["base_model"] == ["base", "Org/Code"]
+    assert "made from `Org/Older-1B`" in text
+    assert "secret" not in text

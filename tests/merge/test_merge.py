@@ -316,6 +316,9 @@ def test_untouched_tensors_are_copied_by_every_operator(tmp_path, operator):
         tensors = near(start, k)
         tensors["model.layers.0.mlp.up_proj.weight"] = start["model.layers.0.mlp.up_proj.weight"].clone()
         branches.append(Branch(write_checkpoint(tmp_path / f"b{k}", tensors), k + 1, f"b{k}"))
+        if operator == "fisher":
+            moments = {n: t.float().abs() for n, t in tensors.items() if t.is_floating_point()}
+            save_file(moments, tmp_path / f"b{k}" / "second_moments.safetensors")
     merge(base, branches, tmp_path / "out", operator)
     merged = read(tmp_path / "out")
     name = "model.layers.0.mlp.up_proj.weight"

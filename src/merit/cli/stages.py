@@ -124,12 +124,14 @@ def merge(
     ] = None,
     operator: Annotated[
         str | None,
-        typer.Option(help="average, uniform, task_arithmetic, ties, star, tsv or iso_cts. Default: the recipe's."),
+        typer.Option(help="average, uniform, task_arithmetic, ties, star, tsv, iso_cts, dare, model_stock, fisher."),
     ] = None,
     weights: Annotated[
         str | None,
         typer.Option(
-            metavar="RULE", help="tokens, target_tokens, samples, uniform, or [w_0, ...]. Default: the recipe's."
+            metavar="RULE",
+            help="tokens, target_tokens, samples, uniform, auto, [w_0, ...], or {PATTERN: RULE or [...], ...}. "
+            "Default: the recipe's.",
         ),
     ] = None,
     scale: Annotated[

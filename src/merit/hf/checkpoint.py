@@ -25,6 +25,8 @@ from merit.hf.side_files import parse_json, read_json, side_files
 from merit.parallel import parallel, threads
 
 MODEL_STEM, ADAPTER_STEM = "model", "adapter_model"
+SECOND_MOMENTS = "second_moments"
+"""Stem of the file with a branch's second moments, next to its checkpoint folder: tensors by their names in the base."""
 _LARGEST = 2**63
 LARGE = 2**31
 """From this many bytes of weights, the known hash of an unchanged file (by size and time) is used without reading it."""

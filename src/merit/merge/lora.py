@@ -25,15 +25,14 @@ from merit.files import building, write_bytes, write_text
 from merit.hf.checkpoint import TensorInfo, fingerprint, read_headers, read_tensor, weights_digest
 from merit.hf.side_files import copy_files, input_files
 from merit.merge.adapter import Adapter, module_of, rank_of, read_adapters
+from merit.merge.coefficients import check_branches, exact_coefficients, exact_scale
 from merit.merge.operators import operator_and_options
 from merit.merge.plan import (
     DEFAULT,
     MergePlan,
     TensorPlan,
-    check_branches,
     check_output,
     check_space,
-    exact_scale,
     is_matrix,
     lay_out,
     output_dtype,
@@ -69,9 +68,10 @@ def plan_adapter_merge(
         CheckpointError, MergeError, ResourceError: As ``plan_merge``.
     """
     operator, options = operator_and_options(settings.operator, settings.options)
-    if operator.kind == "block":
+    if operator.kind in ("block", "entry", "tensor"):
         raise MergeError(
-            f"Operator {operator.name} ranks all entries of the model; merge each adapter into full weights first."
+            f"Operator {operator.name} needs whole weights; merge each adapter into full weights first "
+            "(merit merge --base BASE --checkpoint ADAPTER=1 --output FULL)."
         )
     counts, factor, target = check_branches(adapters), exact_scale(settings.scale), output_dtype(settings.dtype)
     check_output(Path(output), [Path(base), *(b.path for b in adapters)])
@@ -87,13 +87,10 @@ def plan_adapter_merge(
         matrix = operator.kind == "matrix" and is_matrix(old, options["matrix_scope"])
         return TensorPlan(out, (old,), "matrix" if matrix else "compute")
 
-    if operator.kind == "linear":
-        coefficients = [float(c) for c in operator.function(counts, Fraction(1), **options)[1]]
-    else:
-        coefficients = [1.0 / len(parts)] * len(parts)
+    exact = exact_coefficients(operator, options, adapters, Fraction(1), sorted(touched))
 
     def compute(name: str, theta: np.ndarray) -> np.ndarray:
-        tau = np.zeros_like(theta)
+        tau, coefficients = np.zeros_like(theta), [float(c) for c in exact.of(name)[1:]]
         for c, part in zip(coefficients, parts, strict=True):
             if name not in part.pairs:
                 tau += c * part.update(name, theta)
@@ -111,6 +108,7 @@ def plan_adapter_merge(
         options=options,
         scale=factor,
         counts=tuple(counts),
+        counts_by_pattern=exact.weights,
         output=Path(output),
         files=files,
         dtype=settings.dtype if target else None,

@@ -7,10 +7,9 @@ then only moves bytes. Not covered: LoRA adapters (``merge.lora`` makes its own 
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
@@ -23,8 +22,9 @@ from merit.hf.checkpoint import Checkpoint, TensorInfo, WeightFile, read_headers
 from merit.hf.dtypes import DTYPES, DType
 from merit.hf.side_files import read_json
 from merit.merge import agreement
-from merit.merge.arithmetic import exact_weights
-from merit.merge.operators import Operator, Options, operator_and_options
+from merit.merge.coefficients import check_branches, exact_coefficients, exact_scale
+from merit.merge.moments import read_moments
+from merit.merge.operators import MOMENTS, Operator, Options, operator_and_options
 from merit.merge.result import Adapters
 from merit.merge.weights import Branch
 from merit.recipe.schema import MergeSettings
@@ -33,10 +33,8 @@ __all__ = [
     "MergePlan",
     "OutputFile",
     "TensorPlan",
-    "check_branches",
     "check_output",
     "check_space",
-    "exact_scale",
     "is_matrix",
     "lay_out",
     "output_dtype",
@@ -54,14 +52,15 @@ class TensorPlan:
 
     Attributes:
         out: Its place in the output file.
-        sources: θ0's tensor and then each branch's (adapters of a LoRA merge are not included).
+        sources: θ0's tensor and then each branch's (adapters of a LoRA merge are not included); then each branch's second
+            moments, where the operator needs them.
         kind: ``linear``: Σ c_k x_k over ``coefficients`` (θ0 first); ``exact``: identical in all branches, copied;
-            ``block`` and ``matrix``: by the operator; ``compute``: by the plan's ``compute``.
+            ``block``, ``entry``, ``matrix`` and ``tensor``: by the operator; ``compute``: by the plan's ``compute``.
     """
 
     out: TensorInfo
     sources: tuple[TensorInfo, ...]
-    kind: Literal["linear", "exact", "block", "matrix", "compute"]
+    kind: Literal["linear", "exact", "block", "entry", "matrix", "tensor", "compute"]
     coefficients: tuple[Fraction, ...] = ()
 
 
@@ -83,8 +82,10 @@ class MergePlan:
         base: Headers of θ0.
         branches: The branches, in the order of the sum.
         heads: Their headers.
+        moments: Headers of their second moments, if the operator needs these.
         operator, options, scale: How they are merged; the scale λ is exact.
         counts: Exact weights before normalisation.
+        counts_by_pattern: The same for tensors whose names match a pattern.
         output: The folder to create.
         files: The output files.
         twins: (branch position, tensor, tensor) that must be equal byte for byte (tied copies).
@@ -116,17 +117,28 @@ class MergePlan:
     compute: Callable[[str, np.ndarray], np.ndarray] | None = None
     update: Callable[[int, str, np.ndarray], np.ndarray] | None = None
     adapters: Adapters | None = None
+    counts_by_pattern: Mapping[str, tuple[Fraction, ...]] = field(default_factory=dict)
+    moments: tuple[Checkpoint, ...] = ()
 
     @property
     def shares(self) -> list[float]:
         """w_k of the branches, float64, Σ w_k = 1."""
-        total = sum(self.counts, Fraction(0))
-        return [float(c / total) for c in self.counts]
+        return _shares(self.counts)
+
+    @property
+    def shares_by_pattern(self) -> dict[str, tuple[float, ...]]:
+        """The same for tensors whose names match a pattern."""
+        return {pattern: tuple(_shares(counts)) for pattern, counts in self.counts_by_pattern.items()}
 
     @property
     def output_bytes(self) -> int:
         """Size of the weight files to be written."""
         return sum(f.size for f in self.files)
+
+
+def _shares(counts: Sequence[Fraction]) -> list[float]:
+    total = sum(counts, Fraction(0))
+    return [float(c / total) for c in counts]
 
 
 def plan_merge(
@@ -160,6 +172,7 @@ def plan_merge(
     check_output(output, [Path(base), *(b.path for b in branches)])
     base_head = read_headers(base, "model")
     heads = tuple(read_headers(b.path, "model") for b in branches)
+    moments = read_moments(base_head, branches) if operator.name in MOMENTS else ()
     found, twins, warnings = [], [], []
     for k, (branch, head) in enumerate(zip(branches, heads, strict=True)):
         warnings += agreement.check_config(base_head.folder, head.folder, branch.name)
@@ -177,7 +190,8 @@ def plan_merge(
         warnings.append(
             f"Partial merge: {len(branches)} of {total} branches, without {', '.join(excluded)}; weights renormalised."
         )
-    linear = _linear_coefficients(operator, counts, factor, options)
+    floating = [tensor.name for tensor in base_head.tensors.values() if tensor.dtype.kind == "float"]
+    coefficients = exact_coefficients(operator, options, branches, factor, floating)
 
     def tensor_plan(out: TensorInfo, old: TensorInfo) -> TensorPlan:
         sources = (old, *(tensors[old.name] for tensors in found))
@@ -186,7 +200,11 @@ def plan_merge(
         kind = operator.kind
         if kind == "matrix" and not is_matrix(old, options["matrix_scope"]):
             kind = "linear"
-        return TensorPlan(out, sources, kind, linear if kind == "linear" else ())
+        if moments and old.name not in moments[0].tensors:  # not trained, so the same in all branches
+            kind = "linear"
+        elif moments:
+            sources += tuple(head.tensors[old.name] for head in moments)
+        return TensorPlan(out, sources, kind, coefficients.of(old.name) if kind == "linear" else ())
 
     files = lay_out(base_head, tensor_plan, target)
     check_space(output, sum(f.size for f in files))
@@ -198,6 +216,8 @@ def plan_merge(
         options=options,
         scale=factor,
         counts=tuple(counts),
+        counts_by_pattern=coefficients.weights,
+        moments=moments,
         output=output,
         files=files,
         twins=tuple(twins),
@@ -209,52 +229,9 @@ def plan_merge(
     )
 
 
-def exact_scale(scale: float | str) -> Fraction:
-    """λ as an exact number; MergeError for ``auto``, which must have been searched by now."""
-    if isinstance(scale, str):
-        raise MergeError("scale: auto needs held-out data to measure.", "Give a number.")
-    return exact_weights([scale])[0]
-
-
 def output_dtype(dtype: str | None) -> DType | None:
     """The dtype of all floating tensors of the output, None for the base's own."""
     return DTYPES[_DTYPE_NAMES[dtype]] if dtype in _DTYPE_NAMES else None
-
-
-def check_branches(branches: Sequence[Branch]) -> list[Fraction]:
-    """Exact weights before normalisation; MergeError for none, a repeated name or folder, a weight ≤ 0."""
-    if not branches:
-        raise MergeError("There is nothing to merge: no branches are left.")
-    names = [b.name for b in branches]
-    if len(set(names)) != len(names):
-        raise MergeError(f"Two branches have the same name: {', '.join(names)}.")
-    seen: dict[Path, str] = {}
-    for b in branches:
-        other = seen.setdefault(b.path.resolve(), b.name)
-        if other != b.name:
-            raise MergeError(
-                f"{other} and {b.name} are the same checkpoint: {b.path.resolve()}.",
-                "List each checkpoint once; its weight says how much it counts.",
-            )
-        try:
-            good = math.isfinite(float(b.weight)) and exact_weights([b.weight])[0] > 0
-        except (ValueError, TypeError, OverflowError):
-            good = False
-        if not good:
-            raise MergeError(
-                f"{b.name} has weight {b.weight!r}; expected a positive number.",
-                "Leave it out, or give it a weight above 0.",
-            )
-    return exact_weights([b.weight for b in branches])
-
-
-def _linear_coefficients(
-    operator: Operator, counts: list[Fraction], scale: Fraction, options: Options
-) -> tuple[Fraction, ...]:
-    if operator.kind == "linear":
-        first, rest = operator.function(counts, scale, **options)
-        return (first, *rest)
-    return (1 - scale, *([scale / len(counts)] * len(counts)))  # what matrix operators do with everything else
 
 
 _TABLES = ("embed", "lm_head", "wte", "wpe", "shared.weight", "output.weight", "word_embeddings")

@@ -70,6 +70,7 @@ class MergeResult:
         merge_seconds: Wall time of the merge.
         adapters: For LoRA branches.
         scale_search: For ``scale: auto``: the curve from which λ was chosen.
+        weights_by_pattern: w_k for tensors whose names match a pattern; the others have ``weights``.
         folder: Its folder.
     """
 
@@ -90,6 +91,7 @@ class MergeResult:
     merge_seconds: float = 0.0
     adapters: Adapters | None = None
     scale_search: ScaleSearch | None = None
+    weights_by_pattern: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     folder: Path = Path()
 
     def record(self) -> dict[str, object]:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from merit.errors import MergeError
 from merit.files import scratch
+from merit.merge.coefficients import refuse_unused_weights
 from merit.merge.lora import plan_adapter_merge
-from merit.merge.operators import uses_weights
+from merit.merge.operators import operator_and_options, uses_weights
 from merit.merge.plan import DEFAULT, MergePlan, plan_merge
 from merit.merge.result import MergeResult
 from merit.merge.stream import run_merge
@@ -62,6 +63,7 @@ def merge_branches(
     if not parts:
         trained = dict(enumerate(part for part in branches if not isinstance(part, Branch)))
         parts = weigh(settings.weights, trained, len(trained))
+    refuse_unused_weights(*operator_and_options(settings.operator, settings.options), settings.weights)
     adapters = are_adapters([part.path for part in parts])
     known = None if isinstance(base, str | os.PathLike) else base.fingerprint
     source = Path(base) if isinstance(base, str | os.PathLike) else base.folder

@@ -36,7 +36,7 @@ from merit.merge.arithmetic import NonFiniteError
 from merit.merge.plan import MergePlan, OutputFile, TensorPlan, check_output, check_space, index_json
 from merit.merge.result import MergeResult, Source, WrittenFile
 from merit.merge.weights import ScaleSearch
-from merit.merge.worker import SPAN, Reader, Statistics, TrimmedEntries, Worker
+from merit.merge.worker import SPAN, WHOLE, Reader, Statistics, TrimmedEntries, Worker
 from merit.parallel import parallel, threads
 from merit.progress import Progress, silent
 
@@ -79,7 +79,11 @@ class _Run:
         self.files: dict[str, WrittenFile] = {}
         self.inputs: list[str] = []
         self.done = 0
-        self.total = plan.output_bytes + sum(h.nbytes for h in plan.heads) + self.reader.with_base * plan.base.nbytes
+        self.total = (
+            plan.output_bytes
+            + sum(h.nbytes for h in (*plan.heads, *plan.moments))
+            + self.reader.with_base * plan.base.nbytes
+        )
 
     # ---- the order of events
 
@@ -133,7 +137,7 @@ class _Run:
         spans = [
             (tensor, first)
             for tensor in file.tensors
-            for first in ((0,) if tensor.kind in ("matrix", "compute") else range(0, max(1, tensor.out.blocks), SPAN))
+            for first in ((0,) if tensor.kind in WHOLE else range(0, max(1, tensor.out.blocks), SPAN))
         ]
         try:
             reserve = getattr(os, "posix_fallocate", lambda fd, start, size: os.ftruncate(fd, start + size))  # macOS
@@ -175,6 +179,11 @@ class _Run:
             )
 
     def _not_finite(self, name: str, dtype: str, source: int | None) -> MergeError:
+        if source is not None and source > len(self.plan.branches):
+            branch = self.plan.branches[source - len(self.plan.branches) - 1].name
+            return MergeError(
+                f"{name}: the second moments of {branch} contain NaN or infinity.", "Retrain that branch."
+            )
         if source is None:
             return MergeError(
                 f"{name}: the merged values overflow {dtype}.",
@@ -258,6 +267,7 @@ class _Run:
             merge_seconds=seconds,
             adapters=plan.adapters,
             scale_search=search,
+            weights_by_pattern=plan.shares_by_pattern,
         )
 
 

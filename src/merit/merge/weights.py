@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal, Protocol
 
 from merit.errors import MergeError
+from merit.recipe.merge import DEFAULT_PATTERN, WeightRule
 
 __all__ = [
     "Branch",
@@ -30,7 +31,8 @@ __all__ = [
 ]
 
 Rule = Literal["balanced", "learned", "keep"]
-Weights = Literal["tokens", "target_tokens", "samples", "uniform"]
+Weight = int | float | str | Fraction
+Weights = WeightRule | Literal["auto"] | Sequence[float] | Mapping[str, WeightRule | Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,17 @@ class Branch:
             print as (0.3 is 3/10), so weights are exact rationals throughout.
         name: Its name in messages, card and record.
         fingerprint: Its recorded ``checkpoint.fingerprint``, if known: it is checked while the data streams by.
-        counted: What ``weight`` counts (tokens ...); empty for a weight given by the user.
+        counted: What ``weight`` counts (tokens ...), or ``auto``: found by a search; empty for a weight given by the user.
+        by_pattern: (pattern, weight) for tensors whose names it matches (:mod:`merit.merge.patterns`); the others have
+            ``weight``. All branches of a merge have the same patterns.
     """
 
     path: Path
-    weight: int | float | str | Fraction
+    weight: Weight
     name: str
     fingerprint: str | None = None
     counted: str = ""
+    by_pattern: tuple[tuple[str, Weight], ...] = ()
 
 
 class Trained(Protocol):
@@ -77,17 +82,24 @@ class Trained(Protocol):
         ...
 
 
-def weigh(rule: Weights | Sequence[float], trained: Mapping[int, Trained], total: int) -> list[Branch]:
+def weigh(rule: Weights, trained: Mapping[int, Trained], total: int) -> list[Branch]:
     """Trained branches with their weights before normalisation.
 
     Args:
-        rule: What is counted, or one weight for each of the ``total`` branches.
+        rule: What is counted, one weight for each of the ``total`` branches, or one of these by pattern of tensor names.
+            ``auto`` counts tokens: that is where the search begins.
         trained: By number.
         total: How many branches there are, including those left out.
 
     Raises:
         MergeError: The number of listed weights is not the number of branches.
     """
+    if isinstance(rule, Mapping):
+        named = {name: weigh(value, trained, total) for name, value in rule.items() if name != DEFAULT_PATTERN}
+        return [
+            replace(branch, by_pattern=tuple((name, parts[place].weight) for name, parts in named.items()))
+            for place, branch in enumerate(weigh(rule.get(DEFAULT_PATTERN, "tokens"), trained, total))
+        ]
     if not isinstance(rule, str):
         if len(rule) != total:
             raise MergeError(
@@ -95,8 +107,9 @@ def weigh(rule: Weights | Sequence[float], trained: Mapping[int, Trained], total
                 "Give one for each branch, in the order of split/split.json.",
             )
         return [Branch(part.model, rule[k], f"branch {k}") for k, part in trained.items()]
-    counts: dict[Weights, Callable[[Trained], int]] = {
+    counts: dict[str, Callable[[Trained], int]] = {
         "tokens": lambda part: part.tokens,
+        "auto": lambda part: part.tokens,
         "target_tokens": lambda part: part.target_tokens,
         "samples": lambda part: part.samples,
         "uniform": lambda part: 1,
@@ -111,7 +124,7 @@ def lopsided(branches: Sequence[Branch], shares: Sequence[float]) -> list[str]:
         f"{branch.name} has {share:.0%} of the weight (by {branch.counted}); an equal share is {equal:.0%}: the merged "
         + ("model is mostly this branch." if share > equal else "model contains little of this branch.")
         for branch, share in zip(branches, shares, strict=True)
-        if branch.counted and not 0.5 * equal <= share <= 1.5 * equal
+        if branch.counted not in ("", "auto") and not 0.5 * equal <= share <= 1.5 * equal
     ]
 
 

@@ -21,27 +21,30 @@ from merit.hf.dtypes import BLOCK, to_float
 from merit.merge import native
 from merit.merge.arithmetic import Combination, NonFiniteError, round_to
 from merit.merge.operators import ties
+from merit.merge.operators.entries import Entries
 from merit.merge.plan import MergePlan, TensorPlan
 from merit.merge.result import Number
 from merit.parallel import parallel, threads
 
-__all__ = ["SPAN", "Reader", "Statistics", "TrimmedEntries", "Worker"]
+__all__ = ["SPAN", "WHOLE", "Reader", "Statistics", "TrimmedEntries", "Worker"]
 
 PIECE = 4
 """Blocks per step of a linear merge: longer array operations, so that threads wait less for the interpreter lock."""
 SPAN = 8
 """Blocks per unit of work."""
+WHOLE = ("matrix", "tensor", "compute")
+"""Kinds of tensors that one thread merges as a whole."""
 
 
 class Reader:
-    """The tensors of θ0 (source 0) and of the branches (1..K), hashed as they are read.
+    """The tensors of θ0 (source 0), of the branches (1..K) and of their moments (K+1..2K), hashed as they are read.
 
     ``with_base`` says whether θ0's data is read at all: an average needs it only for its fingerprint.
     """
 
     def __init__(self, plan: MergePlan) -> None:
         tensors = [t for f in plan.files for t in f.tensors]
-        self.folders = [plan.base.folder, *(h.folder for h in plan.heads)]
+        self.folders = [plan.base.folder, *(h.folder for h in (*plan.heads, *plan.moments))]
         self.digests = [TensorDigest() for _ in self.folders]
         linear = all(t.kind == "exact" or (t.kind == "linear" and not t.coefficients[0]) for t in tensors)
         self.with_base = plan.base_fingerprint is None or not linear
@@ -68,7 +71,7 @@ class Reader:
             return
         for k, source in list(enumerate(tensor.sources))[not self.with_base :]:
             step = BLOCK * source.dtype.itemsize
-            length = source.nbytes if tensor.kind in ("matrix", "compute") else SPAN * step
+            length = source.nbytes if tensor.kind in WHOLE else SPAN * step
             start = first * step
             if start < source.nbytes:
                 descriptor, _ = self._files[k, source.file]
@@ -135,13 +138,13 @@ class Worker:
         self._space = bytearray(SPAN * BLOCK * 8)
 
     def merge(self, tensor: TensorPlan, first: int) -> np.ndarray:
-        """Raw merged values of a span of blocks from ``first`` on (``matrix`` and ``compute``: of the whole tensor).
+        """Raw merged values of a span of blocks from ``first`` on (``WHOLE`` kinds: of the whole tensor).
 
         Raises:
             NonFiniteError: A source (numbered as in the reader) or the result is not finite.
             MergeError: Tensors that must be identical differ.
         """
-        if tensor.kind in ("matrix", "compute"):
+        if tensor.kind in WHOLE:
             return self._whole(tensor)
         n = min(SPAN * BLOCK, tensor.out.size - first * BLOCK)
         result = np.frombuffer(self._space, tensor.out.dtype.raw, n)
@@ -203,22 +206,41 @@ class Worker:
     def deltas(self, tensor: TensorPlan, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(raw θ0, θ0 float64, δ (K, n) float64) of one block."""
         raw, base = self._floats(tensor, 0, block)
-        return raw, base, np.stack([self._floats(tensor, k, block)[1] - base for k in range(1, len(tensor.sources))])
+        branches = range(1, len(self.plan.branches) + 1)
+        return raw, base, np.stack([self._floats(tensor, k, block)[1] - base for k in branches])
 
     def _entries(self, tensor: TensorPlan, block: int, out: np.ndarray) -> None:
-        assert self.entries is not None
         raw, base, deltas = self.deltas(tensor, block)
+        moments = self._moments(tensor, block)
         if not deltas.any() and tensor.out.dtype == tensor.sources[0].dtype:
             out[:] = raw
             return
-        tau = self.entries.merge(tensor.out.name, deltas)
+        if tensor.kind == "entry":
+            plan = self.plan
+            entries = Entries(deltas, np.array(plan.shares), tensor.out.name, block * BLOCK, moments)
+            tau = plan.operator.function(entries, **plan.options)
+        else:
+            assert self.entries is not None
+            tau = self.entries.merge(tensor.out.name, deltas)
         self.statistics.add_norms(tau, deltas.mean(axis=0))
         out[:] = _finite(base + float(self.plan.scale) * tau, tensor)
+
+    def _moments(self, tensor: TensorPlan, block: int) -> np.ndarray | None:
+        """Second moments (K, n) float64 of one block, if the operator needs them."""
+        first = len(self.plan.branches) + 1
+        if len(tensor.sources) == first:
+            return None
+        moments = np.stack([self._floats(tensor, k, block)[1] for k in range(first, len(tensor.sources))])
+        if moments.min(initial=0.0) < 0:
+            raise MergeError(
+                f"{tensor.out.name}: a second moment is negative.", "The file is damaged; retrain the branch."
+            )
+        return moments
 
     def _matrix(self, tensor: TensorPlan, k: int, i: int) -> np.ndarray:
         """Matrix ``i`` of a 3-D stack of source ``k``, else the whole tensor, in float64; reads only its own blocks."""
         source = tensor.sources[k]
-        shape = source.shape[1:] if len(source.shape) == 3 else source.shape
+        shape = source.shape[1:] if _is_stack(tensor) else source.shape
         start = i * math.prod(shape)
         end = start + math.prod(shape)
         values = np.empty(end - start)
@@ -229,7 +251,7 @@ class Worker:
         return values.reshape(shape)
 
     def _whole(self, tensor: TensorPlan) -> np.ndarray:
-        stack = len(tensor.out.shape) == 3
+        stack = _is_stack(tensor)
         return np.concatenate([self._merged(tensor, i, stack) for i in range(tensor.out.shape[0] if stack else 1)])
 
     def _merged(self, tensor: TensorPlan, i: int, stack: bool) -> np.ndarray:
@@ -256,6 +278,11 @@ class Worker:
         if not mean.any() and not tau.any() and tensor.out.dtype == tensor.sources[0].dtype:
             return round_to(base, tensor.out.dtype).reshape(-1)
         return _finite(base + float(plan.scale) * tau, tensor).reshape(-1)
+
+
+def _is_stack(tensor: TensorPlan) -> bool:
+    """Whether a tensor is merged matrix by matrix; ``tensor`` operators take everything whole."""
+    return len(tensor.out.shape) == 3 and tensor.kind != "tensor"
 
 
 class _Deltas:

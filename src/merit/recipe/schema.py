@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from merit.recipe.base import Name, Settings, refuse_adapters_in_list
 from merit.recipe.launch import LaunchSettings
+from merit.recipe.merge import MergeSettings, SearchSettings
 from merit.recipe.mixture import (
     Column,
     DataFormat,
@@ -41,6 +42,7 @@ __all__ = [
     "PreparationStageSettings",
     "PrepareSettings",
     "Recipe",
+    "SearchSettings",
     "Settings",
     "SplitMethod",
     "SplitSettings",
@@ -95,33 +97,6 @@ class SplitSettings(Settings):
     """plain: cosines of the measured gradients (the paper's); corrected: without the sampling noise in their norms."""
     balance: Literal["samples", "tokens"] = "samples"
     """What the weighted medians balance: sample counts s_t (the paper's text) or target tokens n_t (its poster)."""
-
-
-class MergeSettings(Settings):
-    """How the branches become one model (paper §4 step 6)."""
-
-    operator: Literal["average", "uniform", "task_arithmetic", "ties", "star", "tsv", "iso_cts"] = "average"
-    """average: the paper's weighted average; docs/merge.md describes the others."""
-    weights: (
-        Literal["tokens", "target_tokens", "samples", "uniform"]
-        | Annotated[list[Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(min_length=1)]
-    ) = "tokens"
-    """Branch weights w_k before normalisation. tokens: every trained token N_k, of prompt, image and answer (the paper's
-    token budget); target_tokens: only those in the loss; samples: trained rows; uniform: 1/K; or a list, one weight per
-    branch."""
-    scale: Annotated[float, Field(ge=-10, le=10)] | Literal["auto"] = 1.0
-    """λ of θ0 + λ τ; 1 is the plain merge, below 0 away from the branches; auto searches ``scales`` on held-out data."""
-    scales: list[Annotated[float, Field(ge=0, le=10)]] = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5]
-    """For scale: auto. The grid of λ."""
-    rule: Literal["balanced", "learned", "keep"] = "balanced"
-    """For scale: auto. learned: lowest held-out loss on the mixture; keep: the same among the λ that cost at most 0.05
-    nats per token on what the base knew; balanced: smallest maximum of the two regrets, each scaled to the grid's
-    range."""
-    dtype: Literal["base", "float32", "bfloat16", "float16"] | None = None
-    """Dtype of the merged model. Default: the base's, and branches of another dtype are refused; base: the base's, whatever
-    the branches have."""
-    options: dict[str, float | int | str | bool] = {}
-    """Operator options (density, trim, eta, ...; docs/merge.md lists them)."""
 
 
 class DriftSettings(Settings):
@@ -277,9 +252,11 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _one_weight_per_branch(self) -> Self:
-        weights = self.merge.weights
-        if not isinstance(weights, str) and len(weights) != self.group_count:
-            raise ValueError(f"merge.weights lists {len(weights)} weights, the split makes {self.group_count} branches")
+        for pattern, listed in self.merge.listed_weights():
+            if len(listed) != self.group_count:
+                raise ValueError(
+                    f"merge.weights lists {len(listed)} weights for {pattern}, the split makes {self.group_count} branches"
+                )
         return self
 
     @property

@@ -75,6 +75,8 @@ class TrainSettings(Settings):
     """Experiment trackers that also get every step's figures, through accelerate. Default: none."""
     save_dtype: Literal["base", "float32"] = "base"
     """Dtype of the branch's checkpoint: the base's own, or float32."""
+    save_second_moments: bool = False
+    """Also write AdamW's second moments (float32, four bytes per trained weight), which merge.operator: fisher needs."""
 
     @model_validator(mode="before")
     @classmethod
@@ -103,11 +105,16 @@ class TrainSettings(Settings):
             )
         if self.sharding == "deepspeed" and self.compile:
             raise ValueError("compile: true does not go with sharding: deepspeed; leave one of them out")
+        if self.save_second_moments and self.optimizer not in ("adamw", "adamw_fused"):
+            raise ValueError(
+                f"save_second_moments needs optimizer: adamw or adamw_fused; {self.optimizer} has none that can be read"
+            )
         return self
 
     def deciding(self) -> dict[str, Any]:
         """The settings that decide a branch's weights, as JSON values: all but those on how and where to compute."""
-        return self.model_dump(mode="json", exclude=set(_HOW_TO_COMPUTE))
+        unused = () if self.save_second_moments else ("save_second_moments",)
+        return self.model_dump(mode="json", exclude={*_HOW_TO_COMPUTE, *unused})
 
 
 _HOW_TO_COMPUTE = (

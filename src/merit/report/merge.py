@@ -13,9 +13,12 @@ from merit.progress import duration
 
 def render(result: MergeResult) -> list[RenderableType]:
     """Branches with their weights, the curve of the scale if it was searched, and what the user should know."""
-    table = Table("branch", "weight", title="merged branches", title_justify="left")
-    for branch, weight in zip(result.branches, result.weights, strict=True):
-        table.add_row(plain(branch.name), f"{weight:.4f}")
+    patterns = result.weights_by_pattern
+    columns = ("branch", "weight", *map(plain, patterns))
+    table = Table(*columns, title="merged branches", title_justify="left")
+    for place, branch in enumerate(result.branches):
+        weights = (result.weights[place], *(shares[place] for shares in patterns.values()))
+        table.add_row(plain(branch.name), *(f"{weight:.4f}" for weight in weights))
     lines: list[RenderableType] = [table]
     if result.scale_search is not None:
         lines += _curve(result.scale_search)

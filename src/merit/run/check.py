@@ -14,18 +14,18 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from merit.errors import MergeError, RecipeError, UserError
+from merit.errors import RecipeError, UserError
 from merit.files import require_space
 from merit.hf.base import Base, BaseFacts
 from merit.hf.hub import hub_ids
 from merit.hf.models import pick_device
 from merit.hf.published import PUBLISHED
-from merit.merge.operators import operator_and_options
 from merit.mixture import image_check
 from merit.mixture.found import SourceSummary, find_datasets, refuse_images
 from merit.mixture.template import ChatTemplate
 from merit.prepare import stage_recipe
 from merit.recipe.schema import DatasetSettings, MixtureSettings, Recipe
+from merit.run.merge_check import check_merge, check_patterns
 from merit.run.needs import Weights, branch_count, file_sizes, items, needs, published_weights, weigh
 from merit.run.preparation import planned_base
 from merit.run.session import Session
@@ -131,6 +131,7 @@ def make_plan(session: Session, *, offline: bool = False) -> Plan:
     base, sizes = _base_facts(session, opened, offline=offline)
     preparation = _preparation(recipe, base, offline=offline or opened is not None)
     weights = _weights(recipe, base, sizes)
+    check_patterns(recipe, sizes)
     if base is not None and base.family is None:
         refuse_images(summaries)
     if opened is not None:  # a template that cannot be used for training is refused here, not after a preparation
@@ -167,7 +168,7 @@ def _check_settings(recipe: Recipe, datasets: int, *, offline: bool) -> None:
     if datasets or not offline:
         check_groups(recipe, datasets)
     check_requirements(recipe.train, recipe.model)
-    _check_merge(recipe)
+    check_merge(recipe)
     if recipe.train.device == "cuda" and not offline:
         pick_device("cuda")
 
@@ -361,19 +362,6 @@ def check_groups(recipe: Recipe, count: int) -> None:
                 f"makes 2^{recipe.split.axes}).",
                 "Datasets are never split. Use fewer axes, add datasets, or use split.method: joint.",
             )
-
-
-def _check_merge(recipe: Recipe) -> None:
-    """Operator options, before any branch is trained for them."""
-    try:
-        operator, _ = operator_and_options(recipe.merge.operator, recipe.merge.options)
-    except MergeError as error:
-        raise RecipeError(f"merge.options: {error.message}", *error.ways_out) from None
-    if recipe.model.trainable == "lora" and operator.kind == "block":
-        raise RecipeError(
-            f"merge.operator {operator.name} ranks all entries of a model and cannot work on LoRA adapters.",
-            "Use average, task_arithmetic, star, tsv or iso_cts, or train full weights.",
-        )
 
 
 def _list(names: list[str]) -> str:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from merit.files import fingerprint
+from merit.hf.checkpoint import SECOND_MOMENTS
+from merit.merge.operators import MOMENTS
 from merit.recipe.schema import DatasetSettings, PreparationStageSettings, Recipe
 from merit.run.scope import Scope
 from merit.run.store import Stage
@@ -111,8 +113,14 @@ def merged_stage(
     merge = recipe.merge.model_dump(mode="json")
     if merge["scale"] != "auto":
         merge = _without(merge, "scales", "rule")
+    if merge["weights"] != "auto":
+        del merge["search"]
     settings = {"merge": merge, "excluded": sorted(excluded)}
     inputs = {"base": base, **{f"{BRANCH}{k}": model_content(stage) for k, stage in branches.items()}}
+    if recipe.merge.operator in MOMENTS:
+        file = f"{SECOND_MOMENTS}.safetensors"
+        found = {k: stage.record().outputs.get(file) for k, stage in branches.items()}
+        inputs |= {f"second moments of {BRANCH}{k}": facts.xxh3 for k, facts in found.items() if facts is not None}
     return Stage("merged", scope.root / "merged", settings, inputs, scope.name("merged"))
 
 

@@ -99,9 +99,11 @@ def needs(
         models, at_once = models + merges, 1 if recipe.prepare is not None and recipe.prepare.stages else 0
     else:
         models += (branch_count(recipe) if branches is None else branches) + merges
+    moments = 4 * weights.trainable * (branch_count(recipe) if branches is None else branches)
     state = max(_MOMENTS.get(optimizer, 8) * count for optimizer, count in trained)
     memory = 4 * total + max((4 + _MOMENTS.get(optimizer, 8)) * count for optimizer, count in trained)
-    return total * stored * models + (4 * total + state) * at_once, memory
+    disk = total * stored * models + (4 * total + state) * at_once
+    return disk + moments * recipe.train.save_second_moments, memory
 
 
 def file_sizes(base: BaseFacts) -> dict[str, int]:

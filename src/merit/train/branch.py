@@ -16,13 +16,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import save
 from torch.utils.data import DataLoader
 
 from merit.errors import Interrupted, RecipeError, TrainingError
-from merit.files import publish, write_text
+from merit.files import publish, write_bytes, write_text
 from merit.hf.base import Base
 from merit.hf.batches import target_losses, to_device
-from merit.hf.models import autocast, limit_threads, load_model, pick_device, save_branch, trainable_parameters
+from merit.hf.checkpoint import SECOND_MOMENTS
+from merit.hf.models import (
+    autocast,
+    file_names,
+    limit_threads,
+    load_model,
+    pick_device,
+    save_branch,
+    trainable_parameters,
+)
 from merit.mixture import EncodedDataset
 from merit.progress import Progress, silent
 from merit.recipe.schema import TrainSettings
@@ -32,7 +42,7 @@ from merit.train.batches import CPU_OVERHEAD, GroupRows, StepBatch, StepCollator
 from merit.train.checkpoint import LOG, Marker, Totals, Training
 from merit.train.guards import kernels, memory_meter, plain_errors, silence_libraries
 from merit.train.log import StepLog, final_loss
-from merit.train.optimizers import make_schedule
+from merit.train.optimizers import make_schedule, second_moments
 from merit.train.processes import Accelerated, Team, trackers
 from merit.train.requirements import check_processes, check_requirements
 from merit.train.result import BranchResult
@@ -95,6 +105,8 @@ def train_branch(
         log = StepLog(folder, group.names, steps, marker.totals, team, memory, progress)
         _take_steps(training, base, settings, loader, log, marker, stop)
         _save_model(training, base, settings, unfinished, seed)
+        if settings.save_second_moments:
+            _save_second_moments(training, settings, folder)
         totals = marker.totals
         result = BranchResult(
             folder=folder,
@@ -218,6 +230,7 @@ def _start_clean(folder: Path, start: Path | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("model", ".model.partial"):
         shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / f"{SECOND_MOMENTS}.safetensors").unlink(missing_ok=True)
     if start is not None:
         shutil.copyfile(start / LOG, folder / LOG)
     else:
@@ -280,3 +293,18 @@ def _save_model(training: Training, base: Base, settings: TrainSettings, folder:
             checkpoint.put(model, weights)
     if team.leads:
         save_branch(model, folder, base, save_dtype=settings.save_dtype)
+
+
+def _save_second_moments(training: Training, settings: TrainSettings, folder: Path) -> None:
+    """Write ``second_moments.safetensors``; every process has to call it, the leading one writes.
+
+    The parameters that AdamW has no state for (without a gradient in any step) have no entry.
+    """
+    team = training.team
+    found = training.spread.optimizer_state(keep=team.leads)
+    if team.leads:
+        names = file_names(training.model)
+        state: Mapping[int, Mapping[str, object]] = found["state"]  # type: ignore[assignment]
+        moments = second_moments(training.model, state, settings.betas[1])
+        data = save({names[name]: tensor.contiguous() for name, tensor in moments.items()}, {"format": "pt"})
+        write_bytes(folder / f"{SECOND_MOMENTS}.safetensors", data)

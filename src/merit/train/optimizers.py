@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -21,13 +21,12 @@ _NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm
 
 def make_optimizer(model: torch.nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
     """The optimizer of ``train.optimizer`` over the trainable parameters; biases and norms get no weight decay."""
-    decaying = set(get_parameter_names(model, [torch.nn.LayerNorm], _NO_DECAY))
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trained = dict(model.named_parameters())
     groups = [
-        {"params": [p for name, p in trained if name in decaying], "weight_decay": settings.weight_decay},
-        {"params": [p for name, p in trained if name not in decaying], "weight_decay": 0.0},
+        {"params": [trained[name] for name in names], "weight_decay": decay}
+        for names, decay in zip(_grouped(model), (settings.weight_decay, 0.0), strict=True)
+        if names
     ]
-    groups = [group for group in groups if group["params"]]
     rate = settings.learning_rate
     adam: dict[str, Any] = {"lr": rate, "betas": settings.betas, "eps": settings.epsilon}
     kinds: dict[str, Callable[[], torch.optim.Optimizer]] = {
@@ -39,6 +38,33 @@ def make_optimizer(model: torch.nn.Module, settings: TrainSettings) -> torch.opt
         "sgd": lambda: torch.optim.SGD(groups, lr=rate, momentum=settings.momentum),
     }
     return kinds[settings.optimizer]()
+
+
+def _grouped(model: torch.nn.Module) -> tuple[list[str], list[str]]:
+    """Names of the trained parameters with and without weight decay."""
+    decaying = set(get_parameter_names(model, [torch.nn.LayerNorm], _NO_DECAY))
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return [name for name in trained if name in decaying], [name for name in trained if name not in decaying]
+
+
+def second_moments(
+    model: torch.nn.Module, state: Mapping[int, Mapping[str, Any]], decay: float
+) -> dict[str, torch.Tensor]:
+    """AdamW's estimates of the mean squared gradient by parameter name, bias-corrected: v / (1 − β2^t), float32.
+
+    Args:
+        model: The trained model.
+        state: The optimizer's state by parameter number, with whole tensors.
+        decay: β2.
+
+    Source: Kingma & Ba, Adam: a method for stochastic optimization, arXiv:1412.6980, §3.
+    """
+    with_decay, without = _grouped(model)
+    return {
+        name: (state[number]["exp_avg_sq"].double() / (1 - decay ** float(state[number]["step"]))).float()
+        for number, name in enumerate([*with_decay, *without])
+        if number in state
+    }
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings, steps: int) -> LRScheduler:

@@ -30,6 +30,12 @@ def check_requirements(train: TrainSettings, model: ModelSettings) -> None:
         _need_bitsandbytes(f"model.quantize: {model.quantize}", "model.quantize: none")
     if train.sharding == "deepspeed":
         _check_deepspeed(model)
+    if train.save_second_moments and model.trainable == "lora":
+        raise RecipeError(
+            "train.save_second_moments does not go with model.trainable: lora: an adapter's moments are not those of the "
+            "weights that are merged.",
+            "Leave it out, or train full weights.",
+        )
 
 
 def _need_bitsandbytes(setting: str, instead: str) -> None:
