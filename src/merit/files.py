@@ -253,7 +253,7 @@ def require_space(folder: Path, needed: int, what: str, *ways_out: str) -> None:
     if free < needed:
         raise ResourceError(
             f"{folder}: {what} need about {size(needed)} of disk space, but only {size(free)} are free.",
-            *(ways_out or ("Free some space, or use another disk (--output DIR).",)),
+            *(ways_out or ("Free some space, or write to another disk (a run: --output DIR).",)),
             "Nothing was written.",
         )
 

@@ -83,8 +83,8 @@ def test_numbers_without_a_dot_are_numbers(tmp_path: Path) -> None:
     [
         ("name: x\nname: y\n", ["duplicate key 'name'", "line 2"]),
         ("name: [x\n", ["not valid YAML", "line"]),
-        ("- a\n- b\n", ["mapping", "list"]),
-        ("", ["mapping"]),
+        ("- a\n- b\n", ["mapping"]),
+        ("", ["empty"]),
     ],
 )
 def test_bad_files(tmp_path: Path, text: str, words: list[str]) -> None:

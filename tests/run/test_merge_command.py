@@ -102,7 +102,18 @@ def test_another_merge_does_not_replace_the_run_s_own_unasked(finished: Case, me
     assert result.code == 2
     assert named in result.err
     assert "--redo" in result.err
+    assert "another run folder" not in result.err, "--output is the merged checkpoint's folder here"
     assert snapshot(finished.run) == before, "what was refused changes nothing, the recipe included"
+
+
+def test_a_copied_run_is_told_where_its_base_is_now(finished: Case, merit, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished.run, tmp_path / "run"))
+    base = finished.settings["model"]["base"]
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(base), str(tmp_path / "gone")))
+    assert "--set model.base=DIR" in merit("merge", run).err
+    assert merit("merge", run, "--set", f"model.base={base}").code == 0
+    assert merit("merge", run).code == 0, "the recipe in the run folder follows"
 
 
 def test_an_unknown_operator_or_option_names_the_nearest(finished: Case, merit, tmp_path: Path) -> None:

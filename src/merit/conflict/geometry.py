@@ -25,7 +25,7 @@ _BLOCK_BYTES = 2**28
 
 
 def gram_matrix(rows: Sequence[Sliceable], dtype: type = np.float64) -> np.ndarray:
-    """Inner products of every pair of rows, read in column blocks of bounded memory (256 MiB).
+    """Inner products of every pair of rows, read in column blocks of bounded memory (270 MB).
 
     Args:
         rows: T vectors (D,), float32 or float64; memory-mapped files are read once, block by block.

@@ -108,7 +108,7 @@ def make_representation(
 
 
 def default_batch_tokens(model: PreTrainedModel, device: torch.device) -> int:
-    """Padded tokens per micro-batch: on a CPU, float32 logits stay under 128 MiB; on CUDA a start that may be halved."""
+    """Padded tokens per micro-batch: on a CPU, float32 logits stay under 135 MB; on CUDA a start that may be halved."""
     if device.type == "cuda":
         return 65536
     vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 32768))

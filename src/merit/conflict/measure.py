@@ -64,8 +64,8 @@ def measure_datasets(
             store.folder,
             int(len(missing) * steps * 4 * PARTS * width * 1.05) + 2**26,
             f"{len(missing)} gradients of {width:,} entries",
-            "Ways out: conflict.representation: sketch (4 MiB per dataset by default), a smaller conflict.sketch_size, "
-            "a larger conflict.stride, or another disk (--output DIR, conflict.cache).",
+            "Ways out: conflict.representation: sketch (4 MB per dataset by default), a smaller conflict.sketch_size, "
+            "a larger conflict.stride, or another disk (conflict.cache; for a whole run: --output DIR).",
         )
         tasks = (make_task(datasets[name], probe, with_rows=True) for name in missing)
         results = (
@@ -130,7 +130,7 @@ def _in_workers(tasks: Iterator[Task], store: GradientStore, probe: Probe, jobs:
         except BrokenProcessPool:
             raise ResourceError(
                 "conflict: a worker process was killed (most often: not enough memory).",
-                "Use fewer --jobs or a smaller conflict.batch_tokens. Run it again: it goes on by dataset.",
+                "Use fewer processes (--jobs) or a smaller conflict.batch_tokens. Run it again: finished datasets are kept.",
             ) from None
 
 

@@ -31,8 +31,8 @@ from merit.hf.rows import EncodedRow
 
 __all__ = ["Reference", "choose_prompts", "measure_drift", "sample_answers"]
 
-_BATCH_LOGITS = 2**26  # entries: 256 MiB of float32 logits per forward pass
-_CHUNK_LOGITS = 2**22  # entries: 32 MiB of float64 per comparison
+_BATCH_LOGITS = 2**26  # entries: 270 MB of float32 logits per forward pass
+_CHUNK_LOGITS = 2**22  # entries: 34 MB of float64 per comparison
 
 
 def choose_prompts(rows: Mapping[str, int], count: int, seed: int) -> list[tuple[str, int]]:

@@ -13,7 +13,7 @@ from merit.hf.batches import Batcher
 __all__ = ["LOGITS_BUDGET", "Forward", "logits_tokens"]
 
 LOGITS_BUDGET = 2**29
-"""Maximum logits per batch (float32 entries, 2 GiB): a large vocabulary makes batches smaller than ``batch_tokens``."""
+"""Maximum logits per batch (float32 entries, 2.1 GB): a large vocabulary makes batches smaller than ``batch_tokens``."""
 
 
 def _nobody(rows: int, /) -> None:

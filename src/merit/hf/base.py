@@ -194,6 +194,7 @@ def resolve_base(settings: ModelSettings) -> Path:
         raise CheckpointError(
             f"model.base: {settings.base} is not a folder on this machine.",
             "Give the folder of a Hugging Face checkpoint (config.json, *.safetensors, tokenizer), or a hub id.",
+            "If it was moved (or the run folder was copied to another machine): --set model.base=DIR",
         )
     try:
         return Path(

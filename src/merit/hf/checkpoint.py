@@ -28,7 +28,7 @@ MODEL_STEM, ADAPTER_STEM = "model", "adapter_model"
 SECOND_MOMENTS = "second_moments"
 """Stem of the file with a branch's second moments, next to its checkpoint folder: tensors by their names in the base."""
 _LARGEST = 2**63
-LARGE = 2**31
+LARGE = 2 * 10**9
 """From this many bytes of weights, the known hash of an unchanged file (by size and time) is used without reading it."""
 _HEADER_LIMIT = 100_000_000  # the reference implementation's limit
 

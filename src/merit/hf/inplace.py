@@ -26,7 +26,7 @@ from merit.hf.models import file_names
 __all__ = ["Block", "Coefficient", "Direction", "Folder", "Held", "InPlace", "Move", "Noise", "TaskVector", "Values"]
 
 BLOCK = 1 << 20
-"""Entries per block: 4 MiB in float32."""
+"""Entries per block: 4 MB in float32."""
 TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 

@@ -131,7 +131,9 @@ def _shown(value: object) -> str:
 
 def reason(error: BaseException) -> str:
     """The first line of a library's error, or its class name if it has no message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    unreachable = line.removeprefix("Got: ")  # huggingface_hub's way to say so
+    return line if unreachable == line else f"the hub cannot be reached ({unreachable})"
 
 
 # ---- what the files say --------------------------------------------------------------------------------------------

@@ -89,9 +89,7 @@ def run_branches(jobs: Sequence[BranchJob], workers: int, progress: Progress = s
         raise crashed[0].error()
     if stop.asked or failed:
         left = len(jobs) - len(ended)
-        raise Interrupted(
-            f"stopped; {left} of {len(jobs)} branch processes are not done and will resume from their checkpoints."
-        )
+        raise Interrupted(f"stopped: {left} of {len(jobs)} branch processes are not done; their checkpoints are saved.")
 
 
 @dataclass

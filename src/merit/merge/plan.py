@@ -253,12 +253,12 @@ def check_output(output: Path, inputs: Sequence[Path]) -> None:
     """Refuse an output folder that exists, or that overlaps an input."""
     if output.exists() or output.is_symlink():
         raise MergeError(
-            f"{output} already exists.", "Choose another --output, or remove it first. Nothing was written."
+            f"{output} already exists.", "Choose another output folder, or remove it first. Nothing was written."
         )
     for path in inputs:
         one, other = output.resolve(), path.resolve()
         if one.is_relative_to(other) or other.is_relative_to(one):
-            raise MergeError(f"The output {output} overlaps the input {path}.", "Choose another --output.")
+            raise MergeError(f"The output {output} overlaps the input {path}.", "Choose another output folder.")
 
 
 def check_space(output: Path, needed: int) -> None:

@@ -187,7 +187,7 @@ class _Run:
         if source is None:
             return MergeError(
                 f"{name}: the merged values overflow {dtype}.",
-                "Choose a smaller --scale, or dtype: float32. Nothing was left behind.",
+                "Choose a smaller merge.scale (--scale), or merge.dtype: float32. Nothing was left behind.",
             )
         where = "the base" if source == 0 else self.plan.branches[source - 1].name
         return MergeError(

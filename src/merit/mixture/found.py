@@ -23,7 +23,7 @@ from merit.mixture.reading import kind_of
 from merit.mixture.sources import Source, find_kept, find_sources
 from merit.recipe.schema import EvaluateSettings, MixtureSettings
 
-_LARGE = 2**28
+_LARGE = 256 * 10**6
 _STAT_THREADS = 32  # they wait for a file server, not for a core
 
 

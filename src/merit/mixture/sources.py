@@ -195,7 +195,10 @@ def _from_folder(
     kept: bool = False,
 ) -> list[Source]:
     if not folder.is_dir():
-        raise MixtureError(f"{key}: {folder} is not a folder.{_nearby(folder)}")
+        raise MixtureError(
+            f"{key}: {folder} is not a folder.{_nearby(folder)}",
+            f"If it was moved (or the run folder was copied to another machine): --set {key}=DIR",
+        )
     sources = []
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     for name in names:

@@ -62,7 +62,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path} cannot be read: {error}.", "A recipe is a UTF-8 YAML file.") from None
     data = _parse_yaml(text, where=str(path))
     if not isinstance(data, dict):
-        raise RecipeError(f"{path} has no settings: expected a YAML mapping, found {type(data).__name__}.")
+        found = "it is empty" if data is None else "expected a YAML mapping (key: value)"
+        raise RecipeError(f"{path} has no settings: {found}.", "`merit init` writes a commented starter recipe.")
     return parse_recipe(data, overrides, where=str(path), folder=path.resolve().parent)
 
 

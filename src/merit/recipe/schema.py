@@ -66,7 +66,7 @@ class ConflictSettings(Settings):
     representation: Literal["sketch", "stride", "exact"] = "sketch"
     """sketch: count sketch of fixed size; stride: every s-th entry as in the paper; exact: the whole gradient."""
     sketch_size: Annotated[int, Field(ge=64, le=2**26)] = 262144
-    """Buckets of the count sketch (float32 entries, a power of two): 262144 is 1 MiB per dataset at any model size."""
+    """Buckets of the count sketch (float32 entries, a power of two): 262144 is 1 MB per dataset at any model size."""
     stride: Annotated[int, Field(ge=1)] = 5
     """For representation: stride. Keep one entry in every s (paper: 5)."""
     weighting: Literal["examples", "tokens"] = "examples"

@@ -28,7 +28,7 @@ from merit.run.scope import Scope
 from merit.run.session import Session
 from merit.run.status import ORDER, Known, Row, run_status
 from merit.run.step import Step, Work, run_step, stands
-from merit.run.store import Stage, claim, lock, split_of, stale
+from merit.run.store import WAYS_OUT, Stage, claim, lock, split_of, stale
 from merit.run.training import BranchId, train_branches
 from merit.split.result import Split
 from merit.split.stage import split_mixture
@@ -94,11 +94,20 @@ def refuse_stale(session: Session, command: str, until: str | None = None, *, ow
         if row.state == "damaged":
             raise RunFolderError(row.detail, f"Remove the folder {row.folder} and run the same command again.")
         if changed := _counted(row):
-            raise stale(Path(row.folder), row.stage, changed)
+            raise stale(Path(row.folder), row.stage, changed, _ways_out(command, row, session.run))
 
 
 def _rank(command: str) -> int:
     return ORDER.index(_LAST.get(command, command))
+
+
+def _ways_out(command: str, row: Row, run: Path) -> str:
+    """Of a stale stage; for `merit merge`, --output is the merged checkpoint's folder and not the run's."""
+    if command != "merge":
+        return WAYS_OUT
+    if row.kind == "merged":
+        return "write this merge elsewhere (--output DIR); or replace the run's own (--redo); or change these back"
+    return f"change these back; or rerun it and what depends on it (`merit run RECIPE --output {run} --redo`)"
 
 
 def _counted(row: Row) -> list[str]:

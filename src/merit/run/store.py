@@ -31,7 +31,7 @@ MARKER = ".merit"
 """Empty file that marks a run folder."""
 
 _OWN_FILES = (RECORD, ".lock", "running.json", "progress.json", "log.txt")
-_LARGE = 2**32
+_LARGE = 4 * 10**9
 """Bytes of weights up to which ``verify`` reads them all; larger ones are compared when they are loaded or merged."""
 
 
@@ -102,7 +102,7 @@ class Stage:
         """Compare the files with the record by content.
 
         Args:
-            weights: Also read the weights if they have at most 4 GiB; otherwise only their sizes are compared.
+            weights: Also read the weights if they have at most 4 GB; otherwise only their sizes are compared.
 
         Raises:
             RunFolderError: One is missing or has other content.
@@ -174,13 +174,15 @@ class Stage:
         return found
 
 
-def stale(path: Path, name: str, changes: Sequence[str]) -> StaleStageError:
+WAYS_OUT = "change these back; or use another run folder (--output DIR); or rerun it and what depends on it (--redo)"
+
+
+def stale(path: Path, name: str, changes: Sequence[str], ways_out: str = WAYS_OUT) -> StaleStageError:
     """The error for a stage that was made with other settings or inputs."""
     return StaleStageError(
         f"{path}: {name} was made with settings or inputs other than the current ones:",
         *shown(changes),
-        "Ways out: change these back; or use another run folder (--output DIR); or rerun it and what depends on it "
-        "(--redo).",
+        f"Ways out: {ways_out}.",
         "Nothing was changed.",
     )
 

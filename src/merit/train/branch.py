@@ -163,9 +163,7 @@ def _take_steps(
             checkpoint.save(folder / CHECKPOINTS, training, replace(marker, step=step), log.path)
             saved = time.monotonic()
         if stopping:
-            raise Interrupted(
-                f"{folder}: stopped at step {step} of {marker.steps}; the same command goes on from there."
-            )
+            raise Interrupted(f"{folder}: stopped at step {step} of {marker.steps}; a checkpoint is saved.")
     log.flush()
 
 

@@ -115,7 +115,7 @@ def read_marker(checkpoint: Path, provenance: Mapping[str, object]) -> Marker:
         raise RunFolderError(
             f"{checkpoint.parent} holds a half-trained branch of other settings: {'; '.join(changed)}.",
             f"Set the recipe back to go on from step {marker.step}, remove that folder to start the branch over, "
-            "or use another run folder (--output DIR).",
+            "or use another folder (for a run: --output DIR).",
             "Nothing was changed.",
         )
     return marker

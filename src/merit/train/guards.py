@@ -17,6 +17,7 @@ import transformers
 
 from merit.errors import ResourceError
 from merit.files import free_bytes, is_disk_full
+from merit.progress import size
 from merit.recipe.schema import TrainSettings
 
 
@@ -41,7 +42,7 @@ def plain_errors(folder: Path, unfinished: Path) -> Iterator[None]:
 
 def _disk_full(folder: Path, error: Exception) -> ResourceError:
     return ResourceError(
-        f"{folder}: the disk is full ({free_bytes(folder) / 2**20:.0f} MiB free): {str(error).splitlines()[0]}",
+        f"{folder}: the disk is full ({size(free_bytes(folder))} free): {str(error).splitlines()[0]}",
         "Free some space, then run the same command again: it goes on from the last complete checkpoint.",
     )
 
