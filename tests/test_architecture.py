@@ -271,7 +271,10 @@ def options() -> set[str]:
     from merit.cli.commands import app
 
     command = typer.main.get_command(app)
-    commands = [command, *command.commands.values()]  # type: ignore[attr-defined]
+    commands, waiting = [], [command]
+    while waiting:
+        commands.append(one := waiting.pop())
+        waiting += getattr(one, "commands", {}).values()
     return {name for one in commands for p in one.params for name in (*p.opts, *p.secondary_opts)} | {"--help"}
 
 

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from merit import __version__
 from merit.cli import pages, stages, whole
+from merit.cli.branch import branch
 from merit.errors import Interrupted, MeritError
 from merit.signals import stop_on_sigterm
 
@@ -78,6 +79,7 @@ app = typer.Typer(
 )
 for _command in (*whole.COMMANDS, *stages.COMMANDS, whole.status, *pages.COMMANDS):
     app.command()(_command)
+app.add_typer(branch, name="branch")
 
 
 def _version(wanted: bool) -> None:

@@ -34,6 +34,11 @@ Redo = Annotated[
     bool, typer.Option("--redo", help="Rerun stages that no longer match the recipe, instead of stopping.")
 ]
 
+Launch = Annotated[
+    str | None,
+    typer.Option(help="Where branches run: local (this machine), ray, slurm or detached. Default: the recipe's."),
+]
+
 
 def open_target(target: Path, output: Path | None, overrides: list[str] | None) -> tuple[Recipe, Path]:
     """Recipe and run folder for a RECIPE or RUN argument.
@@ -68,11 +73,13 @@ def open_session(
     quiet: bool = False,
     jobs: int = 1,
     redo: bool = False,
+    launch: str | None = None,
 ) -> Session:
     """The session of a command; library telemetry and tokenizer threads (which clash with worker processes) are off."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    recipe, run = open_target(target, output, overrides)
+    where = [] if launch is None else [f"launch.where={launch}"]
+    recipe, run = open_target(target, output, [*(overrides or ()), *where])
     from merit.report.terminal import Terminal
     from merit.run.session import Session
 

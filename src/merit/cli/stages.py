@@ -8,7 +8,19 @@ from typing import Annotated
 
 import typer
 
-from merit.cli.options import AsJson, Jobs, Output, Overrides, Quiet, Redo, Target, open_session, out, print_json
+from merit.cli.options import (
+    AsJson,
+    Jobs,
+    Launch,
+    Output,
+    Overrides,
+    Quiet,
+    Redo,
+    Target,
+    open_session,
+    out,
+    print_json,
+)
 from merit.cli.whole import show_results
 from merit.errors import RecipeError
 
@@ -96,6 +108,7 @@ def train(
         typer.Option("--branch", metavar="K", help="Train only this branch (random/K: a baseline's); may be repeated."),
     ] = None,
     output: Output = None,
+    launch: Launch = None,
     jobs: Jobs = 1,
     overrides: Overrides = None,
     redo: Redo = False,
@@ -112,7 +125,7 @@ def train(
     from merit.run.status import run_status
     from merit.run.training import BranchId
 
-    session = open_session(target, output, overrides, quiet=quiet, jobs=jobs, redo=redo)
+    session = open_session(target, output, overrides, quiet=quiet, jobs=jobs, redo=redo, launch=launch)
     train_alone(session, [BranchId.parse(text) for text in branch] if branch else None)
     if as_json:
         print_json(run_status(session.run, session.recipe).facts())

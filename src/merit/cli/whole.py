@@ -14,6 +14,7 @@ import typer
 from merit.cli.options import (
     AsJson,
     Jobs,
+    Launch,
     Output,
     Overrides,
     Quiet,
@@ -37,7 +38,7 @@ def run(
     until: Annotated[
         str, typer.Option(metavar="STAGE", help="Stop after prepare, mixture, gradients, split, train or merge.")
     ] = "evaluate",
-    launch: Annotated[str, typer.Option(help="Where branches run: local (this machine).")] = "local",
+    launch: Launch = None,
     jobs: Jobs = 1,
     overrides: Overrides = None,
     redo: Redo = False,
@@ -55,12 +56,7 @@ def run(
 
     if until not in STAGES:
         raise RecipeError(f"--until {until}: no such stage.{nearest(until, STAGES)} Stages: {', '.join(STAGES)}.")
-    if launch != "local":
-        raise RecipeError(
-            f"--launch {launch}: so far branches run only on this machine (local).",
-            "For other machines: copy the run folder and the base there, and run `merit train RUN --branch K`.",
-        )
-    session = open_session(recipe, output, overrides, quiet=quiet, jobs=jobs, redo=redo)
+    session = open_session(recipe, output, overrides, quiet=quiet, jobs=jobs, redo=redo, launch=launch)
     run_chain(session, until)
     write_page(session.run)
     show_results(session, as_json=as_json)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from merit.launch.job import Launcher
 from merit.launch.local import Local
+from merit.launch.ray import Ray
+from merit.launch.slurm import Slurm
 from merit.run.session import Session
 from merit.train.requirements import processes_here
 
@@ -13,9 +15,14 @@ def launcher_of(session: Session, workers: int) -> Launcher | None:
 
     Args:
         session: The command's session.
-        workers: Branches side by side on this machine.
+        workers: Branches side by side on this machine, for ``launch.where: local``.
     """
-    train = session.recipe.train
+    launch, train = session.recipe.launch, session.recipe.train
+    cpus = (train.threads or 1) * train.processes
+    if launch.where == "ray":
+        return Ray(launch.ray, cpus, 0 if train.device == "cpu" else train.processes)
+    if launch.where == "slurm":
+        return Slurm(launch.slurm, f"merit-{session.recipe.name}", cpus)
     if workers > 1 or train.processes > processes_here():
         return Local(workers)
     return None

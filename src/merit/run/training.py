@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from merit import __version__
 from merit.errors import Interrupted, RunFolderError
 from merit.files import fingerprint, require_space
 from merit.hf import checkpoint
+from merit.hf.base import Base
 from merit.launch.job import BranchJob, Launcher
-from merit.mixture import load_split, read_counts
-from merit.progress import duration
+from merit.mixture import EncodedDataset, load_split, read_counts
+from merit.progress import Reporter, duration
+from merit.recipe.schema import Recipe
 from merit.run.branches import KEPT, BranchId, branch_stages, group_of, scope_of, stage_of
+from merit.run.detaching import hand_over
 from merit.run.launching import launcher_of
+from merit.run.manifest import Manifest
 from merit.run.needs import estimate
 from merit.run.session import Session
 from merit.run.step import stands
@@ -41,6 +46,10 @@ def train_branches(session: Session, branches: Sequence[BranchId]) -> None:
     waiting = [branch for branch, stage in stages.items() if not stands(stage, session, keep=KEPT)]
     if not waiting:
         session.reporter.stage("train", f"{len(branches)} branches (done before)")
+        return
+    if session.recipe.launch.where == "detached":
+        session.reporter.stage("train", f"{len(waiting)} branches, elsewhere")
+        hand_over(session, waiting)
         return
     need, _ = estimate(
         session.recipe, session.base, branches=len(waiting), merges=1, at_once=min(session.jobs, len(waiting))
@@ -74,20 +83,43 @@ def train_here(session: Session, branch: BranchId) -> None:
     rows = load_split(session.run / "mixture", "train")
     group = {name: rows[name] for name in group_of(session, branch)}
     settings = recipe.train.model_copy(update={"threads": threads_for(recipe.train, session.jobs)})
-    if int(os.environ.get("RANK", "0")):
-        train_branch(group, session.base, stage.path, settings, seed=recipe.seed)
-        return
-    with (
-        graceful() as stop,
-        stage.writing(recipe.seed, keep=KEPT) as record,
-        session.reporter.progress(f"branch {branch}") as show,
-    ):
-        result = train_branch(group, session.base, stage.path, settings, seed=recipe.seed, progress=show)
-        record |= result.facts()
-        record["model_fingerprint"] = checkpoint.fingerprint(stage.path / "model")
-    _say(session, branch, stage)
+    recipe = recipe.model_copy(update={"train": settings})
+    with graceful() as stop:
+        if not train_stage(stage, group, session.base, recipe, session.reporter):
+            return
+        _say(session, branch, stage)
     if stop.asked:  # the signal came during the branch's last step: it is finished, and the run stops after it
         raise Interrupted(f"stopped after branch {branch} was finished")
+
+
+def train_stage(
+    stage: Stage,
+    group: Mapping[str, EncodedDataset],
+    base: Base,
+    recipe: Recipe,
+    reporter: Reporter,
+    *,
+    manifest: Manifest | None = None,
+) -> bool:
+    """Train one group into a branch's folder, wherever that is, and record it; away from its run, with its manifest.
+
+    Returns:
+        Whether this process is the one that wrote it: of several that train together, the first.
+
+    Raises:
+        Interrupted: Stopped from outside; a checkpoint is saved.
+    """
+    if int(os.environ.get("RANK", "0")):
+        train_branch(group, base, stage.path, recipe.train, seed=recipe.seed)
+        return False
+    with graceful(), stage.writing(recipe.seed, keep=KEPT) as record, reporter.progress(stage.name) as show:
+        result = train_branch(group, base, stage.path, recipe.train, seed=recipe.seed, progress=show)
+        if manifest is not None:
+            manifest.save(stage.path)
+        record |= result.facts()
+        record["merit"] = __version__
+        record["model_fingerprint"] = checkpoint.fingerprint(stage.path / "model")
+    return True
 
 
 def _say(session: Session, branch: BranchId, stage: Stage) -> None:
@@ -95,7 +127,8 @@ def _say(session: Session, branch: BranchId, stage: Stage) -> None:
     facts = record.facts
     session.reporter.say(
         f"  branch {branch}: {facts['steps']:,} steps, {facts['target_tokens']:,} target tokens, "
-        f"loss {facts['final_loss']:.4f}, {duration(record.seconds)}"
+        + (f"loss {facts['final_loss']:.4f}, " if facts["final_loss"] is not None else "")
+        + duration(record.seconds)
     )
     for warning in facts["warnings"]:
         session.reporter.note(f"branch {branch}: {warning}")

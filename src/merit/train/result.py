@@ -25,7 +25,8 @@ class BranchResult:
         rows: Rows of the group.
         seconds: Training time of all parts, loading and saving aside.
         peak_memory_bytes: Of this process on a CPU, of the device on a GPU.
-        final_loss: Mean per target token (nats) over the last tenth of the steps.
+        final_loss: Mean per target token (nats) over the last tenth of the steps; None if another tool trained it and
+            does not say.
         threads: CPU threads per process.
         processes: Processes that trained it together.
         device: ``cpu``, or the GPU's name.
@@ -42,7 +43,7 @@ class BranchResult:
     rows: int
     seconds: float
     peak_memory_bytes: int
-    final_loss: float
+    final_loss: float | None
     threads: int
     processes: int
     device: str
