@@ -33,8 +33,23 @@ def exported(home: Case, folder: Path, tool: str) -> Path:
 
 
 AXOLOTL = {
-    *("base_model", "datasets", "dataset_prepared_path", "val_set_size", "sequence_len", "sample_packing", "output_dir"),
-    *("pad_to_sequence_len", "train_on_inputs", "micro_batch_size", "gradient_accumulation_steps", "num_epochs", "seed"),
+    *(
+        "base_model",
+        "datasets",
+        "dataset_prepared_path",
+        "val_set_size",
+        "sequence_len",
+        "sample_packing",
+        "output_dir",
+    ),
+    *(
+        "pad_to_sequence_len",
+        "train_on_inputs",
+        "micro_batch_size",
+        "gradient_accumulation_steps",
+        "num_epochs",
+        "seed",
+    ),
     *("learning_rate", "lr_scheduler", "warmup_ratio", "optimizer", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16"),
     *("weight_decay", "max_grad_norm", "fp16", "gradient_checkpointing", "saves_per_epoch", "logging_steps"),
     *("cosine_min_lr_ratio", "adapter", "load_in_4bit", "lora_r", "lora_alpha", "lora_dropout", "peft_use_rslora"),
