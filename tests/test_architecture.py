@@ -246,8 +246,8 @@ def test_modules_are_short_and_say_what_they_do() -> None:
 
 # ---- messages name what exists --------------------------------------------------------------------------------------
 
-FOREIGN_FLAGS: set[str] = set()
-"""Options of other programs that a message may name."""
+FOREIGN_FLAGS = {"--head", "--requeue", "--parsable", "--me", "--noheader", "--array"}
+"""Options of other programs (Ray's, Slurm's) that a text may name."""
 
 
 def texts(module: str) -> Iterator[tuple[int, str]]:
@@ -315,7 +315,23 @@ def is_key(dotted: str, known: set[str]) -> bool:
     return False
 
 
-FILE_ENDINGS = ("json", "jsonl", "npz", "npy", "parquet", "yaml", "py", "txt", "md", "safetensors", "c", "so", "html")
+FILE_ENDINGS = (
+    "json",
+    "jsonl",
+    "npz",
+    "npy",
+    "parquet",
+    "yaml",
+    "py",
+    "txt",
+    "md",
+    "safetensors",
+    "c",
+    "so",
+    "html",
+    "sh",
+    "sbatch",
+)
 TENSORS = ("model.layers.", "model.language_model.", "model.vision_tower.", "model.multi_modal_projector.")
 
 

@@ -1,7 +1,7 @@
 """A real Slurm on this machine's loopback: munged, slurmctld and two slurmd, of the system packages, without systemd.
 
-Needs root and the Debian packages slurmctld, slurmd, slurm-client and munge. Two partitions: ``low``, whose jobs are requeued
-when ``high`` needs their cores.
+Needs root and the Debian packages slurmctld, slurmd, slurm-client and munge. Two partitions: ``low``, whose jobs are
+requeued when ``high`` needs their cores.
 """
 
 from __future__ import annotations
