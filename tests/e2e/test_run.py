@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,27 @@ def test_json_prints_one_object_and_the_table_both_columns(finished: Case, merit
     shown = merit("evaluate", finished.run).out
     for word in ("base", "joint", "random", "merged", "drift"):
         assert word in shown
+
+
+def test_report_and_card_are_of_this_run_and_name_no_folder_of_this_machine(
+    finished: Case, merit, tmp_path: Path
+) -> None:
+    page = (finished.run / "report.html").read_text(encoding="utf-8")
+    summary = json.loads((finished.run / "evaluation" / "summary.json").read_text())
+    assert escape(summary["verdict"][0]) in page
+    assert str(finished.run.parent) not in page.split('id="provenance"')[0]  # the recipe in there is the user's own
+    other = merit("report", finished.run, "--output", tmp_path / "page.html", "--json")
+    assert other.code == 0
+    assert json.loads(other.out)["bytes"] == (tmp_path / "page.html").stat().st_size
+    shown = merit("push", finished.run, "--to", "me/model", "--dry-run", "--json")
+    assert shown.code == 0
+    found = json.loads(shown.out)
+    assert found["sent"] is False
+    assert found["files"]["model.safetensors"] == (finished.run / "merged/model/model.safetensors").stat().st_size
+    assert str(finished.run.parent) not in found["card"]
+    assert summary["verdict"][0] in found["card"]
+    assert merit("push", finished.run, "--to", "nonsense", "--dry-run").code == 2
+    assert merit("report", tmp_path).code == 2
 
 
 def test_status_tells_done_from_stale_and_missing(finished: Case, merit, tmp_path: Path) -> None:

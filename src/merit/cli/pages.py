@@ -1,4 +1,4 @@
-"""Commands for people to look at a finished run: report."""
+"""What leaves a finished run: a page to look at (report), a model on the hub (push)."""
 
 from __future__ import annotations
 
@@ -24,10 +24,8 @@ def report(
     Example: `merit report runs/my-run`, or `merit report runs/my-run --output my-run.html`
     """
     from merit.report.page import write_page
-    from merit.run.store import is_run_folder
 
-    if not (run_folder.is_dir() and is_run_folder(run_folder) and (run_folder / "recipe.yaml").is_file()):
-        raise RecipeError(f"{run_folder} is not a run folder.", "Give the folder that `merit run` wrote (runs/<name>).")
+    _require_run(run_folder)
     if output is not None and not output.resolve().parent.is_dir():
         raise RecipeError(f"--output {output}: its folder does not exist.")
     written = write_page(run_folder, output)
@@ -37,4 +35,58 @@ def report(
         out(f"Report: {written.path}")
 
 
-COMMANDS = (report,)
+def push(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder whose branches are merged.")],
+    to: Annotated[str, typer.Option("--to", metavar="NAMESPACE/NAME", help="Repository on the hub; made if missing.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would go, and the card. Nothing is sent.")
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Upload the merged model with its card: lineage, datasets with their licences, evaluation. One commit.
+
+    The card has `base_model`, the datasets on the hub, and the figures as model-index; those on datasets of the hub go to
+    `.eval_results/merit.yaml` too. No path of this machine is in it.
+
+    Example: `merit push runs/my-run --to my-org/my-model --dry-run`
+    """
+    from merit.hf.publish import dataset_licences, model_files, publish, require_repo_id
+    from merit.merge.result import RECORD
+    from merit.progress import size
+    from merit.report.card import eval_results, public_record, published_card, sources
+    from merit.report.page.data import read_run
+
+    require_repo_id(to)
+    _require_run(run_folder)
+    model = run_folder / "merged" / "model"
+    data = read_run(run_folder)
+    if data.own.merge is None:
+        raise RecipeError(f"{run_folder}: its branches are not merged yet.", "`merit merge RUN` merges them.")
+    files: dict[str, Path | bytes] = dict(model_files(model))
+    ids = [item.hub_id for item in sources(data.recipe, [c.name for c in data.counts]) if item.hub_id]
+    licences = dataset_licences(list(dict.fromkeys(ids)))
+    card = published_card((model / "README.md").read_text(encoding="utf-8"), to, data, licences)
+    files["README.md"] = card.encode()
+    files[RECORD] = public_record(data.own.merge).encode()
+    if results := eval_results(data):
+        files[".eval_results/merit.yaml"] = results.encode()
+    listed = {name: len(c) if isinstance(c, bytes) else c.stat().st_size for name, c in files.items()}
+    address = None if dry_run else publish(to, files, f"Merged by MERIT: {data.recipe.name}", private=private)
+    if as_json:
+        print_json({"repository": to, "files": listed, "card": card, "sent": not dry_run, "address": address})
+    elif not quiet:
+        for name, count in listed.items():
+            out(f"{size(count):>10}  {name}")
+        out(f"\n{card}" if dry_run else f"Published: {address}")
+
+
+def _require_run(folder: Path) -> None:
+    from merit.run.store import is_run_folder
+
+    if not (folder.is_dir() and is_run_folder(folder) and (folder / "recipe.yaml").is_file()):
+        raise RecipeError(f"{folder} is not a run folder.", "Give the folder that `merit run` wrote (runs/<name>).")
+
+
+COMMANDS = (report, push)
