@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from merit.errors import RecipeError, nearest
+from merit.recipe.methods import methods_of
 from merit.recipe.schema import DatasetSettings, MixtureSettings, PrepareSettings, Recipe, Settings
 
 
@@ -81,7 +82,31 @@ def parse_recipe(
         recipe = Recipe.model_validate(merged)
     except ValidationError as error:
         raise RecipeError(*_explain(error, where)) from None
+    try:
+        methods_of(recipe)
+    except ValueError as error:
+        raise RecipeError(f"{where}: study.methods: {error}.") from None
     return _resolve_paths(recipe, folder or Path.cwd())
+
+
+def changed(recipe: Recipe, changes: Iterable[tuple[str, Any]]) -> Recipe:
+    """The recipe with other values at some keys (``train.epochs``), validated again.
+
+    Raises:
+        RecipeError: A value is invalid.
+    """
+    data = recipe.model_dump(mode="json")
+    for key, value in changes:
+        *path, last = key.split(".")
+        block = data
+        for part in path:
+            block = block[part]
+        block[last] = value
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        said = ", ".join(f"{key}={value}" for key, value in changes)
+        raise RecipeError(*_explain(error, f"{recipe.name} with {said}")) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:

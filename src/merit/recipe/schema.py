@@ -22,6 +22,7 @@ from merit.recipe.mixture import (
     UnrepresentableSettings,
 )
 from merit.recipe.model import LoraSettings, ModelSettings
+from merit.recipe.study import StudySettings
 from merit.recipe.train import Tracker, TrainSettings
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "Settings",
     "SplitMethod",
     "SplitSettings",
+    "StudySettings",
     "Tracker",
     "TrainSettings",
     "UnrepresentableSettings",
@@ -224,6 +226,8 @@ class Recipe(Settings):
     evaluate: EvaluateSettings = EvaluateSettings()
     baselines: list[SplitMethod] = []
     """Other split methods to train and merge at the same budget, for comparison: joint and random are the usual two."""
+    study: StudySettings = StudySettings()
+    """Methods and seeds that `merit study` compares; no other command reads it."""
 
     @model_validator(mode="before")
     @classmethod

@@ -17,7 +17,7 @@ KEPT = ("checkpoints", "trackers")
 
 @dataclass(frozen=True)
 class BranchId:
-    """One branch of the run (``root`` is None) or of a baseline (``root`` is its split method)."""
+    """One branch of the run (``root`` is None), of a baseline (its split method) or of a study (``s0/pca-2d``)."""
 
     root: str | None
     k: int
@@ -41,11 +41,13 @@ class BranchId:
 
 
 def branch_stages(session: Session, scope: Scope) -> dict[int, Stage]:
-    """The branches of a scope, as requested now."""
+    """The branches that a scope merges, as requested now: its own, or those of its sources one after another."""
     rows = {item.name: item.fingerprint for item in read_counts(session.run / "mixture")}
-    recipe, base = session.recipe_of(scope), session.base.fingerprint
-    groups = split_of(scope.root).groups
-    return {k: key.branch_stage(recipe, scope, k, group, base=base, rows=rows) for k, group in enumerate(groups)}
+    base, stages = session.base.fingerprint, list[Stage]()
+    for source in scope.sources:
+        recipe, groups = session.recipe_of(source), split_of(source.root).groups
+        stages += [key.branch_stage(recipe, source, k, group, base=base, rows=rows) for k, group in enumerate(groups)]
+    return dict(enumerate(stages))
 
 
 def scope_of(session: Session, branch: BranchId) -> Scope:
@@ -54,12 +56,10 @@ def scope_of(session: Session, branch: BranchId) -> Scope:
     Raises:
         RecipeError: There is no such branch.
     """
-    baselines = session.recipe.baselines
-    if branch.root is not None and branch.root not in baselines:
-        raise RecipeError(
-            f"--branch {branch}: the recipe has no baseline {branch.root!r}; it has {', '.join(baselines) or 'none'}."
-        )
-    scope = Scope(session.run, branch.root)
+    scope = session.scope if branch.root is None else session.scopes_by_name.get(branch.root)
+    if scope is None:
+        known = ", ".join(session.recipe.baselines) or "none"
+        raise RecipeError(f"--branch {branch}: the recipe has no baseline {branch.root!r}; it has {known}.")
     groups = len(split_of(scope.root).groups)
     if branch.k >= groups:
         raise RecipeError(f"--branch {branch}: the split has {groups} groups, numbered from 0.")

@@ -163,14 +163,17 @@ _SHOWN = 8  # notes on datasets that are printed; all are in the files
 # ---- gradients --------------------------------------------------------------------------------------------------------
 
 
-def conflict_stage(session: Session, mixture: Mixture) -> Stage:
-    """The gradients' stage, as requested now."""
-    return key.conflict_stage(session.recipe, session.run, base=session.base.fingerprint, rows=mixture.fingerprints)
+def conflict_stage(session: Session, mixture: Mixture, scope: Scope | None = None) -> Stage:
+    """The gradients' stage of the run, or of a study's seed, as requested now."""
+    scope = scope or session.scope
+    recipe = session.recipe_of(scope) if scope.shared != session.run else session.recipe
+    return key.conflict_stage(recipe, scope.shared, base=session.base.fingerprint, rows=mixture.fingerprints)
 
 
-def gradients(session: Session, mixture: Mixture) -> Geometry:
+def gradients(session: Session, mixture: Mixture, scope: Scope | None = None) -> Geometry:
     """One gradient per dataset at the base, and their geometry."""
-    recipe, stage = session.recipe, conflict_stage(session, mixture)
+    stage = conflict_stage(session, mixture, scope)
+    recipe, seed = session.recipe, int(stage.settings["seed"])
     count = f"{len(mixture.counts)} datasets"
 
     def make(work: Work) -> Geometry:
@@ -178,7 +181,7 @@ def gradients(session: Session, mixture: Mixture) -> Geometry:
             mixture.train,
             session.base,
             recipe.conflict,
-            recipe.seed,
+            seed,
             work.folder,
             device=session.device,
             jobs=session.jobs,
@@ -188,7 +191,7 @@ def gradients(session: Session, mixture: Mixture) -> Geometry:
         return geometry
 
     step = Step(
-        "gradients", stage, make, Geometry.load, recipe.seed,
+        "gradients", stage, make, Geometry.load, seed,
         describe=lambda _geometry: f"{count}, {recipe.conflict.representation}",
         begin=f"{count} at the base", keep=("partial",),
     )  # fmt: skip
@@ -202,10 +205,10 @@ def split(session: Session, scope: Scope, mixture: Mixture) -> Split:
     """Groups of datasets of the run, or of a baseline."""
     recipe = session.recipe_of(scope)
     method = recipe.split.method
-    measured = conflict_stage(session, mixture) if needs_conflict(method) else None
+    measured = conflict_stage(session, mixture, scope) if needs_conflict(method) else None
     if measured is not None and not stands(measured, session):
         raise RunFolderError(
-            f"split.method {method} needs the gradients, which are not measured yet ({session.run / 'conflict'}).",
+            f"split.method {method} needs the gradients, which are not measured yet ({measured.path}).",
             _NEXT,
         )
     content = measured.record().outputs["geometry.npz"].xxh3 if measured is not None else None
@@ -227,9 +230,8 @@ def split(session: Session, scope: Scope, mixture: Mixture) -> Split:
 
     def describe(split: Split) -> str:
         word = "group" if len(split.groups) == 1 else "groups"
-        return (
-            f"{method}: {len(split.groups)} {word} of {' + '.join(str(len(group)) for group in split.groups)} datasets"
-        )
+        sizes = " + ".join(str(len(group)) for group in split.groups)
+        return f"{scope.method or method}: {len(split.groups)} {word} of {sizes} datasets"
 
     step = Step(
         "split", stage, make, Split.load, recipe.seed, describe=describe, notes=lambda split: split.warnings

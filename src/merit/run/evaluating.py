@@ -102,16 +102,16 @@ def find_models(session: Session) -> tuple[dict[str, tuple[Path | None, str]], d
     wanted: dict[str, Stage] = {}
     for scope in session.scopes[1:]:
         wanted[scope.method or ""] = (
-            branch_stages(session, scope)[0] if scope.method == "joint" else _merge_as_made(session, scope)
+            branch_stages(session, scope)[0] if scope.method == "joint" else merge_as_made(session, scope)
         )
-    wanted["merged"] = _merge_as_made(session, session.scope)
+    wanted["merged"] = merge_as_made(session, session.scope)
     if recipe.split.method == "joint":
         wanted["joint"] = wanted["merged"]
     if recipe.evaluate.branches and recipe.group_count > 1:
         wanted |= {f"branch-{k}": stage for k, stage in branch_stages(session, session.scope).items()}
     done = {name: stage for name, stage in wanted.items() if stage.is_done()}
     missing = {name: _why_missing(stage) for name, stage in wanted.items() if name not in done}
-    return found | {name: _checked(stage) for name, stage in done.items()}, missing
+    return found | {name: checked_model(stage) for name, stage in done.items()}, missing
 
 
 def _why_missing(stage: Stage) -> str:
@@ -119,12 +119,13 @@ def _why_missing(stage: Stage) -> str:
     return f"unfinished: {stage.path} holds no record.json; make it again" if begun else f"{stage.name} is not made yet"
 
 
-def _merge_as_made(session: Session, scope: Scope) -> Stage:
+def merge_as_made(session: Session, scope: Scope) -> Stage:
+    """A scope's merge, of the branches that it was made from."""
     branches = branch_stages(session, scope)
     return key.merged_as_made(session.recipe_of(scope), scope, branches, base=session.base.fingerprint)
 
 
-def _checked(stage: Stage) -> tuple[Path, str]:
+def checked_model(stage: Stage) -> tuple[Path, str]:
     """Folder and content of a model, read and compared with its record."""
     stage.verify(weights=False)
     folder = stage.path / "model"

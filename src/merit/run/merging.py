@@ -47,7 +47,7 @@ def merge_run(
     """
     taking, left_out = choose_branches(session, scope, exclude, allow_missing)
     recipe = session.recipe_of(scope)
-    whose = "" if scope.method is None else f"{recipe.split.method}: "
+    whose = "" if scope.method is None else f"{scope.method}: "
     summary = f"{whose}{count(len(taking), 'branch')}, {recipe.merge.operator}"
 
     def make(work: Work) -> MergeResult:

@@ -23,7 +23,7 @@ from merit.progress import Reporter
 from merit.recipe.load import dump_recipe
 from merit.recipe.schema import Recipe
 from merit.run.key import SOURCE
-from merit.run.scope import Scope, recipe_of, scopes_of
+from merit.run.scope import Scope, recipe_of, scopes_of, study_scopes
 from merit.run.store import Stage, is_run_folder
 
 HASHES = ".hashes.json"
@@ -126,8 +126,14 @@ class Session:
         """The run's own, then its baselines'."""
         return scopes_of(self.recipe, self.run)
 
+    @cached_property
+    def scopes_by_name(self) -> dict[str, Scope]:
+        """The baselines' scopes and a study's, by name."""
+        scopes = [*self.scopes[1:], *study_scopes(self.recipe, self.run)]
+        return {scope.method: scope for scope in scopes if scope.method is not None}
+
     def recipe_of(self, scope: Scope) -> Recipe:
-        """The recipe with a scope's split method."""
+        """The recipe as a scope uses it."""
         return recipe_of(self.recipe, scope)
 
     def reopened(self) -> Session:

@@ -137,7 +137,8 @@ def _say(session: Session, branch: BranchId, stage: Stage) -> None:
 def _train_in_workers(session: Session, waiting: Sequence[BranchId], launcher: Launcher) -> None:
     """Jobs with equal work; each worker trains its branches one after another, so that it loads libraries only once."""
     counts = {item.name: item.target_tokens for item in read_counts(session.run / "mixture")}
-    work = {branch: sum(counts[name] for name in group_of(session, branch)) or 1 for branch in waiting}
+    epochs = {branch: session.recipe_of(scope_of(session, branch)).train.epochs for branch in waiting}
+    work = {one: epochs[one] * sum(counts[name] for name in group_of(session, one)) or 1 for one in waiting}
     workers = launcher.side_by_side or len(waiting)
     jobs = [_job(session, mine, sum(work[one] for one in mine), launcher) for mine in share_out(work, workers)]
     with session.reporter.progress("branches") as tick:

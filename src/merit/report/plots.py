@@ -1,0 +1,86 @@
+"""A study as plots: what was learned against what was kept, and against unseen tasks; one line per method along its λ.
+
+matplotlib draws them and comes with the extra ``plots``; without it they are left out, and a note says so.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from merit.files import write_bytes
+from merit.study.figures import StudyResult
+
+__all__ = ["write_plots"]
+
+_AXES = {"kept": "loss on kept sets (← kept more)", "unseen": "loss on unseen tasks (← better)"}
+_MARKS = "osD^vP*X<>hp"
+
+
+def write_plots(result: StudyResult, folder: Path, note: Callable[[str], None]) -> None:
+    """Write ``kept.png``, ``kept.svg`` and, if unseen sets were measured, ``unseen.png`` and ``unseen.svg``."""
+    if find_spec("matplotlib") is None:
+        note("plots are left out: matplotlib is not installed (pip install 'merit-tuning[plots]')")
+        return
+    for part, label in _AXES.items():
+        lines = mean_lines(result, part)
+        if lines:
+            for name, data in _draw(lines, label, result).items():
+                write_bytes(folder / f"{part}.{name}", data)
+
+
+def mean_lines(result: StudyResult, part: str) -> dict[str, list[tuple[float, float, float]]]:
+    """Mean over seeds of (λ, learned, loss on ``part``) by method, for methods whose line has both."""
+    found = {}
+    for method in result.methods:
+        runs = [run.line.points for run in result.of(method) if run.line is not None]
+        points = []
+        for at in zip(*runs, strict=True):
+            losses: list[dict[str, float]] = [{str(key): value for key, value in point.losses.items()} for point in at]
+            if all(part in item and "mixture" in item for item in losses):
+                mean = [sum(item[key] for item in losses) / len(losses) for key in ("mixture", part)]
+                points.append((at[0].scale, mean[0], mean[1]))
+        if points:
+            found[method] = points
+    return found
+
+
+def _draw(lines: dict[str, list[tuple[float, float, float]]], label: str, result: StudyResult) -> dict[str, bytes]:
+    """The plot as a PNG and as an SVG."""
+    matplotlib: Any = import_module("matplotlib")
+    figure_type: Any = import_module("matplotlib.figure").Figure
+    options = {"svg.hashsalt": "merit", "svg.fonttype": "none"}
+    with matplotlib.rc_context(options):
+        figure = figure_type(figsize=(8, 5.5), layout="constrained")
+        axes = figure.add_subplot()
+        for number, (method, points) in enumerate(lines.items()):
+            axes.plot(
+                [learned for _, learned, _ in points],
+                [other for _, _, other in points],
+                marker=_MARKS[number % len(_MARKS)],
+                color=f"C{number % 10}" if method != result.own else "black",
+                linewidth=2.2 if method == result.own else 1.1,
+                markersize=[4, 6][method == result.own],
+                linestyle="-" if number < 10 else "--",
+                label=method,
+            )
+            for scale, learned, other in points:
+                if scale == 1.0:
+                    axes.plot([learned], [other], marker="o", markersize=11, markerfacecolor="none", color="grey")
+        axes.set_xlabel("loss on the mixture's test rows (← learned more)")
+        axes.set_ylabel(label)
+        axes.set_title(
+            f"{result.name}: mean of {len(result.seeds)} seeds along θ0 + λ(θ̄ − θ0); circles: λ = 1", fontsize=10
+        )
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=7, ncols=2 if len(lines) > 8 else 1)
+        made = {}
+        for kind, extra in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
+            stream = io.BytesIO()
+            figure.savefig(stream, format=kind, **extra)
+            made[kind] = stream.getvalue()
+    return made

@@ -1,0 +1,207 @@
+"""Whole studies on a tiny model: shared stages, equal budgets, known baselines, and the same table after a kill anywhere."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests import builders
+from tests.builders import Case
+
+from merit.errors import Interrupted
+from merit.progress import Silent
+from merit.recipe.load import load_recipe
+from merit.run.session import Session
+from merit.run.store import Stage
+from merit.study.cost import Cost
+from merit.study.figures import Run, StudyResult
+from merit.study.stage import run_study
+from merit.train.result import BranchResult
+
+METHODS = ["base", "joint", "wise_ft", "joint_matched", "soup-2", "random-2", "own", "own+ties"]
+
+
+def small(folder: Path, base: Path, **changes: Any) -> Case:
+    """Four datasets, one epoch, losses only."""
+    case = builders.make_case(
+        folder,
+        base,
+        **{
+            "mixture": {"folder": "mixture", "include": ["upper", "first", "length", "double"], "samples": 16},
+            "conflict": {"examples": 8, "sketch_size": 1024},
+            "evaluate": {"exact_match": "never", "drift": {"prompts": 0}, "kept_folder": "kept"},
+            "study": {"methods": METHODS, "seeds": 2, "scales": [0.5]},
+            **changes,
+        },
+    )
+    for task in ("last", "reverse"):
+        builders.write_rows(folder / "kept" / task / "test.jsonl", builders.task_rows(task, 6, seed=2))
+    return case
+
+
+def study(case: Case, run: Path, agree: bool = True) -> StudyResult | None:
+    seen: list[Cost] = []
+
+    def ask(cost: Cost) -> bool:
+        seen.append(cost)
+        return agree
+
+    result = run_study(Session(load_recipe(case.recipe), run, Silent()), ask)
+    assert len(seen) == 1
+    return result
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, base: Path) -> tuple[Case, StudyResult]:
+    case = small(tmp_path_factory.mktemp("study"), base)
+    result = study(case, case.run)
+    assert result is not None
+    return case, result
+
+
+def only(result: StudyResult, method: str, seed: int) -> Run:
+    (found,) = [run for run in result.of(method) if run.seed == seed]
+    return found
+
+
+def model(case: Case, place: str) -> dict[str, np.ndarray]:
+    return builders.weights(case.run / "study" / place / "model")
+
+
+def test_every_method_has_every_seed_and_the_same_budget_to_the_token(done: tuple[Case, StudyResult]) -> None:
+    case, result = done
+    assert len(result.runs) == len(result.methods) * 2
+    counts = builders.read(case.run / "mixture" / "datasets.json")
+    targets, tokens = (sum(item[key] for item in counts) for key in ("target_tokens", "tokens"))
+    for name, factor in {"joint": 1, "random-2": 1, "pca-1d": 1, "pca-1d+ties": 1, "soup-2": 2, "wise_ft": 1}.items():
+        for run in result.of(name):
+            assert (run.target_tokens, run.tokens) == (factor * targets, factor * tokens), name
+
+
+def test_common_stages_are_made_once(done: tuple[Case, StudyResult]) -> None:
+    case, _ = done
+    for seed in ("s0", "s1"):
+        trained = {path.parent.relative_to(case.run / "study" / seed).as_posix() for path in
+                   (case.run / "study" / seed).glob("*/branches/*/record.json")}  # fmt: skip
+        assert trained == {
+            *("joint/branches/0", "joint@order=1/branches/0"),
+            *("random-2/branches/0", "random-2/branches/1", "pca-1d/branches/0", "pca-1d/branches/1"),
+        }
+    assert not (case.run / "branches").exists()
+
+
+def test_baselines_are_what_their_definitions_say(done: tuple[Case, StudyResult]) -> None:
+    case, result = done
+    theta = builders.weights(Path(load_recipe(case.recipe).model.base))
+    joint, other = model(case, "s0/joint/branches/0"), model(case, "s0/joint@order=1/branches/0")
+    wise, soup = model(case, "s0/merges/wise_ft/merged"), model(case, "s0/merges/soup-2/merged")
+    for name in theta:
+        a, b, zero = (item[name].astype(np.float64) for item in (joint, other, theta))
+        np.testing.assert_allclose(soup[name], (a + b) / 2, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(wise[name], (zero + a) / 2, rtol=1e-6, atol=1e-7)
+    matched, own = only(result, "joint_matched", 0), only(result, "pca-1d", 0)
+    line = only(result, "joint", 0).line
+    assert own.line is not None
+    assert line is not None
+    assert matched.scale * line.displacement == pytest.approx(own.line.displacement)
+    moved = sum(np.square(joint[name].astype(np.float64) - theta[name]).sum() for name in theta) ** 0.5
+    assert line.displacement == pytest.approx(moved, rel=1e-6)
+
+
+def test_a_lines_ends_are_the_models_themselves(done: tuple[Case, StudyResult]) -> None:
+    _, result = done
+    base = only(result, "base", 0).values
+    for run in result.runs:
+        if run.line is None:
+            continue
+        ends = {point.scale: point.losses for point in run.line.points}
+        assert sorted(ends) == [0.0, 0.5, 1.0]
+        for part, column in (("mixture", "learned"), ("kept", "kept")):
+            assert ends[0.0][part] == pytest.approx(base[column], rel=1e-5)  # type: ignore[index]
+            assert ends[1.0][part] == pytest.approx(run.values[column], rel=1e-4)  # type: ignore[index]
+    half = {p.scale: p.losses for p in only(result, "joint", 1).line.points}[0.5]  # type: ignore[union-attr]
+    assert half["mixture"] == pytest.approx(only(result, "wise_ft", 1).values["learned"], rel=1e-4)
+
+
+def test_seeds_differ_and_only_in_what_depends_on_them(done: tuple[Case, StudyResult]) -> None:
+    _, result = done
+    for method in result.methods:
+        first, second = (only(result, method, seed).values for seed in (0, 1))
+        assert (first == second) == (method == "base"), method
+
+
+def test_a_second_call_changes_nothing(done: tuple[Case, StudyResult]) -> None:
+    case, result = done
+    before = builders.snapshot(case.run / "study")
+    assert study(case, case.run) == result
+    changed = {name for name, facts in builders.snapshot(case.run / "study").items() if before.get(name) != facts}
+    assert changed <= {"study.json"}
+
+
+def test_results_of_another_seed_or_method_are_not_accepted(done: tuple[Case, StudyResult], tmp_path: Path) -> None:
+    case, _ = done
+    for taken, given in (("s0/joint", "s1/joint"), ("s0/joint@order=1", "s0/joint")):
+        run = tmp_path / given.replace("/", "-")
+        shutil.copytree(case.run, run)
+        shutil.rmtree(run / "study" / taken / "branches")
+        shutil.copytree(case.run / "study" / given / "branches", run / "study" / taken / "branches")
+        result = builders.call("study", case.recipe, "--output", run, "--yes", "--quiet")
+        assert result.code == 2
+        assert "other than the current ones" in result.err
+
+
+def test_refusing_the_cost_trains_nothing(done: tuple[Case, StudyResult], tmp_path: Path) -> None:
+    case, _ = done
+    assert study(case, tmp_path / "run", agree=False) is None
+    assert not list((tmp_path / "run" / "study").glob("s*"))
+    asked = builders.call("study", case.recipe, "--output", tmp_path / "run")
+    assert asked.code == 2
+    assert "--yes" in asked.err
+
+
+def test_a_mixture_that_is_too_small_is_refused_by_the_methods_name(tmp_path: Path, base: Path) -> None:
+    case = small(tmp_path, base, study={"methods": ["pca-3d"]})
+    result = builders.call("study", case.recipe, "--output", case.run, "--yes")
+    assert result.code == 2
+    assert "study.methods: pca-3d" in result.err
+    assert not case.run.exists()
+
+
+@pytest.mark.slow
+def test_a_study_killed_anywhere_resumes_to_the_same_table(
+    done: tuple[Case, StudyResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stop at every third stage that is begun, and once in the middle of every kind of work, until nothing is left."""
+    case, expected = done
+    write = Stage.writing
+    begun = 0
+
+    def stopping(stage: Stage, *args: Any, **kwargs: Any) -> Any:
+        nonlocal begun
+        begun += 1
+        if begun % 3 == 0:
+            raise Interrupted("killed")
+        return write(stage, *args, **kwargs)
+
+    monkeypatch.setattr(Stage, "writing", stopping)
+    stops = 0
+    while True:
+        try:
+            result = study(case, tmp_path / "run")
+            break
+        except Interrupted:
+            stops += 1
+    assert stops > 10
+
+    def but_time(found: StudyResult) -> Any:
+        return [
+            (run.method, run.seed, run.values, run.target_tokens, run.line) for run in found.runs
+        ], found.differences
+
+    assert result is not None
+    assert but_time(result) == but_time(expected)
+    trained = [BranchResult.load(file.parent) for file in (tmp_path / "run").glob("study/*/*/branches/*/record.json")]
+    assert len(trained) == 12
