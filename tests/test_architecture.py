@@ -40,7 +40,7 @@ STAGES = {
     "theory": (),
 }
 """Stage packages, and the stage packages that each may import."""
-LAYERS = (("__init__", "__main__", "cli"), ("report",), ("run", "study"), tuple(STAGES), ("hf",), LEAVES)
+LAYERS = (("__init__", "__main__", "cli"), ("report",), ("study",), ("run",), tuple(STAGES), ("hf",), LEAVES)
 """From top to bottom: a module imports from lower layers, or from its own package."""
 ML = {"torch", "transformers", "accelerate", "peft", "datasets", "sklearn", "scipy"}
 LONGEST = 400
