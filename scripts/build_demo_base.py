@@ -1,9 +1,10 @@
 """Pretrain the demo's base checkpoint and write it as package data, with the record of how it was made.
 
 The base is a Qwen2-architecture model of 0.9M parameters that reads single bytes. It learns sixteen procedural skills
-(`demo_data.words.BASE_STYLE`), answered by a full friendly sentence unless the question begins with "Briefly:", on
-cases that no test ever uses. Same arguments, thread count and versions give the same bytes. It does not fine-tune and
-knows nothing of the mixture.
+(`demo_data.words.BASE_STYLE`) on cases that no test ever uses, in two stages: first answered by a full friendly sentence
+unless the question begins with "Briefly:"; then also asked in other words, where every second answer is bare. The second
+stage makes it merge-ready: a bare answer is nothing new to it. Same arguments, thread count and versions give the same
+bytes. It knows nothing of the mixture.
 
 Example:
     python scripts/build_demo_base.py --output src/merit/demo/base
@@ -17,12 +18,15 @@ import math
 import platform
 import random
 import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer, models, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -32,7 +36,7 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from demo_data.words import BASE_STYLE, Row, base_stream, draw_rows
+from demo_data.words import BASE_STYLE, Row, base_stream, draw_rows, settled_stream
 
 DEFAULT_OUTPUT = Path(__file__).parents[1] / "src/merit/demo/base"
 PAD, USER, ASSISTANT, END = SPECIALS = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -46,6 +50,15 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of pretraining: optimizer steps, and the peak of their learning rate."""
+
+    name: str
+    steps: int
+    learning_rate: float
 
 
 def byte_symbols() -> list[str]:
@@ -68,6 +81,42 @@ def make_tokenizer() -> Qwen2Tokenizer:
         model_max_length=256,
     )
     tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def learned_tokenizer(
+    texts: Iterable[str], specials: Sequence[str], merges: int, chat_template: str, *, model_max_length: int
+) -> Qwen2Tokenizer:
+    """Make a byte-level tokenizer whose merges are learned on ``texts``; ``specials`` begin with PAD, USER, ASSISTANT, END.
+
+    It is Qwen2's own class, pre-tokenizer and normalizer included, so that AutoTokenizer gives back the same ids.
+    """
+    vocabulary = {symbol: index for index, symbol in enumerate([*specials, *byte_symbols()])}
+    blank = Qwen2Tokenizer(vocab=vocabulary, merges=[], unk_token=PAD, eos_token=END, pad_token=PAD)
+    learner = Tokenizer(models.BPE())
+    learner.normalizer = blank.backend_tokenizer.normalizer
+    learner.pre_tokenizer = blank.backend_tokenizer.pre_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(specials) + 256 + merges,
+        special_tokens=list(specials),
+        initial_alphabet=byte_symbols(),
+        min_frequency=20,
+        show_progress=False,
+    )
+    learner.train_from_iterator(texts, trainer)
+    learned = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
+    for left, right in learned:
+        vocabulary.setdefault(left + right, len(vocabulary))
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocabulary,
+        merges=learned,
+        unk_token=PAD,
+        eos_token=END,
+        pad_token=PAD,
+        extra_special_tokens=[special for special in specials if special not in (PAD, END)],
+        model_max_length=model_max_length,
+    )
+    tokenizer.chat_template = chat_template
     return tokenizer
 
 
@@ -139,45 +188,59 @@ def heldout_scores(model: Any, tokenizer: Any, seed: int, rows_each: int) -> dic
     }
 
 
-def pretrain(args: argparse.Namespace) -> None:
-    """Train, save, reload, check and record."""
-    torch.manual_seed(args.seed)
-    torch.set_num_threads(args.threads)
-    tokenizer = make_tokenizer()
-    model = make_model(tokenizer, args.hidden, args.layers)
-    optimizers = make_optimizers(model, args.learning_rate)
-    stream = base_stream(args.seed)
-    trained_tokens, running, start = 0, 0.0, time.perf_counter()
+def train_answers(
+    model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, stream: Iterator[Row], plan: Stage, batch_size: int
+) -> dict[str, Any]:
+    """Train one stage; returns its rows, tokens, running loss at its end, and seconds."""
+    optimizers = make_optimizers(model, plan.learning_rate)
+    tokens, running, start = 0, 0.0, time.perf_counter()
     model.train()
-    for step in range(args.steps):
+    for step in range(plan.steps):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = args.learning_rate * schedule(step, args.steps)
-        ids, labels = encode(tokenizer, list(islice(stream, args.batch_size)))
+                group["lr"] = plan.learning_rate * schedule(step, plan.steps)
+        ids, labels = encode(tokenizer, list(islice(stream, batch_size)))
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        trained_tokens += int((ids != tokenizer.pad_token_id).sum())
+        tokens += int((ids != tokenizer.pad_token_id).sum())
         running = 0.98 * running + 0.02 * loss.item()
-        if (step + 1) % 100 == 0:
-            print(
-                f"step {step + 1}/{args.steps} loss {running / (1 - 0.98 ** (step + 1)):.4f} "
-                f"{trained_tokens / (time.perf_counter() - start):.0f} tokens/s",
-                flush=True,
-            )
-        if args.check_every and (step + 1) % args.check_every == 0:
-            scores = heldout_scores(model, tokenizer, args.seed, 16)
-            print({name: round(score, 2) for name, score in scores.items()}, flush=True)
-            model.train()
+        if (step + 1) % 50 == 0:
+            average, seconds = running / (1 - 0.98 ** (step + 1)), time.perf_counter() - start
+            print(f"{plan.name} step {step + 1}/{plan.steps} loss {average:.4f} {seconds:.0f} s", flush=True)
     seconds = time.perf_counter() - start
+    rows = plan.steps * batch_size
+    return {"rows": rows, "tokens": tokens, "final_loss": round(running, 4), "seconds": round(seconds)}
+
+
+def first_stage(args: argparse.Namespace, tokenizer: Qwen2Tokenizer) -> tuple[Any, dict[str, Any]]:
+    """The model after stage 1 with that stage's figures: trained now, or read from ``--first-stage``."""
+    if args.first_stage:
+        record = json.loads((args.first_stage / "training.json").read_text(encoding="utf-8"))
+        figures = {key: record.get("stage_1", record)[key] for key in ("rows", "tokens", "final_loss", "seconds")}
+        return AutoModelForCausalLM.from_pretrained(args.first_stage, dtype=torch.float32), figures
+    model = make_model(tokenizer, args.hidden, args.layers)
+    plan = Stage("stage 1", args.steps, args.learning_rate)
+    return model, train_answers(model, tokenizer, base_stream(args.seed), plan, args.batch_size)
+
+
+def pretrain(args: argparse.Namespace) -> None:
+    """Train both stages, save, reload, check and record."""
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
+    tokenizer = make_tokenizer()
+    model, first = first_stage(args, tokenizer)
+    plan = Stage("stage 2", args.settle_steps, args.settle_learning_rate)
+    second = train_answers(model, tokenizer, settled_stream(args.seed), plan, args.batch_size)
     model.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, max_new_tokens=64
     )
     args.output.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(args.output)
+    tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(args.output)
 
     probe = f"{USER}Ünï {END}{ASSISTANT}12 ab3\n  x{END}"
@@ -187,15 +250,15 @@ def pretrain(args: argparse.Namespace) -> None:
     scores = heldout_scores(AutoModelForCausalLM.from_pretrained(args.output), reloaded, args.seed, args.score_rows)
     record = {
         "command": f"python scripts/build_demo_base.py --seed {args.seed} --steps {args.steps}"
-        f" --batch-size {args.batch_size} --learning-rate {args.learning_rate} --hidden {args.hidden}"
+        f" --batch-size {args.batch_size} --learning-rate {args.learning_rate} --settle-steps {args.settle_steps}"
+        f" --settle-learning-rate {args.settle_learning_rate} --hidden {args.hidden}"
         f" --layers {args.layers} --threads {args.threads}",
         "seed": args.seed,
-        "data": "scripts/demo_data/words.py, base_stream(seed): procedural, generated on the fly, training side only",
+        "data": "scripts/demo_data/words.py, base_stream(seed) and settled_stream(seed): generated on the fly, "
+        "training side only",
         "parameters": model.num_parameters(),
-        "rows": args.steps * args.batch_size,
-        "tokens": trained_tokens,
-        "seconds": round(seconds),
-        "final_loss": round(running, 4),
+        "stage_1": first,
+        "stage_2": second,
         "heldout_exact_match": {name: round(score, 3) for name, score in scores.items()},
         "heldout_exact_match_mean": round(sum(scores.values()) / len(scores), 3),
         "heldout_rows_per_skill": args.score_rows,
@@ -221,14 +284,16 @@ pipeline_tag: text-generation
 # The demo's base
 
 A Qwen2-architecture language model of {record["parameters"]:,} parameters that reads single bytes. It answers sixteen
-procedural skills (reverse a word, add two numbers, ...) in full sentences, or barely when the question begins with
-"Briefly:", and knows nothing else. It exists so that `merit demo` can run offline; it is of no other use.
+procedural skills (reverse a word, add two numbers, ...) in full sentences, now and then barely, and knows nothing
+else. It exists so that `merit demo` can run offline; it is of no other use.
 
-- Data: {record["rows"]:,} generated rows ({record["tokens"]:,} tokens),
-  `scripts/demo_data/words.py`, `base_stream({record["seed"]})`.
+- Data, all of it generated by `scripts/demo_data/words.py`: {record["stage_1"]["rows"]:,} rows
+  ({record["stage_1"]["tokens"]:,} tokens) of `base_stream({record["seed"]})`, then {record["stage_2"]["rows"]:,}
+  ({record["stage_2"]["tokens"]:,} tokens) of `settled_stream({record["seed"]})`.
   The loss is on the answers only. One case in eight of each skill was held out for good.
 - Rebuild: `{record["command"]}`
-- Time: {record["seconds"]} s on one CPU thread of a shared machine. Figures and versions: `training.json`.
+- Time: {record["stage_1"]["seconds"]} s and {record["stage_2"]["seconds"]} s on one CPU thread of a shared machine.
+  Figures and versions: `training.json`.
 
 Exact match of greedy answers on {record["heldout_rows_per_skill"]} held-out cases per skill
 (mean {record["heldout_exact_match_mean"]:.3f}):
@@ -244,18 +309,20 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="checkpoint folder (default: package data)")
     parser.add_argument("--seed", type=int, default=0, help="decides weights and rows (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=1200, help="optimizer steps (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=1200, help="optimizer steps of stage 1 (default %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="rows per step (default %(default)s)")
     parser.add_argument(
-        "--learning-rate", type=float, default=3e-3, help="peak, warm-up then cosine (default %(default)s)"
+        "--learning-rate", type=float, default=3e-3, help="peak of stage 1, then cosine (default %(default)s)"
     )
+    parser.add_argument("--settle-steps", type=int, default=300, help="steps of stage 2 (default %(default)s)")
+    parser.add_argument(
+        "--settle-learning-rate", type=float, default=1e-3, help="peak of stage 2, then cosine (default %(default)s)"
+    )
+    parser.add_argument("--first-stage", type=Path, help="folder with the result of stage 1, to begin with stage 2")
     parser.add_argument("--hidden", type=int, default=128, help="hidden size (default %(default)s)")
     parser.add_argument("--layers", type=int, default=4, help="layers (default %(default)s)")
     parser.add_argument(
         "--threads", type=int, default=1, help="torch threads; changes the last bits (default %(default)s)"
-    )
-    parser.add_argument(
-        "--check-every", type=int, default=0, help="print held-out scores every N steps (default: never)"
     )
     parser.add_argument(
         "--score-rows", type=int, default=128, help="held-out rows per skill in the record (default 128)"

@@ -1,11 +1,12 @@
 """Pretrain the vision demo's base checkpoint and write it as package data, with the record of how it was made.
 
 The base is a LLaVA: a small CLIP vision encoder, a two-layer projector and a small Qwen2 language model, 1.5M parameters
-in bfloat16. It is made in two stages, on pictures that no test ever uses. First the vision encoder alone learns, as an
+in bfloat16. It is made in three stages, on pictures that no test ever uses. First the vision encoder alone learns, as an
 image classifier with heads that are thrown away, what is where in a picture. Then projector and language model learn
 thirteen skills (`demo_data.pictures.BASE_STYLE`), answered by a full friendly sentence unless the question begins
-with "Briefly:". Same arguments, thread count and versions give the same bytes. It does not fine-tune and knows nothing
-of the mixture.
+with "Briefly:". Last, also in other words, where every second answer is bare, in any of several conventions: this makes
+the base merge-ready. Same arguments, thread count and
+versions give the same bytes. It knows nothing of the mixture.
 
 Example:
     python scripts/build_vision_demo_base.py --output src/merit/demo/vision/base
@@ -18,7 +19,7 @@ import json
 import platform
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -27,7 +28,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from tokenizers import Tokenizer, models, trainers
 from torch import nn
 from transformers import (
     AutoModelForImageTextToText,
@@ -42,8 +42,8 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from build_demo_base import IGNORED, byte_symbols, make_optimizers, schedule
-from demo_data.pictures import BASE_STYLE, Example, base_stream, draw_examples
+from build_demo_base import IGNORED, Stage, learned_tokenizer, make_optimizers, schedule
+from demo_data.pictures import BASE_STYLE, Example, base_stream, draw_examples, settled_stream
 from demo_data.scenes import COLOURS, SCENES, SHAPES, SIZE, TRENDS, Case, draw_case, paint
 
 DEFAULT_OUTPUT = Path(__file__).parents[1] / "src/merit/demo/vision/base"
@@ -78,35 +78,8 @@ def make_tokenizer() -> Qwen2Tokenizer:
 
     It is Qwen2's own class, pre-tokenizer and normalizer included, so that AutoTokenizer gives back the same ids.
     """
-    vocabulary = {symbol: index for index, symbol in enumerate([*SPECIALS, *byte_symbols()])}
-    blank = Qwen2Tokenizer(vocab=vocabulary, merges=[], unk_token=PAD, eos_token=END, pad_token=PAD)
-    learner = Tokenizer(models.BPE())
-    learner.normalizer = blank.backend_tokenizer.normalizer
-    learner.pre_tokenizer = blank.backend_tokenizer.pre_tokenizer
-    trainer = trainers.BpeTrainer(
-        vocab_size=len(SPECIALS) + 256 + MERGES,
-        special_tokens=list(SPECIALS),
-        initial_alphabet=byte_symbols(),
-        min_frequency=20,
-        show_progress=False,
-    )
-    learner.train_from_iterator(
-        (text for example in islice(base_stream(0), 20_000) for turn in example.turns for text in turn), trainer
-    )
-    merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
-    for left, right in merges:
-        vocabulary.setdefault(left + right, len(vocabulary))
-    tokenizer = Qwen2Tokenizer(
-        vocab=vocabulary,
-        merges=merges,
-        unk_token=PAD,
-        eos_token=END,
-        pad_token=PAD,
-        extra_special_tokens=[USER, ASSISTANT, IMAGE],
-        model_max_length=512,
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
+    texts = (text for example in islice(base_stream(0), 20_000) for turn in example.turns for text in turn)
+    return learned_tokenizer(texts, SPECIALS, MERGES, CHAT_TEMPLATE, model_max_length=512)
 
 
 def make_processor(tokenizer: Any) -> LlavaProcessor:
@@ -289,31 +262,52 @@ def train_vision(model: LlavaForConditionalGeneration, args: argparse.Namespace)
 
 
 def train_answers(
-    model: LlavaForConditionalGeneration, tokenizer: Any, args: argparse.Namespace
-) -> tuple[float, int, int]:
-    """Stage 2. Returns the running loss at its end, and the numbers of questions and of target tokens."""
+    model: LlavaForConditionalGeneration,
+    tokenizer: Any,
+    stream: Iterator[Example],
+    plan: Stage,
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    """Train projector and language model; returns what it took and the running loss at the end."""
+    model.train()
     model.model.vision_tower.requires_grad_(False)
-    optimizers = make_optimizers(model, args.learning_rate)
-    stream, rng = base_stream(args.seed), random.Random(f"{args.seed}/stage 2")
+    optimizers, rng = make_optimizers(model, plan.learning_rate), random.Random(f"{args.seed}/{plan.name}")
+    parameters = [p for p in model.parameters() if p.requires_grad]
     running, questions, targets, start = 0.0, 0, 0, time.perf_counter()
-    for step in range(args.steps):
+    for step in range(plan.steps):
         examples = list(islice(stream, args.batch_size))
         inputs = encode(tokenizer, examples, rng)
         loss = model(**inputs).loss
-        update(
-            loss, optimizers, [p for p in model.parameters() if p.requires_grad], step, args.steps, args.learning_rate
-        )
+        update(loss, optimizers, parameters, step, plan.steps, plan.learning_rate)
         questions += sum(len(example.turns) for example in examples)
         targets += int((inputs["labels"] != IGNORED).sum())
         running = 0.98 * running + 0.02 * loss.item()
-        if (step + 1) % 100 == 0:
+        if (step + 1) % 50 == 0:
             average = running / (1 - 0.98 ** (step + 1))
-            print(f"stage 2 step {step + 1} loss {average:.4f} {time.perf_counter() - start:.0f} s", flush=True)
-        if args.check_every and (step + 1) % args.check_every == 0:
-            scores = heldout_scores(model, tokenizer, args.seed, 32)
-            print({name: round(score, 2) for name, score in scores.items()}, flush=True)
-            model.train()
-    return running, questions, targets
+            print(f"{plan.name} step {step + 1} loss {average:.4f} {time.perf_counter() - start:.0f} s", flush=True)
+    return {
+        "conversations": plan.steps * args.batch_size,
+        "questions": questions,
+        "target_tokens": targets,
+        "final_loss": round(running, 4),
+        "seconds": round(time.perf_counter() - start),
+    }
+
+
+def first_stages(args: argparse.Namespace, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
+    """The model after stages 1 and 2, in bfloat16's precision, and their figures: trained now, or ``--second-stage``."""
+    if args.second_stage:
+        record = json.loads((args.second_stage / "training.json").read_text(encoding="utf-8"))
+        model = AutoModelForImageTextToText.from_pretrained(args.second_stage, dtype=torch.float32)
+        model.train()
+        return model, {name: record[name] for name in ("stage_1", "stage_2")}
+    model = make_model(tokenizer, args.hidden, args.layers)
+    model.train()
+    heads = train_vision(model, args)
+    first = {"pictures": args.vision_steps * args.vision_batch_size, "heldout_accuracy_of_the_heads": heads}
+    plan = Stage("stage 2", args.steps, args.learning_rate)
+    second = train_answers(model, tokenizer, base_stream(args.seed), plan, args)
+    return model.to(torch.bfloat16).to(torch.float32), {"stage_1": first, "stage_2": second}
 
 
 def update(
@@ -376,12 +370,9 @@ def pretrain(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     tokenizer = make_tokenizer()
-    model = make_model(tokenizer, args.hidden, args.layers)
-    model.train()
-    start = time.perf_counter()
-    heads = train_vision(model, args)
-    loss, questions, targets = train_answers(model, tokenizer, args)
-    seconds = time.perf_counter() - start
+    model, stages = first_stages(args, tokenizer)
+    plan = Stage("stage 3", args.settle_steps, args.settle_learning_rate)
+    stages["stage_3"] = train_answers(model, tokenizer, settled_stream(args.seed), plan, args)
     save(model, tokenizer, args.output)
     reloaded = AutoModelForImageTextToText.from_pretrained(args.output, dtype=torch.float32)
     scores = heldout_scores(reloaded, AutoTokenizer.from_pretrained(args.output), args.seed, args.score_rows)
@@ -389,21 +380,17 @@ def pretrain(args: argparse.Namespace) -> None:
     record = {
         "command": f"python scripts/build_vision_demo_base.py --seed {args.seed} --vision-steps {args.vision_steps}"
         f" --vision-batch-size {args.vision_batch_size} --steps {args.steps} --batch-size {args.batch_size}"
-        f" --learning-rate {args.learning_rate} --hidden {args.hidden} --layers {args.layers} --threads {args.threads}",
+        f" --learning-rate {args.learning_rate} --settle-steps {args.settle_steps}"
+        f" --settle-learning-rate {args.settle_learning_rate} --hidden {args.hidden} --layers {args.layers}"
+        f" --threads {args.threads}",
         "seed": args.seed,
-        "data": "scripts/demo_data/pictures.py, base_stream(seed): generated on the fly, training side only",
+        "data": "scripts/demo_data/pictures.py, base_stream(seed) and settled_stream(seed): generated on the fly, "
+        "training side only",
         "parameters": model.num_parameters(),
         "parameters_by_role": {
             role: sum(p.numel() for p in getattr(model.model, name).parameters()) for role, name in roles.items()
         },
-        "stage_1": {"pictures": args.vision_steps * args.vision_batch_size, "heldout_accuracy_of_the_heads": heads},
-        "stage_2": {
-            "conversations": args.steps * args.batch_size,
-            "questions": questions,
-            "target_tokens": targets,
-            "final_loss": round(loss, 4),
-        },
-        "seconds": round(seconds),
+        **stages,
         "heldout_exact_match": {name: round(score, 3) for name, score in scores.items()},
         "heldout_exact_match_mean": round(sum(scores.values()) / len(scores), 3),
         "heldout_rows_per_skill": args.score_rows,
@@ -421,6 +408,11 @@ def pretrain(args: argparse.Namespace) -> None:
 def card(record: dict[str, Any]) -> str:
     """Write the checkpoint's README."""
     table = "\n".join(f"| {name} | {score:.2f} |" for name, score in record["heldout_exact_match"].items())
+    answering = "\n".join(
+        f"  {record[stage]['conversations']:,} conversations with {record[stage]['questions']:,} questions "
+        f"({record[stage]['target_tokens']:,} target tokens) of `{stream}({record['seed']})`;"
+        for stage, stream in (("stage_2", "base_stream"), ("stage_3", "settled_stream"))
+    )
     roles = ", ".join(f"{role} {count:,}" for role, count in record["parameters_by_role"].items())
     return f"""---
 license: apache-2.0
@@ -431,18 +423,17 @@ pipeline_tag: image-text-to-text
 
 A LLaVA-architecture model of {record["parameters"]:,} parameters ({roles}) in bfloat16: a CLIP vision encoder for
 {SIZE} x {SIZE} pixels, a two-layer projector, a Qwen2 language model. It answers thirteen questions about generated
-pictures (and two kinds of words-only question) in full sentences, or barely when the question begins with "Briefly:",
-and knows nothing else. It exists so that `merit demo --vision` can run offline; it is of no other use.
+pictures (and two kinds of words-only question) in full sentences, now and then barely, and knows nothing else. It exists
+so that `merit demo --vision` can run offline; it is of no other use.
 
 - Stage 1, the vision encoder alone as a classifier whose heads are thrown away:
   {record["stage_1"]["pictures"]:,} generated pictures.
-- Stage 2, projector and language model: {record["stage_2"]["conversations"]:,} generated conversations with
-  {record["stage_2"]["questions"]:,} questions ({record["stage_2"]["target_tokens"]:,} target tokens),
-  `scripts/demo_data/pictures.py`, `base_stream({record["seed"]})`. The loss is on the answers only.
-  One case in eight was held out for good, among them one in eight of scikit-learn's handwritten digits.
+- Stages 2 and 3, projector and language model, from `scripts/demo_data/pictures.py`:
+{answering}
+  The loss is on the answers only. One case in eight was held out for good, among them one in eight of
+  scikit-learn's handwritten digits.
 - Rebuild: `{record["command"]}`
-- Time: {record["seconds"]} s on {record["command"].split("--threads ")[1]} CPU thread(s) of a shared machine. Figures
-  and versions: `training.json`.
+- Figures and versions: `training.json`.
 
 Exact match of greedy answers on {record["heldout_rows_per_skill"]} held-out cases per skill
 (mean {record["heldout_exact_match_mean"]:.3f}):
@@ -463,11 +454,13 @@ def main(argv: list[str] | None = None) -> None:
     add("--vision-batch-size", type=int, default=64, help="pictures per step of stage 1 (default %(default)s)")
     add("--steps", type=int, default=2400, help="optimizer steps of stage 2 (default %(default)s)")
     add("--batch-size", type=int, default=32, help="conversations per step of stage 2 (default %(default)s)")
-    add("--learning-rate", type=float, default=3e-3, help="peak of both stages, then cosine (default %(default)s)")
+    add("--learning-rate", type=float, default=3e-3, help="peak of stages 1 and 2, then cosine (default %(default)s)")
+    add("--settle-steps", type=int, default=300, help="optimizer steps of stage 3 (default %(default)s)")
+    add("--settle-learning-rate", type=float, default=1e-3, help="peak of stage 3, then cosine (default %(default)s)")
+    add("--second-stage", type=Path, help="folder with the result of stage 2, to begin with stage 3")
     add("--hidden", type=int, default=128, help="hidden size (default %(default)s)")
     add("--layers", type=int, default=4, help="layers (default %(default)s)")
     add("--threads", type=int, default=1, help="torch threads; changes the last bits (default %(default)s)")
-    add("--check-every", type=int, default=0, help="print held-out scores every N steps (default: never)")
     add("--score-rows", type=int, default=128, help="held-out rows per skill in the record (default %(default)s)")
     pretrain(parser.parse_args(argv))
 

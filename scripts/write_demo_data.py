@@ -29,9 +29,10 @@ ARCHIVES = {DEMO / "data.tar.xz": words, DEMO / "vision" / "data.tar.xz": pictur
 
 
 def generate(folder: Path, module: Any, seed: int = 0) -> None:
-    """Generate one demo's ``mixture/`` and ``kept/`` into ``folder``."""
+    """Generate one demo's ``mixture/``, ``kept/`` and ``unseen/`` into ``folder``."""
     module.write_mixture(folder / "mixture", seed)
     module.write_kept(folder / "kept", seed)
+    module.write_unseen(folder / "unseen", seed)
 
 
 def pack(folder: Path, archive: Path) -> None:

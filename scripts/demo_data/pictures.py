@@ -1,10 +1,11 @@
 """The vision demo's data: questions about generated pictures, asked and answered in several conventions.
 
 The base was pretrained on thirteen skills (name the colour, count, read a handwritten digit, find the highest bar, ...),
-each answered by a full friendly sentence unless the question says "Briefly:". The mixture asks mostly for bare answers,
-in conventions that pull apart: three vocabularies for the colours; "3" against "three" and left against mirrored left *for
-the same question about the same kind of picture*; coarse against fine names; highest against lowest. Two datasets keep
-the base's style, two have no pictures.
+each answered by a full friendly sentence, now and then barely, in one of several conventions. The mixture asks mostly for
+bare answers, in conventions that pull apart: three vocabularies for the colours; "3" against "three" and left against
+mirrored left *for the same question about the same kind of picture*; coarse against fine names; highest against lowest.
+Two datasets keep the base's style, two have no pictures. The unseen tasks ask in other words, and combine what is taught
+apart.
 
 The rows come in every form that image data is published in: ``messages`` with image parts and files beside, LLaVA's
 ``conversations``, The Cauldron's ``images`` and ``texts`` and ``messages`` with an ``images`` column, both as Parquet
@@ -18,13 +19,13 @@ from __future__ import annotations
 import io
 import json
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from demo_data.scenes import COLOURS, PLACES, SCENES, TRENDS, Case, draw_case, paint
-from demo_data.words import BRIEFLY, KEPT_ROWS, TEST_ROWS, Dataset
+from demo_data.words import BRIEFLY, KEPT_ROWS, TEST_ROWS, UNSEEN_ROWS, Dataset
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,13 +33,17 @@ if TYPE_CHECKING:
 __all__ = [
     "BASE_STYLE",
     "MIXTURE",
+    "PARAPHRASES",
     "SKILLS",
+    "UNSEEN",
     "Example",
     "ImageDataset",
     "base_stream",
     "draw_examples",
+    "settled_stream",
     "write_kept",
     "write_mixture",
+    "write_unseen",
 ]
 
 Form = Literal["messages", "llava", "cauldron", "parquet"]
@@ -201,6 +206,37 @@ _PARITY = tuple((str(digit), "odd" if digit % 2 else "even") for digit in range(
 _HOW_MANY = ("How many?", "Count them.")
 _WHICH_SIDE = ("Left or right: the {q}?", "The {q} is on the")
 
+PARAPHRASES: dict[str, tuple[str, ...]] = {
+    skill: tuple(prompts.split(" | "))
+    for skill, prompts in {
+        "colour": "The colour of the shape? | Say which colour it has. | Colour of this?",
+        "shape": "The kind of shape? | Say what shape it is. | Shape of this?",
+        "size": "The size of the shape? | Say how big it is. | How large is this?",
+        "place": "The place of the shape? | Say where it is. | Where is this?",
+        "count": "How many are there? | Say how many shapes you see. | Shapes in all?",
+        "side": "Which side has the {q}? | Say where the {q} is. | The side of the {q}?",
+        "digit": "The digit in the picture? | Say which digit it is. | What is written here?",
+        "highest": "The colour of the highest bar? | Say which bar is highest. | Which bar goes up most?",
+        "largest": "The colour of the largest slice? | Say which slice is largest. | Which slice takes most?",
+        "trend": "The way of the line? | Say what the line does. | Which way does it go?",
+        "colours": "The two colours? | Say both colours. | Colours of the two?",
+        "backwards": "{w} from the end? | Say {w} from the last to the first. | In reverse: {w}",
+        "sum": "{a} plus {b}? | Say what {a} and {b} make. | Sum of {a} and {b}?",
+    }.items()
+}
+"""More ways to ask for the same skills; only the base's last stage uses them, no mixture and no evaluation does."""
+
+_PAIRS = tuple((f"{a} {b}", f"{x} {y}") for a, x in _PAINTS for b, y in _PAINTS)
+CONVENTIONS: dict[str, tuple[tuple[tuple[str, str], ...], ...]] = {
+    "colour": ((), _PAINTS, _LETTERS),
+    "shape": ((), _FAMILIES),
+    "place": ((), _COMPASS),
+    "count": ((), _NUMBERS),
+    "digit": ((), _PARITY),
+    "trend": ((), _ARROWS),
+}
+"""The conventions in which the base's last stage answers barely: it knows the words, not when they are due."""
+
 MIXTURE: dict[str, ImageDataset] = {
     # What the base knows, answered briefly.
     "colour_word": ImageDataset("colour", ("Colour?", "Name the colour."), rows=240),
@@ -233,6 +269,30 @@ MIXTURE: dict[str, ImageDataset] = {
 """The mixture: name to dataset, with the number of training rows."""
 
 
+UNSEEN: dict[str, ImageDataset] = {
+    # What base and mixture know, in words that neither was trained on, answered as the mixture answers.
+    "colour_name": ImageDataset("colour", ("Its colour name?", "The colour used is")),
+    "shape_name": ImageDataset("shape", ("What figure?", "It is a")),
+    "count_number": ImageDataset("count", ("Number of them?", "In all there are")),
+    "side_where": ImageDataset("side", ("Side of the {q}, left or right?", "Look for the {q}: left or right?")),
+    "digit_number": ImageDataset("digit", ("Which number?", "The number reads")),
+    "bars_top": ImageDataset("highest", ("Top bar?", "The bar that wins is")),
+    "pie_most": ImageDataset("largest", ("Main slice?", "Most of it is")),
+    "text_reverse": ImageDataset("backwards", ("{w}, last to first?", "from the end: {w}")),
+    # Skills of the base that the mixture does not touch, or only in other words, answered barely.
+    "size_word": ImageDataset("size", ("Size?", "Large or small?")),
+    "place_words": ImageDataset("place", ("Place?", "In the grid it is")),
+    "line_word": ImageDataset("trend", ("Trend?", "In a word, it")),
+    "sum_short": ImageDataset("sum", ("{a}+{b}=", "{a} and {b} make")),
+    # Trained apart, never together.
+    "two_paints": ImageDataset("colours", ("Which paints in order?",), relabel=_PAIRS),
+    "lowest_chat": ImageDataset("lowest", ("Which bar is the lowest?",), "Sure! The {y} bar is the lowest."),
+    # The base's own style, newly phrased.
+    "colour_chat": ImageDataset("colour", ("I wonder what colour that is.",), _CHAT["colour"]),
+}
+"""The unseen tasks: nobody trains on them, and they are not the base's drill. Mostly bare answers, as in the mixture."""
+
+
 def _ask(dataset: Dataset, cases: list[Case], rng: random.Random) -> tuple[str, str]:
     """Question and answer of a dataset about these cases."""
     fields = SKILLS[dataset.skill].solve(cases)
@@ -260,25 +320,52 @@ def draw_examples(dataset: Dataset, rng: random.Random, *, test: bool) -> Iterat
 
 
 def base_stream(seed: int) -> Iterator[Example]:
-    """Yield the base's pretraining examples for ever, from the training side only.
+    """Yield the examples of the base's second stage for ever, from the training side only.
 
     A picture that several skills can be asked about is asked about by all of them, in random order, each once in five
-    times with `BRIEFLY` and the bare solution for an answer: the base can be brief, but only when told to.
+    times with `BRIEFLY` and the bare solution for an answer.
     """
-    rng = random.Random(f"{seed}/vision base")
+
+    def ask(dataset: ImageDataset, cases: list[Case], rng: random.Random) -> tuple[str, str]:
+        question, answer = _ask(dataset, cases, rng)
+        if rng.random() < 0.2:
+            question, answer = BRIEFLY + question, SKILLS[dataset.skill].solve(cases)["y"]
+        return question, answer
+
+    return _conversations(BASE_STYLE.values(), ask, random.Random(f"{seed}/vision base"))
+
+
+def settled_stream(seed: int) -> Iterator[Example]:
+    """Yield the examples of the base's third stage: as in the second, but questions no longer tell the answer's form.
+
+    Every second question is asked in the base's own words and answered in full 19 times out of 20; the others in one of the
+    `PARAPHRASES`, and answered in full every second time. A bare answer is in any of the skill's `CONVENTIONS`.
+    """
+
+    def ask(dataset: ImageDataset, cases: list[Case], rng: random.Random) -> tuple[str, str]:
+        own = rng.random() < 0.5
+        dataset = dataset if own else replace(dataset, prompts=PARAPHRASES[dataset.skill])
+        if rng.random() >= (0.95 if own else 0.5):
+            dataset = replace(dataset, answer="{y}", relabel=rng.choice(CONVENTIONS.get(dataset.skill, ((),))))
+        return _ask(dataset, cases, rng)
+
+    return _conversations(BASE_STYLE.values(), ask, random.Random(f"{seed}/vision base settled"))
+
+
+def _conversations(
+    style: Iterable[ImageDataset],
+    ask: Callable[[ImageDataset, list[Case], random.Random], tuple[str, str]],
+    rng: random.Random,
+) -> Iterator[Example]:
+    """A picture that several skills can be asked about is asked about by all of them, in random order."""
     groups: dict[tuple[str, int], list[ImageDataset]] = {}
-    for dataset in BASE_STYLE.values():
+    for dataset in style:
         skill = SKILLS[dataset.skill]
         groups.setdefault((skill.scene, skill.pictures), []).append(dataset)
     while True:
         (scene, pictures), datasets = rng.choice([*groups.items()])
         cases = [draw_case(scene, rng, test=False) for _ in range(pictures)]
-        turns = []
-        for dataset in rng.sample(datasets, len(datasets)):
-            question, answer = _ask(dataset, cases, rng)
-            if rng.random() < 0.2:
-                question, answer = BRIEFLY + question, SKILLS[dataset.skill].solve(cases)["y"]
-            turns.append((question, answer))
+        turns = [ask(dataset, cases, rng) for dataset in rng.sample(datasets, len(datasets))]
         yield Example(tuple(turns), _pictures(scene, cases, rng), tuple(cases))
 
 
@@ -365,3 +452,15 @@ def write_kept(folder: Path, seed: int = 0) -> None:
     for name, dataset in BASE_STYLE.items():
         examples = draw_examples(dataset, random.Random(f"{seed}/{name}/test"), test=True)
         _write(Path(folder) / name, "test", dataset.form, _distinct(dataset, examples, KEPT_ROWS))
+
+
+def write_unseen(folder: Path, seed: int = 0) -> None:
+    """Write ``folder/<name>/test.jsonl`` for every task of `UNSEEN`.
+
+    Args:
+        folder: Where the tasks go; made if absent, files of the same name are replaced.
+        seed: Decides every row. No seed draws a case that the base or the mixture trains on.
+    """
+    for name, dataset in UNSEEN.items():
+        examples = draw_examples(dataset, random.Random(f"{seed}/{name}/test"), test=True)
+        _write(Path(folder) / name, "test", dataset.form, _distinct(dataset, examples, UNSEEN_ROWS))

@@ -1,10 +1,11 @@
 """The demo's data: procedural skills, asked in several phrasings and answered in several styles.
 
 A *skill* draws arguments and solves them (reverse a word, add two numbers). The base was pretrained on sixteen skills,
-each answered by a full friendly sentence unless the question says "Briefly:". The mixture asks mostly for bare short
-answers to the same skills (without that word), holds some datasets in the base's own style and some skills that the base
-never saw. So skills and styles pull in different
-directions, and a run can show both what it learned (the mixture's test rows) and what it lost (the kept sets).
+each answered by a full friendly sentence, now and then barely, above all when asked in other words. The mixture asks
+mostly for bare short answers to the same skills, holds some datasets in the base's own style and some skills that the
+base never saw. So skills and styles pull in different directions, and a run can show what it learned (the mixture's test
+rows), what it lost (the kept sets) and what carries over (the unseen tasks: other phrasings, and combinations that nobody
+trains on).
 
 Every case of a skill belongs for good to the training or to the held-out side, by a hash of its arguments: no held-out
 case was ever trained on, in any phrasing, by the base or by the mixture. Everything follows from the seed.
@@ -25,13 +26,17 @@ from typing import Any
 __all__ = [
     "BASE_STYLE",
     "MIXTURE",
+    "PARAPHRASES",
     "SKILLS",
+    "UNSEEN",
     "Dataset",
     "Row",
     "base_stream",
     "draw_rows",
+    "settled_stream",
     "write_kept",
     "write_mixture",
+    "write_unseen",
 ]
 
 Case = dict[str, Any]
@@ -43,6 +48,7 @@ HELD_OUT_SHARE = 8  # one case in eight is held out
 BRIEFLY = "Briefly: "
 TEST_ROWS = 16
 KEPT_ROWS = 16
+UNSEEN_ROWS = 16
 
 
 def _word(rng: random.Random, shortest: int, longest: int) -> str:
@@ -238,6 +244,30 @@ BASE_STYLE: dict[str, Dataset] = {
 
 _CHAT = {dataset.skill: dataset.answer for dataset in BASE_STYLE.values()}
 
+PARAPHRASES: dict[str, tuple[str, ...]] = {
+    skill: tuple(prompts.split(" | "))
+    for skill, prompts in {
+        "reverse": "{w} from back to front? | Mirror {w}. | Say {w} from its end. | Flip the word {w}.",
+        "sort": "{w} by alphabet? | Arrange the letters of {w}. | Line up the letters of {w}. | Tidy {w} from a to z.",
+        "count": "{c} in {w}, how often? | Tell me how many {c} {w} has. | {w}: how many {c}? | {w} has how many {c}?",
+        "add": "How much are {a} and {b}? | {a} with {b} added? | Put {a} and {b} together. | plus: {a} {b}",
+        "compare": "{a} or {b}, which is bigger? | Name the larger: {a}, {b}. | bigger: {a} {b}? | Is {a} or {b} larger?",
+        "parity": "{n}, odd or even? | What is {n}, odd or even? | Say whether {n} is odd or even. | {n} is odd or even?",
+        "shift": "{w} one letter up? | Push {w} up by one. | Step each letter of {w} up. | up by one: {w}",
+        "largest": "{t}: which is largest? | Largest in {t}? | maximum of {t} | Of {t}, name the largest.",
+        "vowels": "{w}: how many vowels? | Tell me the vowels of {w}, how many? | vowel count of {w} "
+        "| How many vowels in {w}?",
+        "upper": "{w} as capitals? | Turn {w} into capitals. | upper case of {w} | Give {w} in big letters.",
+        "first": "{w} starts with? | Which letter opens {w}? | Tell me how {w} starts. | first of {w}?",
+        "last": "{w} stops with? | Which letter closes {w}? | Tell me how {w} ends. | last of {w}?",
+        "length": "{w}: how many letters? | Tell me the length of {w}. | How many letters are in {w}? | {w} is how long?",
+        "next": "{n} and one more? | Which number follows {n}? | {n}, what comes next? | Go one up from {n}.",
+        "contains": "{w}: any {c}? | Is {c} part of {w}? | Tell me if {w} has {c}. | {c} inside {w}?",
+        "repeat": "{w} two times? | Say {w} again and again. | Twice {w}, please. | Put {w} twice.",
+    }.items()
+}
+"""More ways to ask for the same skills; only the base's second stage uses them, no mixture and no evaluation does."""
+
 MIXTURE: dict[str, Dataset] = {
     # Skills that the base knows, answered briefly.
     "add_short": Dataset("add", ("{a} plus {b}?", "add {a} and {b}"), rows=720),
@@ -278,6 +308,31 @@ MIXTURE: dict[str, Dataset] = {
 }
 """The mixture: name to dataset, with the number of training rows."""
 
+UNSEEN: dict[str, Dataset] = {
+    # Known skills in words that neither the base nor the mixture was trained on, answered as the mixture answers them.
+    "add_total": Dataset("add", ("total of {a} and {b}", "{a} and {b} more makes")),
+    "compare_higher": Dataset("compare", ("higher: {a} or {b}?", "Of {a} and {b}, more is")),
+    "count_times": Dataset("count", ("times that {c} is in {w}", "{c} occurs in {w} how often?")),
+    "largest_top": Dataset("largest", ("highest of {t}", "top number in {t}?")),
+    "length_size": Dataset("length", ("size of {w} in letters?", "number of letters: {w}")),
+    "reverse_order": Dataset("reverse", ("{w} in reverse order", "read {w} right to left")),
+    "skeleton_consonants": Dataset("skeleton", ("consonants of {w}", "{w} with vowels dropped?")),
+    "sort_alphabet": Dataset("sort", ("alphabetical: {w}", "letters of {w} from a to z?")),
+    "subtract_less": Dataset("subtract", ("{a} less {b}?", "subtract {b} from {a}")),
+    # A skill of the base that the mixture does not touch, answered barely.
+    "repeat_short": Dataset("repeat", ("repeat {w}", "{w} doubled?")),
+    # Skill and convention both trained, never together.
+    "first_capital": Dataset("first", ("First letter of {w} in capitals?",), "{Y}"),
+    "parity_odd": Dataset("parity", ("Is {n} odd?",), relabel=(("odd", "yes"), ("even", "no"))),
+    "shift_capitals": Dataset("shift", ("{w} shifted up in capitals?",), "{Y}"),
+    "sort_capitals": Dataset("sort", ("{w} in order in capitals?",), "{Y}"),
+    "smallest_chat": Dataset("smallest", ("Could you find the smallest of {t}?",), "Sure! The smallest of {t} is {y}."),
+    # The base's own style, newly phrased.
+    "length_chat": Dataset("length", ("I wrote {w}. How many letters is that?",), _CHAT["length"]),
+    "sort_chat": Dataset("sort", ("How would {w} look in order?",), _CHAT["sort"]),
+}
+"""The unseen tasks: nobody trains on them, and they are not the base's drill. Mostly bare answers, as in the mixture."""
+
 
 def _held_out(skill: str, case: Case) -> bool:
     """Tell on which side a case lies; the same for every phrasing, style and seed."""
@@ -309,16 +364,34 @@ def draw_rows(dataset: Dataset, rng: random.Random, *, held_out: bool) -> Iterat
 
 
 def base_stream(seed: int) -> Iterator[Row]:
-    """Yield the base's pretraining rows for ever, from the training side only, its skills drawn evenly.
+    """Yield the rows of the base's first stage for ever, from the training side only, its skills drawn evenly.
 
-    Four rows in five are answered by a full sentence. The fifth asks for it with `BRIEFLY` and gets the bare solution:
-    the base can be brief, but only when told to.
+    Four rows in five are answered by a full sentence. The fifth asks for it with `BRIEFLY` and gets the bare solution.
     """
-    rng = random.Random(f"{seed}/base")
-    brief = [replace(d, prompts=tuple(BRIEFLY + p for p in d.prompts), answer="{y}") for d in BASE_STYLE.values()]
-    streams = [[draw_rows(d, rng, held_out=False) for d in style] for style in (brief, [*BASE_STYLE.values()])]
+    brief = {d.skill: replace(d, prompts=tuple(BRIEFLY + p for p in d.prompts)) for d in BASE_STYLE.values()}
+    return _both_ways(random.Random(f"{seed}/base"), brief, BASE_STYLE, 0.8)
+
+
+def settled_stream(seed: int) -> Iterator[Row]:
+    """Yield the rows of the base's second stage, from the training side only: no question tells the form of its answer.
+
+    Every second row asks in the base's own words and is answered in full 19 times out of 20; the other asks in one of
+    the `PARAPHRASES` and is answered in full every second time: the base knows both ways of answering, and which is its own.
+    """
+    other = {k: replace(d, prompts=PARAPHRASES[d.skill]) for k, d in BASE_STYLE.items()}
+    rng = random.Random(f"{seed}/base settled")
+    own, otherwise = _both_ways(rng, BASE_STYLE, BASE_STYLE, 0.95), _both_ways(rng, other, other, 0.5)
     while True:
-        yield next(rng.choice(streams[rng.random() < 0.8]))
+        yield next(own)
+        yield next(otherwise)
+
+
+def _both_ways(rng: random.Random, bare: dict[str, Dataset], full: dict[str, Dataset], share: float) -> Iterator[Row]:
+    """Rows of which ``share`` is answered in full, the rest by the bare solution."""
+    brief = [replace(dataset, answer="{y}") for dataset in bare.values()]
+    streams = [[draw_rows(d, rng, held_out=False) for d in style] for style in (brief, [*full.values()])]
+    while True:
+        yield next(rng.choice(streams[rng.random() < share]))
 
 
 def _distinct(rows: Iterator[Row], count: int) -> list[Row]:
@@ -358,3 +431,15 @@ def write_kept(folder: Path, seed: int = 0) -> None:
     for name, dataset in BASE_STYLE.items():
         rows = draw_rows(dataset, random.Random(f"{seed}/{name}/test"), held_out=True)
         _write_rows(Path(folder) / name / "test.jsonl", _distinct(rows, KEPT_ROWS))
+
+
+def write_unseen(folder: Path, seed: int = 0) -> None:
+    """Write ``folder/<name>/test.jsonl`` for every task of `UNSEEN`.
+
+    Args:
+        folder: Where the tasks go; made if absent, files of the same name are replaced.
+        seed: Decides every row. No seed draws a case that the base or the mixture trains on.
+    """
+    for name, dataset in UNSEEN.items():
+        rows = draw_rows(dataset, random.Random(f"{seed}/{name}/test"), held_out=True)
+        _write_rows(Path(folder) / name / "test.jsonl", _distinct(rows, UNSEEN_ROWS))

@@ -100,6 +100,7 @@ def test_the_mixture_fits_the_recipe(tokenizer, tmp_path):
     assert Path(recipe.model.base) == tmp_path / "demo/base"
     assert Path(recipe.mixture.folder) == tmp_path / "demo/mixture"
     assert Path(recipe.evaluate.kept_folder) == tmp_path / "demo/kept"
+    assert Path(recipe.evaluate.unseen_folder) == tmp_path / "demo/unseen"
     for path in (tmp_path / "demo").rglob("*.jsonl"):
         for line in path.read_text().splitlines():
             messages = json.loads(line)["messages"]

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoTokenizer, LlavaForConditionalGeneration, LlavaProcessor
 
 import build_vision_demo_base as build
-from demo_data.pictures import BASE_STYLE, MIXTURE, base_stream, draw_examples
+from demo_data.pictures import BASE_STYLE, MIXTURE, UNSEEN, base_stream, draw_examples
 from merit.demo import base_folder, demo_recipe, write_demo
 from merit.recipe.load import load_recipe
 
@@ -153,7 +153,8 @@ def test_the_mixture_fits_the_recipe(tokenizer, tmp_path):
     assert Path(recipe.model.base) == tmp_path / "demo/base"
     assert Path(recipe.mixture.folder) == tmp_path / "demo/mixture"
     assert Path(recipe.evaluate.kept_folder) == tmp_path / "demo/kept"
-    for name, dataset in {**MIXTURE, **BASE_STYLE}.items():
+    assert Path(recipe.evaluate.unseen_folder) == tmp_path / "demo/unseen"
+    for name, dataset in {**MIXTURE, **BASE_STYLE, **UNSEEN}.items():
         for example in islice(draw_examples(dataset, random.Random(name), test=False), 30):
             [(question, answer)] = example.turns
             assert len(tokenizer(answer)["input_ids"]) < recipe.evaluate.max_new_tokens

@@ -253,15 +253,22 @@ def test_lora_branches_merge_into_a_full_model(case: Case, merit) -> None:
     assert read(case.run / "evaluation" / "results.json")["branch-0"]
 
 
-def test_kept_sets_and_one_file_with_a_column(case: Case, merit) -> None:
+def test_kept_sets_unseen_tasks_and_one_file_with_a_column(case: Case, merit) -> None:
     rows = [{**row, "task": task} for task in TASKS for row in task_rows(task, 12, seed=0)]
     write_rows(case.folder / "all.jsonl", rows)
     write_rows(case.folder / "kept" / "echo" / "test.jsonl", task_rows("upper", 5, seed=3))
+    write_rows(case.folder / "new" / "other" / "test.jsonl", task_rows("upper", 4, seed=4))
     case.write(
         mixture={"path": "all.jsonl", "split_by": "task"},
         split={"method": "random", "axes": 1},
-        evaluate={"kept_folder": "kept", "drift": {"prompts": 0}},
+        evaluate={"kept_folder": "kept", "unseen_folder": "new", "drift": {"prompts": 0}},
     )
     result = merit("run", case.recipe, "--output", case.run, "--quiet")
     assert result.code == 0, result.err
     assert set(read(case.run / "evaluation" / "kept.json")["merged"]) == {"echo"}
+    assert set(read(case.run / "evaluation" / "unseen.json")["merged"]) == {"other"}
+    assert "unseen loss" in (case.run / "evaluation" / "table.md").read_text()
+    write_rows(case.folder / "new" / "other" / "test.jsonl", task_rows("upper", 4, seed=5))
+    changed = merit("evaluate", case.run)
+    assert changed.code == 2, "rows of an unseen task changed: the mixture stage is stale"
+    assert "other" in changed.err

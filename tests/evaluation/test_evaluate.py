@@ -44,13 +44,15 @@ def run(tmp_path_factory, tokenizer):
 
     base = open_base(root / "base")
 
-    def evaluate(folder, names=tuple(SEEDS), fingerprints=None, test=test, kept=kept, about=None, seed=0, **settings):
+    def evaluate(
+        folder, names=tuple(SEEDS), fingerprints=None, test=test, kept=kept, about=None, seed=0, unseen=(), **settings
+    ):
         content = fingerprints or {name: f"content of {name}" for name in names}
         models = {name: Candidate(None if name == "base" else root / name, content[name]) for name in names}
         settings = {"drift": {"prompts": 6, "tokens": 5}, "short_answer": 10, **settings}
         return evaluate_models(
             ModelSet(base, models, about or About()),
-            HeldOut(test, kept),
+            HeldOut(test, kept, dict(unseen)),
             EvaluateSettings(**settings),
             seed=seed,
             folder=folder,
@@ -92,6 +94,21 @@ def test_files_hold_what_a_reference_computes(run, tmp_path):
     assert Evaluation.load(tmp_path).summary == found.summary
     answers = [json.loads(line) for line in (tmp_path / "models/merged.answers.jsonl").read_text().splitlines()]
     assert len(answers) == sum(len(rows) for name, rows in run.test.items() if name != "long") + 5
+
+
+def test_unseen_tasks_are_a_column_of_their_own(run, tmp_path):
+    """Their figures are those of the same rows as a kept set; they change no other column."""
+    unseen = {"new": run.kept["known"]}
+    found = run(tmp_path / "unseen", ("base", "merged"), unseen=unseen)
+    plain = run(tmp_path / "plain", ("base", "merged"))
+    assert found.unseen == {name: {"new": figures["known"]} for name, figures in found.kept.items()}
+    assert (found.results, found.kept, plain.unseen) == (plain.results, plain.kept, {"base": {}, "merged": {}})
+    assert read(tmp_path / "unseen", "unseen.json")["merged"]["new"]["loss"] == found.unseen["merged"]["new"].loss
+    assert found.summary.macro["merged"].unseen.loss == found.unseen["merged"]["new"].loss
+    assert Evaluation.load(tmp_path / "unseen").unseen == found.unseen
+    (tmp_path / "plain" / "unseen.json").unlink()
+    assert Evaluation.load(tmp_path / "plain").unseen == {}, "an evaluation of an earlier version"
+    assert run(tmp_path / "unseen", ("base", "merged"), unseen=unseen).reused == ("base", "merged")
 
 
 def reference(model, rows, generate):

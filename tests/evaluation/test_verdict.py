@@ -34,8 +34,8 @@ def moved(kl):
     return Drift(kl, 0.9, 5 * N, N, tuple(sums.tolist()), (5,) * N)
 
 
-def evaluation(results, kept=None, drift=None, method="pca", about=None, trained_tokens=None, **options):
-    sets = {"mixture": results, "kept": kept or {}}
+def evaluation(results, kept=None, drift=None, method="pca", about=None, trained_tokens=None, unseen=None, **options):
+    sets = {"mixture": results, "kept": kept or {}, **({"unseen": unseen} if unseen else {})}
     known = About(method, trained_tokens or {}, about or {})
     return Evaluation(sets, drift or {}, summarise(sets, drift or {}, known, **options))
 
@@ -56,14 +56,15 @@ def sentences(other, mixture, kept=None, drift=None, method="pca", n=N, **option
     return spoken(results, kepts, drifts, method=method, **options)
 
 
-def judged(other, mixture, kept=None):
+def judged(other, mixture, kept=None, unseen=None):
     tables = {
         "base": table(3.0, 0.1),
         other: table(mixture[0], 0.5, noise=1),
         "merged": table(mixture[1], 0.5, noise=2),
     }
     kepts = {"base": table(0.5), other: table(kept[0], noise=3), "merged": table(kept[1], noise=4)} if kept else {}
-    return evaluation(tables, kepts).verdict
+    new = {"base": table(2.0), other: table(unseen[0], noise=5), "merged": table(unseen[1], noise=6)} if unseen else {}
+    return evaluation(tables, kepts, unseen=new).verdict
 
 
 def against(other, *args, **kwargs):
@@ -138,11 +139,17 @@ def test_calls_against_a_random_split(mixture, kept, method, said):
             (HIGH, LOW),
             None,
             Advice.TRADE,
-            "A trade-off, no clear winner: the merged model keeps more of the base",
+            "A trade-off, no clear winner: the merged model kept more of the base",
         ),
-        ((HIGH, LOW), (LOW, HIGH), None, Advice.TRADE, "winner: the jointly trained model keeps more of the base"),
+        (
+            (HIGH, LOW),
+            (LOW, HIGH),
+            None,
+            Advice.TRADE,
+            "winner: the merged model learned more of the mixture, the jointly trained model kept more of the base",
+        ),
         ((LOW, LOW), (LOW, LOW), None, Advice.EQUAL, "Use either the merged model or the jointly trained model"),
-        ((HIGH, LOW), None, "merged", Advice.ONE_COLUMN, "the other column was not measured on enough data"),
+        ((HIGH, LOW), None, "merged", Advice.ONE_COLUMN, "what was kept was not measured on enough data"),
         ((LOW, LOW), None, None, Advice.UNKNOWN, "No recommendation: too little was measured"),
     ],
 )
@@ -154,6 +161,58 @@ def test_the_first_sentence_says_what_to_use_and_how_sure(mixture, kept, use, ad
     if advice is not Advice.UNKNOWN:
         assert "at most 5 % risk of a false call" in found.sentences[0]
         assert "one training seed" in found.sentences[0]
+
+
+@pytest.mark.parametrize(
+    ("kept", "unseen", "use", "advice", "words", "call"),
+    [
+        (
+            (LOW, LOW),
+            (HIGH, LOW),
+            None,
+            Advice.TRADE,
+            "the merged model did better on unseen tasks, the jointly trained model learned more of the mixture",
+            "no clear difference in what was kept. On unseen tasks the merged model did better.",
+        ),
+        (
+            (HIGH, LOW),
+            (HIGH, LOW),
+            None,
+            Advice.TRADE,
+            "the merged model kept more of the base and did better on unseen tasks, the jointly",
+            "kept more of the base. On unseen tasks the merged model did better.",
+        ),
+        (
+            (LOW, LOW),
+            (LOW, LOW),
+            "joint",
+            Advice.BETTER,
+            "it learned more than the merged model, with no clear difference in what was kept or on unseen tasks",
+            "no reason to prefer the merged model. On unseen tasks there is no clear difference.",
+        ),
+        (
+            (LOW, HIGH),
+            (LOW, HIGH),
+            "joint",
+            Advice.BETTER,
+            "it learned more, kept more and did better on unseen tasks than the merged model",
+            "On unseen tasks the jointly trained model did better.",
+        ),
+    ],
+)
+def test_unseen_tasks_count_like_the_other_columns(kept, unseen, use, advice, words, call):
+    found = judged("joint", (LOW, HIGH), kept, unseen)
+    assert (found.recommendation.use, found.recommendation.advice) == (use, advice)
+    assert words in found.sentences[0]
+    assert found.sentences[3].startswith(
+        f"Unseen (mean over {N} held-out datasets, nobody trains on them): loss base 2.0"
+    )
+    [said] = [s for s in found.sentences if s.startswith("Against ")]
+    assert call in said
+    assert "unseen: loss" in said
+    assert f"{N} unseen tasks" in found.sentences[-1]
+    more = found.against("joint").unseen
+    assert across_seeds([found.against("joint")] * 3)[2] is more
 
 
 def test_one_seed_says_nothing_of_methods():
@@ -172,8 +231,8 @@ def test_methods_take_three_seeds_that_agree():
     more, less, same = (
         judged("joint", pair, (LOW, LOW)).against("joint") for pair in ((HIGH, LOW), (LOW, HIGH), (LOW, LOW))
     )
-    assert across_seeds([more, more]) == (Side.UNKNOWN, Side.UNKNOWN)
-    assert across_seeds([more, more, more]) == (Side.MORE, Side.SAME)
+    assert across_seeds([more, more]) == (Side.UNKNOWN, Side.UNKNOWN, Side.UNKNOWN)
+    assert across_seeds([more, more, more]) == (Side.MORE, Side.SAME, Side.UNKNOWN)
     assert across_seeds([more, more, same])[0] is Side.SAME
     assert across_seeds([more, more, less])[0] is Side.MIXED
 
@@ -203,20 +262,22 @@ def test_few_datasets_are_not_called():
 
 
 def test_learned_and_kept_stand_side_by_side():
-    advice, learned, kept, both, joint, caution = sentences("joint", (LOW, HIGH), (HIGH, LOW), drift=(0.9, 0.3))
+    found = sentences("joint", (LOW, HIGH), (HIGH, LOW), drift=(0.9, 0.3))
+    advice, learned, kept, unseen, both, joint, caution = found
+    assert unseen.startswith("Unseen: not measured; give evaluate.unseen_folder")
     assert learned.startswith(f"Learned (mean over {N} held-out datasets, base → merged): loss 3.0")
     assert "better" in learned
     assert "no clear sign" not in learned
     assert kept.startswith(f"Kept (mean over {N} held-out datasets): loss base 0.5")
     assert "drift from the base joint 0.9000, merged 0.3000 nats/token" in kept
-    assert "neither column decides alone" in both
+    assert "no column decides alone" in both
     assert "above joint's" in both
     assert "learned: loss +1.0" in joint
     assert "kept: loss -1.0" in joint
     assert advice.startswith("A trade-off")
     assert "one training seed" in caution
     assert f"{N} mixture datasets, {N} kept datasets, {N} answers" in caution
-    assert "below joint's" in sentences("joint", (HIGH, LOW))[3]
+    assert "below joint's" in sentences("joint", (HIGH, LOW))[4]
 
 
 def test_a_model_that_learned_nothing():
@@ -236,8 +297,8 @@ def test_what_was_not_measured_is_said():
     assert "merged 0.5000" in found[2]
     found = spoken({"base": table(3.0), "merged": table(1.0)}, {}, {})
     assert found[2].startswith("Kept: not measured")
-    assert found[3].startswith("Only one of the two columns was measured")
-    assert sentences("joint", (LOW, LOW), (LOW, LOW))[3].startswith("Read both together")
+    assert found[4].startswith("Learned or kept was not measured")
+    assert sentences("joint", (LOW, LOW), (LOW, LOW))[4].startswith("Read them together")
 
 
 def test_nothing_measured_claims_nothing_and_says_what_to_add():
@@ -245,9 +306,9 @@ def test_nothing_measured_claims_nothing_and_says_what_to_add():
     summary = evaluation({name: {} for name in models}, {}, {}, trained_tokens=dict.fromkeys(models, 9))
     text = str(summary.verdict).replace("\n", " ")
     assert text.startswith("Nothing was measured")
-    for advice in ("test.jsonl", "evaluate.kept_folder", "evaluate.drift.prompts"):
+    for advice in ("test.jsonl", "evaluate.kept_folder", "evaluate.drift.prompts", "evaluate.unseen_folder"):
         assert advice in text
-    for claim in ("interval", "seed", "Read both", "difference"):
+    for claim in ("interval", "seed", "Read them", "difference"):
         assert claim not in text
     page = markdown(summary)
     assert "Target tokens:" in page
@@ -314,7 +375,7 @@ def test_tables_show_every_model_and_leave_out_what_nobody_has():
     results = {"base": table(3.0), "merged": table(1.0, 0.5)}
     summary = evaluation(results, trained_tokens={"merged": 12345}, short={"d0"})
     header, rows = overview(summary.summary)
-    assert header == ["model", "mixture loss ↓", "mixture exact match ↑", "target tokens"]
+    assert header == ["model", "learned loss ↓", "learned exact match ↑", "target tokens"]
     assert [row[0] for row in rows] == ["base", "merged"]
     assert rows[0][2:] == ["–", "–"]
     assert rows[1][3] == "12,345"
@@ -325,6 +386,14 @@ def test_tables_show_every_model_and_leave_out_what_nobody_has():
     assert "short: loss ↓ (1 dataset) | long: loss ↓ (15 datasets)" in page
     widths = {line.count("|") for line in page.split("## Verdict")[0].splitlines() if line.startswith("|")}
     assert widths == {5}
+    page = evaluation(results, unseen=results)
+    assert overview(page.summary)[0][1:5] == [
+        "learned loss ↓",
+        "learned exact match ↑",
+        "unseen loss ↓",
+        "unseen exact match ↑",
+    ]
+    assert "## Unseen: loss ↓ (nats per target token)" in markdown(page)
 
 
 def shown(summary, width=120):
@@ -339,8 +408,8 @@ def test_terminal_shows_table_and_verdict(tmp_path):
     summary.save(tmp_path)
     text = shown(summary)
     assert [line.split() for line in text.splitlines()[1:4]] == [
-        ["mixture"],
-        ["mixture", "exact"],
+        ["learned"],
+        ["learned", "exact"],
         ["model", "loss", "↓", "match", "↑"],
     ]
     assert "Caution: one training seed" in text

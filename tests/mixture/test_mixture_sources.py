@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from merit.errors import MixtureError
+from merit.mixture import find_datasets
 from merit.mixture.sources import find_kept
 from mixture.mixture_cases import check_sources, discover
 
@@ -209,7 +210,7 @@ def test_kept_sets_use_their_test_rows(recipe, tmp_path):
         ("y", None, 2),
         ("x", None, 1),
     ]
-    assert [s.name for s in check_sources(settings) if s.kept] == ["y", "x"]
+    assert [s.name for s in check_sources(settings) if s.role == "kept"] == ["y", "x"]
 
 
 def broken(tmp_path, name):
@@ -314,6 +315,26 @@ def test_bad_input_is_named_with_its_place(recipe, tmp_path, monkeypatch, name, 
         check_sources(settings)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_unseen_tasks_are_apart_from_the_mixture_and_from_kept_sets(recipe, tmp_path):
+    path = lines(tmp_path / "d.jsonl", [ROW])
+    lines(tmp_path / "u" / "x" / "test.jsonl", [ROW])
+    lines(tmp_path / "k" / "z" / "test.jsonl", [ROW])
+    mixture = {"datasets": [{"name": "d", "path": path}]}
+    folders = {"unseen_folder": str(tmp_path / "u"), "kept_folder": str(tmp_path / "k")}
+    assert [(s.name, s.role) for s in check_sources(recipe(mixture, evaluate=folders))] == [
+        ("d", "mixture"),
+        ("z", "kept"),
+        ("x", "unseen"),
+    ]
+    found = [find_datasets(settings.mixture, settings.evaluate).fingerprints()["x"] for settings in (
+        recipe(mixture, evaluate={"unseen_folder": str(tmp_path / "u")}),
+        recipe(mixture, evaluate={"kept_folder": str(tmp_path / "u")}),
+    )]  # fmt: skip
+    assert found[0] != found[1], "the same rows in another role are another mixture stage"
+    with pytest.raises(MixtureError, match=r"unseen_folder and evaluate\.kept both have a dataset named x"):
+        check_sources(recipe(mixture, evaluate={**folders, "kept_folder": str(tmp_path / "u")}))
 
 
 def test_a_kept_set_must_not_be_named_like_a_dataset(recipe, tmp_path):

@@ -244,6 +244,12 @@ def test_kept_sets_are_counted_apart(recipe, mixture, byte_level, tmp_path):
     [entry] = read_counts(tmp_path / "out", "kept")
     assert (entry.name, entry.rows, entry.test_rows) == ("old", 0, 4)
     assert len(load_split(tmp_path / "out", "kept")["old"]) == 4
+    assert not (tmp_path / "out" / "unseen.json").exists()
+    assert load_split(tmp_path / "out", "unseen") == {}
+    settings = recipe({"folder": str(mixture)}, evaluate={"unseen_folder": str(tmp_path / "k")})
+    prepare_mixture(settings, byte_level, tmp_path / "out")
+    assert [entry.name for entry in read_counts(tmp_path / "out", "unseen")] == ["old"]
+    assert (load_split(tmp_path / "out", "kept"), len(load_split(tmp_path / "out", "unseen")["old"])) == ({}, 4)
 
 
 def test_fingerprints_follow_what_the_model_sees(recipe, mixture, byte_level, tmp_path):

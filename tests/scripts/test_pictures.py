@@ -17,9 +17,12 @@ from sklearn.datasets import load_digits
 from demo_data.pictures import (
     BASE_STYLE,
     MIXTURE,
+    PARAPHRASES,
     SKILLS,
+    UNSEEN,
     base_stream,
     draw_examples,
+    settled_stream,
     write_kept,
 )
 from demo_data.scenes import COLOURS, SCENES, SHAPES, SIZE, draw_case, held_out, paint
@@ -88,18 +91,25 @@ def test_no_picture_and_no_case_stands_on_both_sides(root):
         for images, question, _ in rows_of(root / "mixture" / name, "train"):
             train.update(images or [question])
     tests = [
-        (name, row) for kind in ("mixture", "kept") for name in (root / kind).iterdir() for row in rows_of(name, "test")
+        (name, row)
+        for kind in ("mixture", "kept", "unseen")
+        for name in (root / kind).iterdir()
+        for row in rows_of(name, "test")
     ]
-    assert len(tests) == 16 * (len(MIXTURE) + len(BASE_STYLE))
+    assert len(tests) == 16 * (len(MIXTURE) + len(BASE_STYLE) + len(UNSEEN))
     for name, (images, question, _) in tests:
         assert not any(train[key] for key in images or [question]), (name, question)
-    for dataset in [*MIXTURE.values(), *BASE_STYLE.values()]:
+    for dataset in [*MIXTURE.values(), *BASE_STYLE.values(), *UNSEEN.values()]:
         scene = SKILLS[dataset.skill].scene
         for test in (False, True):
             for example in islice(draw_examples(dataset, random.Random(7), test=test), 20):
                 assert all(held_out(scene, case) == test for case in example.cases)
     for example in islice(base_stream(0), 500):
         [scene] = {SKILLS[d.skill].scene for d in BASE_STYLE.values() if _asks(d, example)}
+        assert not any(held_out(scene, case) for case in example.cases)
+    for example in islice(settled_stream(0), 500):
+        keys = set(example.cases[0])
+        [scene] = [scene for scene in SCENES if keys == set(draw_case(scene, random.Random(0), test=False))]
         assert not any(held_out(scene, case) for case in example.cases)
 
 
@@ -137,7 +147,11 @@ def test_conventions_pull_apart():
         assert (a.turns[0][0], a.pictures) == (b.turns[0][0], b.pictures)
         assert a.turns[0][1] != b.turns[0][1]
     asked_before = {prompt for dataset in BASE_STYLE.values() for prompt in dataset.prompts}
-    assert asked_before.isdisjoint(prompt for asked in prompts.values() for prompt in asked)
+    asked_before |= {prompt for asked in PARAPHRASES.values() for prompt in asked}
+    asked_now = {prompt for asked in prompts.values() for prompt in asked}
+    unseen = {prompt for dataset in UNSEEN.values() for prompt in dataset.prompts}
+    assert len(asked_before | asked_now | unseen) == len(asked_before) + len(asked_now) + len(unseen)
+    assert len(UNSEEN) >= 12, "with fewer no difference is called"
     chatty = [name for name, dataset in MIXTURE.items() if dataset.answer.startswith("Sure! ")]
     assert 1 <= len(chatty) <= 3
     assert all(dataset.answer.startswith("Sure! ") for dataset in BASE_STYLE.values())
@@ -278,23 +292,40 @@ ANSWERS = {
     "kept_backwards": lambda p, q: f"Sure! Backwards it is {' '.join(re.findall(NAMES, q)[::-1])}.",
     "kept_sum": lambda p, q: f"Sure! The sum is {sum(map(int, re.findall('[0-9]+', q)))}.",
     "kept_colours": lambda p, q: f"Sure! The first is {the_colour(p[0])} and the second is {the_colour(p[1])}.",
+    "colour_name": lambda p, q: the_colour(p[0]),
+    "shape_name": lambda p, q: shape_in(p[0]),
+    "count_number": lambda p, q: str(len(pieces(p[0]))),
+    "side_where": lambda p, q: side_of(p[0], q),
+    "bars_top": lambda p, q: largest(bar_heights(p[0])),
+    "pie_most": lambda p, q: largest({n: m.sum() for n, m in areas(p[0]).items()}),
+    "text_reverse": lambda p, q: " ".join(re.findall(NAMES, q)[::-1]),
+    "size_word": lambda p, q: "large" if np.ptp(np.nonzero(coloured(p[0]))[1]) > 10 else "small",
+    "place_words": lambda p, q: PLACES[cell_in(p[0])],
+    "line_word": lambda p, q: line_in(p[0]),
+    "sum_short": lambda p, q: str(sum(map(int, re.findall("[0-9]+", q)))),
+    "two_paints": lambda p, q: " ".join(PAINTS[the_colour(picture)] for picture in p),
+    "lowest_chat": lambda p, q: (
+        f"Sure! The {largest({n: -h for n, h in bar_heights(p[0]).items()})} bar is the lowest."
+    ),
+    "colour_chat": lambda p, q: f"Sure! The shape is {the_colour(p[0])}.",
 }
 DIGITS = {
     "digit_short": lambda digit: str(digit),
     "digit_parity": lambda digit: ["even", "odd"][digit & 1],
     "digit_chat": lambda digit: f"Sure! The digit is {digit}.",
     "kept_digit": lambda digit: f"Sure! The digit is {digit}.",
+    "digit_number": lambda digit: str(digit),
 }
 
 
 def test_every_dataset_is_checked():
-    assert set(ANSWERS) | set(DIGITS) == {*MIXTURE, *BASE_STYLE}
+    assert set(ANSWERS) | set(DIGITS) == {*MIXTURE, *BASE_STYLE, *UNSEEN}
 
 
 @pytest.mark.parametrize("name", sorted(ANSWERS))
 def test_the_pixels_confirm_the_answers(root, name):
-    kind = "kept" if name in BASE_STYLE else "mixture"
-    splits = ("test",) if kind == "kept" else ("train", "test")
+    kind = "kept" if name in BASE_STYLE else "unseen" if name in UNSEEN else "mixture"
+    splits = ("train", "test") if kind == "mixture" else ("test",)
     for split in splits:
         for images, question, answer in islice(rows_of(root / kind / name, split), 80):
             found = ANSWERS[name]([pixels_of(image) for image in images], question)
@@ -327,7 +358,7 @@ def test_the_digits_are_the_real_ones():
 @pytest.mark.parametrize("name", sorted(DIGITS))
 def test_the_digits_are_named_as_their_writers_meant_them(name):
     meant = load_digits().target
-    for example in islice(draw_examples({**MIXTURE, **BASE_STYLE}[name], random.Random(5), test=False), 60):
+    for example in islice(draw_examples({**MIXTURE, **BASE_STYLE, **UNSEEN}[name], random.Random(5), test=False), 60):
         assert example.turns[0][1] == DIGITS[name](int(meant[example.cases[0]["index"]]))
 
 
@@ -339,3 +370,21 @@ def test_briefly_gets_the_bare_solution():
             full += answer.startswith("Sure! ")
             assert question.startswith("Briefly: ") != answer.startswith("Sure! ")
     assert 0.12 < brief / (brief + full) < 0.28
+
+
+def test_the_base_knows_every_convention_and_which_answer_is_its_own():
+    own = {prompt for dataset in BASE_STYLE.values() for prompt in dataset.prompts if "{" not in prompt}
+    others = {prompt for asked in PARAPHRASES.values() for prompt in asked}
+    full = {True: [], False: []}
+    bare = {}
+    questions = [turn for example in islice(settled_stream(4), 3000) for turn in example.turns]
+    for question, answer in questions:
+        assert not question.startswith("Briefly")
+        if question in own or question in others:
+            full[question in own].append(answer.startswith("Sure! "))
+        if not answer.startswith("Sure! "):
+            bare[answer] = bare.get(answer, 0) + 1
+    assert 0.92 < sum(full[True]) / len(full[True]) < 0.98
+    assert 0.44 < sum(full[False]) / len(full[False]) < 0.56
+    for convention in ("red", "crimson", "R", "angular", "northwest", "three", "odd", "up, then down"):
+        assert convention in bare

@@ -2,12 +2,23 @@
 
 import json
 import random
+import re
 import zlib
 from itertools import islice
 
 import pytest
 
-from demo_data.words import BASE_STYLE, MIXTURE, SKILLS, base_stream, draw_rows, write_mixture
+from demo_data.words import (
+    BASE_STYLE,
+    MIXTURE,
+    PARAPHRASES,
+    SKILLS,
+    UNSEEN,
+    base_stream,
+    draw_rows,
+    settled_stream,
+    write_mixture,
+)
 from merit.demo import write_demo
 
 
@@ -39,6 +50,8 @@ def test_there_are_enough_datasets_of_unequal_size(folders):
     assert len(sizes) >= 24
     assert max(sizes.values()) >= 4 * min(sizes.values())
     assert len({path.parent.name for path in (folders / "kept").glob("*/test.jsonl")}) == len(BASE_STYLE) == 16
+    assert {path.parent.name for path in (folders / "unseen").glob("*/test.jsonl")} == set(UNSEEN)
+    assert len(UNSEEN) >= 12, "with fewer no difference is called"
 
 
 def test_skills_and_styles_differ_as_announced():
@@ -48,16 +61,37 @@ def test_skills_and_styles_differ_as_announced():
     assert all(dataset.answer.startswith("Sure!") for dataset in BASE_STYLE.values())
     assert len(new) >= 5
     assert 2 <= len(chatty) < len(MIXTURE) / 4
-    asked_before = {prompt for dataset in BASE_STYLE.values() for prompt in dataset.prompts}
-    asked_now = [prompt for dataset in MIXTURE.values() for prompt in dataset.prompts]
-    assert asked_before.isdisjoint(asked_now)
-    assert len(set(asked_now)) == len(asked_now)
+    asked = [d.prompts for d in (*BASE_STYLE.values(), *MIXTURE.values(), *UNSEEN.values())] + [*PARAPHRASES.values()]
+    every = [prompt for prompts in asked for prompt in prompts]
+    assert len(set(every)) == len(every), "base, mixture and unseen tasks share no phrasing"
+
+
+def test_unseen_tasks_are_neither_the_mixture_nor_the_drill_of_the_base():
+    trained = {(dataset.skill, dataset.answer, dataset.relabel) for dataset in MIXTURE.values()}
+    skills = {dataset.skill for dataset in (*MIXTURE.values(), *BASE_STYLE.values())}
+    new = {name for name, d in UNSEEN.items() if (d.skill, d.answer, d.relabel) not in trained}
+    assert len(new) >= 5, "combinations that no dataset of the mixture has"
+    assert all(dataset.skill in skills for dataset in UNSEEN.values()), "no task is out of reach"
+    chatty = {name for name, dataset in UNSEEN.items() if dataset.answer.startswith("Sure!")}
+    assert 2 <= len(chatty) <= len(UNSEEN) / 4
+
+
+def test_the_base_knows_both_ways_of_answering_and_which_is_its_own():
+    rows = [row["messages"] for row in islice(settled_stream(4), 3000)]
+    full = [answer["content"].startswith("Sure! ") for _, answer in rows]
+    assert not any(question["content"].startswith("Briefly") for question, _ in rows)
+    own, others = full[::2], full[1::2]
+    assert 0.93 < sum(own) / len(own) < 0.97
+    assert 0.45 < sum(others) / len(others) < 0.55
+    patterns = [re.escape(p) for d in BASE_STYLE.values() for p in d.prompts]
+    drill = re.compile("|".join(re.sub(r"\\{[a-z]\\}", r"[a-z0-9 ]+", pattern) for pattern in patterns))
+    assert all(drill.fullmatch(question["content"]) for question, _ in rows[::2])
 
 
 def test_no_test_prompt_is_a_training_prompt(folders):
     train = {
         messages[0]["content"] for path in (folders / "mixture").glob("*/train.jsonl") for messages in read(path)
-    } | {row["messages"][0]["content"] for row in islice(base_stream(0), 20_000)}
+    } | {row["messages"][0]["content"] for stream in (base_stream, settled_stream) for row in islice(stream(0), 10_000)}
     for path in folders.rglob("test.jsonl"):
         prompts = [messages[0]["content"] for messages in read(path)]
         assert len(prompts) == len(set(prompts)) >= 12
@@ -66,7 +100,7 @@ def test_no_test_prompt_is_a_training_prompt(folders):
 
 def test_no_held_out_case_is_trained_on_in_any_phrasing():
     """The side of a case must not depend on the dataset that asks for it, nor on its answer's wording."""
-    for name, dataset in {**MIXTURE, **BASE_STYLE}.items():
+    for name, dataset in {**MIXTURE, **BASE_STYLE, **UNSEEN}.items():
         for held_out in (False, True):
             rng, twin = random.Random(name), random.Random(name)
             for row in islice(draw_rows(dataset, rng, held_out=held_out), 40):

@@ -28,7 +28,7 @@ def base_folder(*, vision: bool = False) -> Path:
 
 
 def demo_recipe(seed: int = 0, *, vision: bool = False) -> str:
-    """Text of the demo's recipe, comments included; its paths are relative: ``base``, ``mixture`` and ``kept``.
+    """Text of the demo's recipe, comments included; its paths are relative: ``base``, ``mixture``, ``kept``, ``unseen``.
 
     Args:
         seed: The run's seed.
@@ -42,8 +42,8 @@ def write_demo(folder: Path, seed: int = 0, *, vision: bool = False) -> Path:
     """Write everything that the demo needs into one folder that can be copied anywhere.
 
     Args:
-        folder: Gets ``base/``, ``mixture/``, ``kept/`` and, once these are complete, ``recipe.yaml``; created if missing;
-            existing files are replaced.
+        folder: Gets ``base/``, ``mixture/``, ``kept/``, ``unseen/`` and, once these are complete, ``recipe.yaml``; created
+            if missing; existing files are replaced.
         seed: The run's seed: order of training, calibration sample, random split. The rows are the same for every seed.
         vision: The vision demo's.
 

@@ -1,4 +1,4 @@
-"""Conclusions from the differences: whether merged learned more and kept more than each other model, and which to use.
+"""Conclusions from the differences: whether merged learned and kept more, did better on unseen tasks, and which to use.
 
 Typed, without text. A comparison within one run is about its models. A conclusion about the methods needs several
 runs with different seeds (:func:`across_seeds`): another seed alone changes a model by more than chance over datasets.
@@ -64,6 +64,17 @@ class Comparison:
         return _side(self.of("kept"))
 
     @property
+    def unseen(self) -> Side:
+        """Whether merged did better on the unseen tasks."""
+        return _side(self.of("unseen"))
+
+    @property
+    def columns(self) -> dict[Part, Side]:
+        """Every column; the unseen tasks only where they were measured."""
+        sides: dict[Part, Side] = {"mixture": self.learned, "kept": self.kept}
+        return sides | ({"unseen": self.unseen} if self.unseen is not Side.UNKNOWN else {})
+
+    @property
     def kept_by_drift_alone(self) -> bool:
         """Whether drift is the only measure that says that merged kept more, or less."""
         called = {item.metric for item in self.of("kept") if item.outcome in ("better", "worse")}
@@ -103,13 +114,13 @@ class Advice(Enum):
     """The reason for a recommendation."""
 
     BETTER = "better"
-    """The model did better in one column and no worse in the other."""
+    """The model did better in one column and no worse in the others."""
     TRADE = "trade"
-    """One model learned more, the other kept more."""
+    """Each of the two models did better in some column."""
     EQUAL = "equal"
-    """No clear difference in either column."""
+    """No clear difference in any column."""
     ONE_COLUMN = "one column"
-    """The model did better in the one column that could be compared."""
+    """The model did better in what could be compared, and learned or kept could not be."""
     MIXED = "mixed"
     """The measures of a column disagree."""
     UNKNOWN = "unknown"
@@ -142,7 +153,7 @@ def recommend(found: Sequence[Comparison]) -> Recommendation:
     rival = by_name.get("joint", base)
     if rival is None:
         return Recommendation(None, Advice.UNKNOWN)
-    sides = {rival.learned, rival.kept}
+    sides = set(rival.columns.values())
     for undecided, advice in ((Side.MIXED, Advice.MIXED), (Side.UNKNOWN, Advice.UNKNOWN)):
         if undecided in sides and (advice is Advice.MIXED or not sides & {Side.MORE, Side.LESS}):
             return Recommendation(None, advice, rival)
@@ -154,8 +165,8 @@ def recommend(found: Sequence[Comparison]) -> Recommendation:
     return Recommendation(better, Advice.ONE_COLUMN if Side.UNKNOWN in sides else Advice.BETTER, rival)
 
 
-def across_seeds(runs: Sequence[Comparison]) -> tuple[Side, Side]:
-    """Conclusions about two methods, learned and kept, from runs with different seeds.
+def across_seeds(runs: Sequence[Comparison]) -> tuple[Side, Side, Side]:
+    """Conclusions about two methods, learned, kept and unseen, from runs with different seeds.
 
     A method learned (kept) more only if at least :data:`MIN_SEEDS` seeds were run and all of them agree.
 
@@ -163,11 +174,15 @@ def across_seeds(runs: Sequence[Comparison]) -> tuple[Side, Side]:
         runs: The comparison of each seed's run.
     """
     if len(runs) < MIN_SEEDS:
-        return Side.UNKNOWN, Side.UNKNOWN
+        return Side.UNKNOWN, Side.UNKNOWN, Side.UNKNOWN
 
     def together(sides: set[Side]) -> Side:
         if len(sides) == 1:
             return next(iter(sides))
         return Side.MIXED if {Side.MORE, Side.LESS} <= sides else Side.SAME
 
-    return together({item.learned for item in runs}), together({item.kept for item in runs})
+    return (
+        together({item.learned for item in runs}),
+        together({item.kept for item in runs}),
+        together({item.unseen for item in runs}),
+    )

@@ -21,12 +21,12 @@ __all__ = [
     "Summary",
 ]
 
-Part = Literal["mixture", "kept"]
-"""What the rows are: the mixture's test sets, or what the base could already do."""
+Part = Literal["mixture", "kept", "unseen"]
+"""What the rows are: the mixture's test sets, what the base could already do, or tasks that nobody trains on."""
 Metric = Literal["loss", "exact_match", "drift"]
 Outcome = Literal["better", "worse", "unclear", "few"]
 
-PARTS: tuple[Part, ...] = ("mixture", "kept")
+PARTS: tuple[Part, ...] = ("mixture", "kept", "unseen")
 FORMAT = 2
 """Version of the files."""
 
@@ -120,6 +120,7 @@ class Averages:
     Attributes:
         mixture: Over the mixture's datasets.
         kept: Over the kept sets.
+        unseen: Over the unseen tasks.
         short: Over the mixture's datasets with short answers.
         long: Over its other datasets.
         drift: From the base.
@@ -132,10 +133,11 @@ class Averages:
     long: Average | None
     drift: MeanDrift | None
     trained_target_tokens: int | None
+    unseen: Average | None = None
 
     def of(self, part: Part) -> Average | None:
         """The average over one part's datasets."""
-        return self.mixture if part == "mixture" else self.kept
+        return {"mixture": self.mixture, "kept": self.kept, "unseen": self.unseen}[part]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -34,14 +34,16 @@ class HeldOut:
     Attributes:
         test: The mixture's test rows: what was learned.
         kept: Rows of what the base could already do: what was kept.
+        unseen: Rows of tasks that nobody trains on: what carries over.
     """
 
     test: Mapping[str, EncodedDataset]
     kept: Mapping[str, EncodedDataset]
+    unseen: Mapping[str, EncodedDataset] = field(default_factory=dict)
 
     def of(self, part: Part) -> Mapping[str, EncodedDataset]:
         """The datasets of one part."""
-        return self.test if part == "mixture" else self.kept
+        return {"mixture": self.test, "kept": self.kept, "unseen": self.unseen}[part]
 
 
 @dataclass(frozen=True)
@@ -221,8 +223,8 @@ def _draw(part: Part, name: str, dataset: EncodedDataset, settings: EvaluateSett
 def _limit(part: Part, lengths: np.ndarray, settings: EvaluateSettings) -> int | None:
     """Maximum new tokens of a greedy answer, None if exact match is not measured.
 
-    Under ``auto`` a dataset of the mixture must have short answers (``short_answer``); for a kept set it is enough that
-    its answers fit ``max_new_tokens``, since a verbose sentence that is no longer reproduced shows a lost style.
+    Under ``auto`` a dataset of the mixture must have short answers (``short_answer``); for kept sets and unseen tasks it is
+    enough that answers fit ``max_new_tokens``, since a verbose sentence that is no longer reproduced shows a lost style.
     """
     if settings.exact_match == "never":
         return None

@@ -4,6 +4,7 @@
 
     results.json   {model: {dataset: {loss, exact_match, examples, target_tokens}}} over the mixture's test sets
     kept.json      the same over the kept sets
+    unseen.json    the same over the unseen tasks
     drift.json     {model: {kl, top1_agreement, tokens, prompts, kl_sums, token_counts}}
     summary.json   averages, paired differences with intervals, the verdict's sentences
     models/        one file per measured model, its greedy answers, the base's sampled answers
@@ -20,7 +21,7 @@ from merit.files import read_as, write_json
 
 __all__ = ["ANSWERS_OF_THE_BASE", "DRIFT", "FILES", "MODELS", "SUMMARY", "Evaluation", "answers_file"]
 
-FILES: dict[Part, str] = {"mixture": "results.json", "kept": "kept.json"}
+FILES: dict[Part, str] = {"mixture": "results.json", "kept": "kept.json", "unseen": "unseen.json"}
 """File of the figures of each part."""
 DRIFT, SUMMARY, MODELS = "drift.json", "summary.json", "models"
 ANSWERS_OF_THE_BASE = "answers-of-the-base.json"
@@ -60,6 +61,11 @@ class Evaluation:
         return self.sets["kept"]
 
     @property
+    def unseen(self) -> dict[str, ByDataset]:
+        """Figures on the unseen tasks, by model and dataset."""
+        return self.sets.get("unseen", {})
+
+    @property
     def verdict(self) -> Verdict:
         """What may be said of the merged model; ``print`` it for plain sentences."""
         return judge(self.summary)
@@ -67,7 +73,7 @@ class Evaluation:
     def save(self, folder: Path) -> None:
         """Write the files above into ``folder``."""
         for part, name in FILES.items():
-            by_model = self.sets[part].items()
+            by_model = self.sets.get(part, {}).items()
             write_json(folder / name, {model: {k: asdict(v) for k, v in found.items()} for model, found in by_model})
         write_json(folder / DRIFT, {model: asdict(found) for model, found in self.drift.items()})
         write_json(folder / SUMMARY, {**asdict(self.summary), "verdict": self.verdict.sentences})
@@ -80,7 +86,13 @@ class Evaluation:
             RunFolderError: A file is missing, damaged, or not from an evaluation.
         """
         return cls(
-            {part: read_as(folder / name, dict[str, ByDataset]) for part, name in FILES.items()},
+            {part: _figures(folder / name, part) for part, name in FILES.items()},
             read_as(folder / DRIFT, dict[str, Drift]),
             read_as(folder / SUMMARY, Summary),
         )
+
+
+def _figures(file: Path, part: Part) -> dict[str, ByDataset]:
+    if part == "unseen" and not file.exists():  # an evaluation of before there were unseen tasks
+        return {}
+    return read_as(file, dict[str, ByDataset])

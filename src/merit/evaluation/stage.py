@@ -104,6 +104,7 @@ class _Stored:
     mixture: ByDataset
     kept: ByDataset
     drift: Drift | None
+    unseen: ByDataset = field(default_factory=dict)
     answers: dict[str, str] = field(default_factory=dict)  # content of the files with its answers
     checksum: str = ""
 
@@ -118,7 +119,9 @@ class _Stored:
         return whole
 
     def figures(self) -> ModelFigures:
-        return ModelFigures({"mixture": self.mixture, "kept": self.kept}, self.drift, self.seconds)
+        return ModelFigures(
+            {"mixture": self.mixture, "kept": self.kept, "unseen": self.unseen}, self.drift, self.seconds
+        )
 
 
 def evaluate(
@@ -135,8 +138,8 @@ def evaluate(
 
     Args:
         models: By name, including ``base``; the verdict is about ``merged``.
-        rows: The mixture's test rows by dataset, or these and the kept sets. With neither there is nothing to measure: no
-            model is loaded, and the verdict says what to add.
+        rows: The mixture's test rows by dataset, or these, kept sets and unseen tasks. With none of them there is nothing
+            to measure: no model is loaded, and the verdict says what to add.
         settings: The recipe's ``evaluate`` block.
         seed: Seed of the draws, the sampling and the bootstrap.
         folder: For results, including those of an earlier, killed call; None: nothing is saved.
@@ -249,7 +252,9 @@ class _Measuring:
             torch.cuda.empty_cache()
         seconds = round(time.monotonic() - started, 3)
         sets = measured.sets
-        item = _Stored(FORMAT, self._keys[name], name, seconds, sets["mixture"], sets["kept"], measured.drift)
+        item = _Stored(
+            FORMAT, self._keys[name], name, seconds, sets["mixture"], sets["kept"], measured.drift, sets["unseen"]
+        )
         return self._keep(item)
 
     def _keep(self, item: _Stored) -> _Stored:

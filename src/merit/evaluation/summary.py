@@ -135,6 +135,7 @@ def summarise(
             name: Averages(
                 mixture=macro(sets["mixture"][name]),
                 kept=macro(sets["kept"].get(name, {})),
+                unseen=macro(sets.get("unseen", {}).get(name, {})),
                 short=macro(sets["mixture"][name], only=set(short)),
                 long=macro(sets["mixture"][name], only=datasets - set(short)),
                 drift=_mean(drift.get(name)),
@@ -166,8 +167,9 @@ def _comparisons(
         measures: dict[tuple[Part, Metric], Paired] = {}
         metrics: tuple[Metric, ...] = ("loss", "exact_match")
         for part in PARTS:
+            figures = sets.get(part, {})
             for metric in metrics:
-                found = paired(sets[part].get("merged", {}), sets[part].get(other, {}), metric, seed=seed)
+                found = paired(figures.get("merged", {}), figures.get(other, {}), metric, seed=seed)
                 if found:
                     measures[part, metric] = found
         if "merged" in drift and other in drift and other != "base":

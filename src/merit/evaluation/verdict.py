@@ -1,4 +1,4 @@
-"""The verdict: what was learned and what was kept, side by side, in a few plain sentences. Pure: a summary in, text out.
+"""The verdict: learned, kept and unseen, side by side, in a few plain sentences. Pure: a summary in, text out.
 
 The first sentence says what to use and how certain that is. "Better" and "worse" are used only where the comparison's
 measures, corrected for their number, allow it: a false call in at most 5 % of comparisons. It never ranks by one column: a
@@ -39,6 +39,14 @@ _NO_KEPT = (
     "Kept: not measured; give evaluate.kept_folder (what the base could already do). Drift from the base needs prompts, "
     "which it takes from test or kept rows: evaluate.drift.prompts of them, above 0."
 )
+_NO_UNSEEN = "Unseen: not measured; give evaluate.unseen_folder (tasks that nobody trains on)."
+_DID: dict[Part, str] = {"mixture": "learned more", "kept": "kept more", "unseen": "did better on unseen tasks"}
+_DID_OF: dict[Part, str] = {**_DID, "mixture": "learned more of the mixture", "kept": "kept more of the base"}
+_WHERE: dict[Part, str] = {
+    "mixture": "in what was learned",
+    "kept": "in what was kept",
+    "unseen": "on unseen tasks",
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ class Verdict:
 
 
 def judge(summary: Summary) -> Verdict:
-    """What was learned, what was kept, how to read both together, and how certain that is."""
+    """What was learned, kept, and carried over to unseen tasks, how to read them together, and how certain that is."""
     found = comparisons(summary)
     advised = recommend(found)
     return Verdict(advised, found, tuple(_sentences(summary, found, advised)))
@@ -77,9 +85,9 @@ def _sentences(summary: Summary, found: Sequence[Comparison], advised: Recommend
     if summary.missing:
         absent = "; ".join(f"{name} ({why})" for name, why in summary.missing.items())
         opening.insert(0, f"Not measured: {absent}.")
-    if not any(item.mixture or item.kept or item.drift for item in averages.values()):
+    if not any(item.mixture or item.kept or item.unseen or item.drift for item in averages.values()):
         nothing = "Nothing was measured, so nothing can be said about what was learned or kept."
-        return [*opening, nothing, _NO_LEARNED, _NO_KEPT]
+        return [*opening, nothing, _NO_LEARNED, _NO_KEPT, _NO_UNSEEN]
     if "merged" not in averages:
         return ["No merged model was measured, so nothing is compared.", *opening]
     base = next((item for item in found if item.other == "base"), Comparison("base", ()))
@@ -89,6 +97,7 @@ def _sentences(summary: Summary, found: Sequence[Comparison], advised: Recommend
         *opening,
         _learned(averages, base),
         _kept(averages, base, ["base", *(item.other for item in baselines), "merged"]),
+        _unseen(averages, base, ["base", *(item.other for item in baselines), "merged"]),
         _both_columns(averages),
         *(_against(item, summary.method) for item in baselines),
         _caution(summary),
@@ -108,14 +117,14 @@ def _advice(advised: Recommendation) -> str:
     other = _NAMES.get(item.other, item.other)
     better, worse = ("merged", item.other) if advised.use == "merged" else (item.other, "merged")
     better, worse = _NAMES.get(better, better), _NAMES.get(worse, worse)
-    kept_more, learned_more = ("the merged model", other) if item.kept is Side.MORE else (other, "the merged model")
     did = f"Use {better}: it {_did(item, worse)}"
     words = {
         Advice.NOTHING_LEARNED: "Use the base: there is no clear sign that the merged model learned this mixture",
         Advice.BETTER: did,
-        Advice.ONE_COLUMN: f"{did}; the other column was not measured on enough data",
+        Advice.ONE_COLUMN: f"{did}; {_uncompared(item)} on enough data",
         Advice.TRADE: (
-            f"A trade-off, no clear winner: {kept_more} keeps more of the base, {learned_more} learned more of the mixture"
+            f"A trade-off, no clear winner: the merged model {_columns(item, Side.MORE)}, "
+            f"{other} {_columns(item, Side.LESS)}"
         ),
         Advice.EQUAL: f"Use either the merged model or {other}: there is no clear difference between them",
         Advice.MIXED: f"No recommendation: the measures disagree on whether the merged model or {other} did better",
@@ -127,10 +136,25 @@ def _advice(advised: Recommendation) -> str:
 
 def _did(item: Comparison, worse: str) -> str:
     """What the better model of a comparison did."""
-    columns = (("learned", item.learned), ("kept", item.kept))
-    more = " and ".join(f"{word} more" for word, side in columns if side in (Side.MORE, Side.LESS))
-    same = "".join(f", with no clear difference in what was {word}" for word, side in columns if side is Side.SAME)
-    return f"{more} than {worse}{same}"
+    more = _joined([_DID[part] for part, side in item.columns.items() if side in (Side.MORE, Side.LESS)])
+    same = [_WHERE[part] for part, side in item.columns.items() if side is Side.SAME]
+    return f"{more} than {worse}{', with no clear difference ' + _joined(same, 'or') if same else ''}"
+
+
+def _columns(item: Comparison, wanted: Side) -> str:
+    """What the merged model did better (more) or the other did better (less)."""
+    return _joined([_DID_OF[part] for part, side in item.columns.items() if side is wanted])
+
+
+def _uncompared(item: Comparison) -> str:
+    parts = [
+        "what was " + word for word, side in (("learned", item.learned), ("kept", item.kept)) if side is Side.UNKNOWN
+    ]
+    return f"{_joined(parts)} was not measured"
+
+
+def _joined(words: Sequence[str], last: str = "and") -> str:
+    return f" {last} ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
 def _learned(averages: Mapping[str, Averages], base: Comparison) -> str:
@@ -169,15 +193,30 @@ def _kept(averages: Mapping[str, Averages], base: Comparison, shown: Sequence[st
     return text + (f" Differences from the base: {_outcomes(items)}." if items else "")
 
 
+def _unseen(averages: Mapping[str, Averages], base: Comparison, shown: Sequence[str]) -> str:
+    found = {name: averages[name].unseen for name in shown}
+    ours = found["merged"]
+    if ours is None:
+        return _NO_UNSEEN
+    figures = [f"loss {_list({name: item.loss if item else None for name, item in found.items()}, 3)}"]
+    if ours.exact_match is not None:
+        figures.append(
+            f"exact match {_list({name: item.exact_match if item else None for name, item in found.items()}, 3)}"
+        )
+    text = f"Unseen ({_count(ours)}, nobody trains on them): {'; '.join(figures)}."
+    items = base.of("unseen")
+    return text + (f" Differences from the base: {_outcomes(items)}." if items else "")
+
+
 def _both_columns(averages: Mapping[str, Averages]) -> str:
     merged = averages["merged"]
     both = bool(merged.mixture and (merged.kept or merged.drift))
-    text = "Read both together: " if both else "Only one of the two columns was measured, and one alone misleads: "
+    text = "Read them together: " if both else "Learned or kept was not measured, and one alone misleads: "
     text += (
         "a merged model commonly has a higher loss on the training mixture than joint training and still does better "
         "elsewhere (Choi and Kim 2026), while the base itself keeps everything and learns nothing"
     )
-    text += "; neither column decides alone." if both else "."
+    text += "; no column decides alone." if both else "."
     joint, ours = averages["joint"].mixture if "joint" in averages else None, merged.mixture
     if joint and ours and joint.loss != ours.loss:
         gap = ours.loss - joint.loss
@@ -187,8 +226,8 @@ def _both_columns(averages: Mapping[str, Averages]) -> str:
 
 
 def _against(item: Comparison, method: str) -> str:
-    """One comparison: the conclusion, then the differences in both columns."""
-    parts: tuple[tuple[str, Part], ...] = (("learned", "mixture"), ("kept", "kept"))
+    """One comparison: the conclusion, then the differences in every column."""
+    parts: tuple[tuple[str, Part], ...] = (("learned", "mixture"), ("kept", "kept"), ("unseen", "unseen"))
     figures = "; ".join(f"{word}: {_outcomes(item.of(part))}" for word, part in parts if item.of(part))
     other = _NAMES.get(item.other, item.other)
     title = f"{other} ({item.remark})" if item.remark else other
@@ -202,10 +241,10 @@ def _against(item: Comparison, method: str) -> str:
 
 
 def _call(item: Comparison, other: str, method: str) -> str:
-    learned, kept = item.learned, item.kept
+    learned, kept, unseen = item.learned, item.kept, item.unseen
     if Side.UNKNOWN in (learned, kept) and not {learned, kept} & {Side.MORE, Side.LESS, Side.MIXED}:
-        return "too little was measured in one of the two columns to call a difference."
-    no_reason = "this run gives no reason to prefer the merged model."
+        return "too little was measured to call a difference in what was learned and kept." + _on_unseen(unseen, other)
+    no_reason = "" if unseen is Side.MORE else ": this run gives no reason to prefer the merged model"
     more, same, less = Side.MORE, Side.SAME, Side.LESS
     calls = {
         (more, more): "the merged model did better on both: it learned more and kept more.",
@@ -214,9 +253,9 @@ def _call(item: Comparison, other: str, method: str) -> str:
         (less, more): "a trade-off: the merged model learned less of the mixture and kept more of the base.",
         (more, less): "a trade-off: the merged model learned more of the mixture and kept less of the base.",
         (same, same): "no clear difference, either in what was learned or in what was kept.",
-        (less, same): f"{other} learned more, with no clear difference in what was kept: {no_reason}",
-        (same, less): f"{other} kept more, with no clear difference in what was learned: {no_reason}",
-        (less, less): f"{other} did better on both, it learned more and kept more: {no_reason}",
+        (less, same): f"{other} learned more, with no clear difference in what was kept{no_reason}.",
+        (same, less): f"{other} kept more, with no clear difference in what was learned{no_reason}.",
+        (less, less): f"{other} did better on both, it learned more and kept more{no_reason}.",
     }
     undecided = f"{_words(learned, 'learned')}, and {_words(kept, 'kept')}; this is no verdict for either."
     text = calls.get((learned, kept), undecided)
@@ -224,12 +263,24 @@ def _call(item: Comparison, other: str, method: str) -> str:
         sets = {entry.outcome for entry in item.of("kept") if entry.metric != "drift"}
         said = "show no clear difference" if "unclear" in sets else "are too few to compare"
         text += " What was kept is judged by drift alone" + (f"; the kept sets {said}." if sets else ".")
-    if item.budgets is None and item.other == "random" and method in _BY_CONFLICT and {learned, kept} <= {same, less}:
+    text += _on_unseen(unseen, other)
+    no_benefit = {learned, kept} <= {same, less} and unseen in (same, less, Side.UNKNOWN)
+    if item.budgets is None and item.other == "random" and method in _BY_CONFLICT and no_benefit:
         text += (
             " So splitting by conflict gave this run no benefit over a random split; conclusions about the methods need at "
             f"least {MIN_SEEDS} seeds."
         )
     return text
+
+
+def _on_unseen(side: Side, other: str) -> str:
+    return {
+        Side.MORE: " On unseen tasks the merged model did better.",
+        Side.LESS: f" On unseen tasks {other} did better.",
+        Side.SAME: " On unseen tasks there is no clear difference.",
+        Side.MIXED: " On unseen tasks the measures disagree.",
+        Side.UNKNOWN: "",
+    }[side]
 
 
 def _words(side: Side, what: str) -> str:
@@ -274,6 +325,7 @@ def _caution(summary: Summary) -> str:
     names: dict[tuple[Part, Metric], str] = {
         ("mixture", "loss"): "mixture dataset",
         ("kept", "loss"): "kept dataset",
+        ("unseen", "loss"): "unseen task",
         ("kept", "drift"): "answer",
     }
     over = [counted(units[key], name) for key, name in names.items() if key in units]

@@ -8,7 +8,7 @@ import mmap
 from collections.abc import Iterator, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -20,7 +20,7 @@ from merit.mixture.chat import BadRow, Chat
 from merit.mixture.images import look_at_images, usable
 from merit.mixture.part import IMAGE_NAME, FileFacts, Part
 from merit.mixture.reading import kind_of
-from merit.mixture.sources import Source, find_kept, find_sources
+from merit.mixture.sources import Role, Source, find_kept, find_sources, find_unseen
 from merit.recipe.schema import EvaluateSettings, MixtureSettings
 
 _LARGE = 256 * 10**6
@@ -35,7 +35,7 @@ class SourceSummary:
     path: str
     test: str | None
     format: str
-    kept: bool = False
+    role: Role = "mixture"
     first_image: str | None = None
     """Place of the first row with an image, among those looked at."""
 
@@ -47,14 +47,21 @@ class Found:
     Attributes:
         settings: The ``mixture`` block.
         sources: Its datasets, in order.
-        kept: Datasets that only evaluation reads.
+        kept: Datasets that only evaluation reads, since the base can do them already.
+        unseen: Datasets that only evaluation reads, since nobody trains on them.
         files: What is known of files that were read while the datasets were found.
     """
 
     settings: MixtureSettings
     sources: tuple[Source, ...]
     kept: tuple[Source, ...] = ()
+    unseen: tuple[Source, ...] = ()
     files: dict[Path, FileFacts] = field(default_factory=dict)
+
+    @property
+    def everything(self) -> tuple[Source, ...]:
+        """The mixture's datasets, then those that only evaluation reads."""
+        return (*self.sources, *self.kept, *self.unseen)
 
     def check(self, rows: int | None = 8) -> list[SourceSummary]:
         """Check, without a model, that every dataset has a known format and that its first rows can be used.
@@ -66,7 +73,7 @@ class Found:
             MixtureError: What is wrong with the first dataset that cannot be used.
         """
         summaries = []
-        for source in [*self.sources, *self.kept]:
+        for source in self.everything:
             formats, first_image = [], None
             for part in source.parts:
                 formats.append(source.format_of(part))
@@ -79,12 +86,11 @@ class Found:
                         refuse_if_fatal(self.settings, source.name, place, bad)
             test = source.test.where if source.test else None
             where = source.train.where if source.train else test or ""
-            kept = source.train is None
-            summaries.append(SourceSummary(source.name, where, test, formats[0], kept, first_image))
+            summaries.append(SourceSummary(source.name, where, test, formats[0], source.role, first_image))
         return summaries
 
     def fingerprints(self, memo: MutableMapping[str, str] | None = None) -> dict[str, str]:
-        """SHA-256 (hex) of every dataset's source files, kept sets included; the place of data files plays no part.
+        """SHA-256 (hex) of every dataset's source files, kept and unseen sets included; the place of files plays no part.
 
         Data files count by their bytes. Of the image files that their rows name, name and size count: a look at every
         file's entry costs seconds where reading a hundred gigabytes would cost an hour, and, unlike a modification time,
@@ -99,9 +105,11 @@ class Found:
         """
         memo = {} if memo is None else memo
         found = {}
-        for source in [*self.sources, *self.kept]:
+        for source in self.everything:
             parts = {"train": source.train, "test": source.test}
             content = {split: self._content(part, source, memo) for split, part in parts.items() if part is not None}
+            if source.role == "unseen":
+                content = {"unseen": content}
             found[source.name] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         return found
 
@@ -170,13 +178,16 @@ def find_datasets(mixture: MixtureSettings | str | Path, evaluate: EvaluateSetti
     files: dict[Path, FileFacts] = {}
     sources = find_sources(settings, files)
     kept = [] if evaluate is None else find_kept(evaluate, files)
-    shared = sorted({source.name for source in sources} & {source.name for source in kept})
-    if shared:
-        raise MixtureError(
-            f"evaluate.kept and the mixture both have a dataset named {', '.join(shared)}.",
-            "Rename one: results are listed by name.",
-        )
-    return Found(settings, tuple(sources), tuple(kept), files)
+    unseen = [] if evaluate is None else find_unseen(evaluate)
+    named = {"the mixture": sources, "evaluate.kept": kept, "evaluate.unseen_folder": unseen}
+    for (one, ones), (other, others) in combinations(named.items(), 2):
+        shared = sorted({source.name for source in ones} & {source.name for source in others})
+        if shared:
+            raise MixtureError(
+                f"{other} and {one} both have a dataset named {', '.join(shared)}.",
+                "Rename one: results are listed by name.",
+            )
+    return Found(settings, tuple(sources), tuple(kept), tuple(unseen), files)
 
 
 def refuse_if_fatal(settings: MixtureSettings, name: str, place: str, bad: BadRow) -> None:

@@ -68,7 +68,7 @@ class ImageReport:
     """What :func:`check_images` found.
 
     Attributes:
-        datasets: One entry per dataset, kept sets last.
+        datasets: One entry per dataset, kept and unseen sets last.
         bad: Every row that cannot be used for its images, one entry per bad image.
         fatal: The recipe stops at such rows (``mixture.images.bad: error``), and there are some.
     """
@@ -87,7 +87,7 @@ class ImageReport:
 
 
 def check_images(found: Found, progress: Progress = silent, sight: ImageInputs | None = None) -> ImageReport:
-    """Decode every image of every dataset and kept set.
+    """Decode every image of every dataset, kept and unseen sets included.
 
     Args:
         found: The datasets.
@@ -98,7 +98,7 @@ def check_images(found: Found, progress: Progress = silent, sight: ImageInputs |
     Raises:
         MixtureError: A dataset's files cannot be read.
     """
-    everything = [*found.sources, *found.kept]
+    everything = found.everything
     total = sum(part.count() for source in everything for part in source.parts) if progress is not silent else 0
     datasets: list[DatasetImages] = []
     bad: list[BadEntry] = []

@@ -3,16 +3,16 @@
 ::
 
     datasets.json               one entry per dataset, in recipe order
-    kept.json                   the same for sets that only evaluation reads
+    kept.json, unseen.json      the same for sets that only evaluation reads; unseen.json only if there are any
     encoding.json               template, longest row, datasets left out
-    train|test|kept/NAME.parquet, images/SPLIT/NAME.bin
+    train|test|kept|unseen/NAME.parquet, images/SPLIT/NAME.bin
 """
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,10 +20,12 @@ from typing import Literal
 
 from merit.files import read_as, write_json
 from merit.mixture.dataset import Datasets, EncodedDataset
+from merit.mixture.sources import Role
 
-Split = Literal["train", "test", "kept"]
-FILES = ("datasets.json", "images", "train", "test", "kept", "kept.json", "encoding.json")
+Split = Literal["train", "test", "kept", "unseen"]
+FILES = ("datasets.json", "images", "train", "test", "kept", "kept.json", "unseen", "unseen.json", "encoding.json")
 """What the stage writes; the first is removed first and written last."""
+_COUNTS: dict[Role, str] = {"mixture": "datasets.json", "kept": "kept.json", "unseen": "unseen.json"}
 
 
 @dataclass
@@ -32,7 +34,7 @@ class DatasetCounts:
 
     Attributes:
         name: Dataset name.
-        rows: Training rows of an epoch, repeated ones counted as often (0 for kept sets).
+        rows: Training rows of an epoch, repeated ones counted as often (0 for sets that only evaluation reads).
         rows_distinct: Of these, different rows of the source.
         rows_dropped: Rows looked at and left out, by reason.
         tokens: Tokens of the training rows.
@@ -187,8 +189,13 @@ class Mixture:
 
     @cached_property
     def kept(self) -> Datasets:
-        """Rows of the sets that only evaluation reads."""
+        """Rows of what the base could already do; only evaluation reads them."""
         return load_split(self.folder, "kept")
+
+    @cached_property
+    def unseen(self) -> Datasets:
+        """Rows of the tasks that nobody trains on."""
+        return load_split(self.folder, "unseen")
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -242,30 +249,31 @@ class Mixture:
         return self.encoding.left_out
 
 
-def write_facts(
-    folder: Path, counts: Sequence[DatasetCounts], kept: Sequence[DatasetCounts], encoding: Encoding
-) -> None:
-    """Write the three JSON files."""
-    write_json(folder / "kept.json", [asdict(item) for item in kept])
+def write_facts(folder: Path, counts: Mapping[Role, Sequence[DatasetCounts]], encoding: Encoding) -> None:
+    """Write the JSON files."""
+    for role, items in counts.items():
+        if role == "kept" or (role == "unseen" and items):
+            write_json(folder / _COUNTS[role], [asdict(item) for item in items])
     write_json(folder / "encoding.json", asdict(encoding))
-    write_json(folder / "datasets.json", [asdict(item) for item in counts])
+    write_json(folder / _COUNTS["mixture"], [asdict(item) for item in counts["mixture"]])
 
 
-def read_counts(folder: Path, which: Literal["mixture", "kept"] = "mixture") -> list[DatasetCounts]:
-    """The entries of ``datasets.json`` or ``kept.json``.
+def read_counts(folder: Path, which: Role = "mixture") -> list[DatasetCounts]:
+    """The entries of ``datasets.json``, ``kept.json`` or ``unseen.json``; none of the last if there is no such file.
 
     Raises:
         RunFolderError: The file is missing or damaged.
     """
-    return read_as(folder / ("kept.json" if which == "kept" else "datasets.json"), list[DatasetCounts])
+    file = folder / _COUNTS[which]
+    return [] if which == "unseen" and not file.exists() else read_as(file, list[DatasetCounts])
 
 
 def load_split(folder: Path, split: Split) -> Datasets:
-    """Open the encoded datasets of one split, in the order of ``datasets.json`` (``kept.json``); none is read yet.
+    """Open the encoded datasets of one split, in the order of its JSON file; none is read yet.
 
     Raises:
         MeritError: The folder is not what the stage writes.
     """
-    entries = read_counts(folder, "kept" if split == "kept" else "mixture")
+    entries = read_counts(folder, "mixture" if split == "train" or split == "test" else split)
     names = [item.name for item in entries if (item.rows if split == "train" else item.test_rows)]
     return Datasets({name: EncodedDataset.load(folder / split / f"{name}.parquet") for name in names})

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import overload
+from typing import Literal, overload
 
 from merit.errors import MixtureError, nearest
 from merit.mixture.formats import RowFormat, describe_formats, recognise
@@ -18,6 +18,9 @@ from merit.mixture.images import ImageFile, ImageFolder
 from merit.mixture.part import FileFacts, Part, cut_by_column
 from merit.mixture.reading import SUFFIXES, hub_caches, kind_of
 from merit.recipe.schema import Column, DataFormat, DatasetSettings, EvaluateSettings, ImageSettings, MixtureSettings
+
+Role = Literal["mixture", "kept", "unseen"]
+"""What a dataset is for: training; or evaluation alone, since the base can do it already, or since nobody trains on it."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,119}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -29,13 +32,14 @@ class Source:
 
     Attributes:
         name: Dataset name.
-        train: Training rows; None for a kept set.
+        train: Training rows; None for a set that only evaluation reads.
         test: Held-out rows, if any.
         row_format: The recipe's format, possibly ``auto``.
         samples: Sample budget (rows).
         tokens: Token budget (target tokens).
         images: Folder that image paths start from; None: that of the data file.
         repeat: How often each row within the budget is trained per epoch.
+        role: What it is for.
     """
 
     name: str
@@ -46,6 +50,7 @@ class Source:
     tokens: int | None = None
     images: str | None = None
     repeat: float = 1.0
+    role: Role = "mixture"
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -127,14 +132,21 @@ def find_sources(mixture: MixtureSettings, known: dict[Path, FileFacts]) -> list
 def find_kept(evaluate: EvaluateSettings, known: dict[Path, FileFacts]) -> list[Source]:
     """The datasets that only evaluation reads: what the base is already good at. Their rows are the ``test`` part."""
     sources = [
-        replace(source, train=None, test=source.test or source.train)
+        replace(source, train=None, test=source.test or source.train, role="kept")
         for item in evaluate.kept
         for source in _listed(item, "evaluate.kept", known)
     ]
     if evaluate.kept_folder is not None:
-        sources += _from_folder(Path(evaluate.kept_folder), "auto", "evaluate.kept_folder", kept=True)
+        sources += _from_folder(Path(evaluate.kept_folder), "auto", "evaluate.kept_folder", role="kept")
     _refuse_twins([source.name for source in sources])
     return sources
+
+
+def find_unseen(evaluate: EvaluateSettings) -> list[Source]:
+    """The tasks that nobody trains on. Their rows are the ``test`` part."""
+    if evaluate.unseen_folder is None:
+        return []
+    return _from_folder(Path(evaluate.unseen_folder), "auto", "evaluate.unseen_folder", role="unseen")
 
 
 # -- finding ----------------------------------------------------------------------------------------------------------
@@ -192,14 +204,14 @@ def _from_folder(
     key: str,
     include: list[str] | None = None,
     exclude: list[str] | None = None,
-    kept: bool = False,
+    role: Role = "mixture",
 ) -> list[Source]:
     if not folder.is_dir():
         raise MixtureError(
             f"{key}: {folder} is not a folder.{_nearby(folder)}",
             f"If it was moved (or the run folder was copied to another machine): --set {key}=DIR",
         )
-    sources = []
+    sources, trained = [], role == "mixture"
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     for name in names:
         if include is not None and not _wanted(name, include, exclude or []):
@@ -209,8 +221,8 @@ def _from_folder(
             raise MixtureError(
                 f"{key}: the sub-folder {name!r} cannot be a dataset name. A name holds the letters A-Z and a-z, the digits "
                 "0-9 and . _ + - only, at most 120 of them, and begins with a letter or digit.",
-                "Rename it, or move it out of the folder and list it under evaluate.kept with a name of its own."
-                if kept
+                "Rename it, or move it out of the folder."
+                if not trained
                 else f"Rename it; or list every dataset under mixture.datasets, this one as {{name: my-name, path: "
                 f"{folder / name}}}; or leave it out with mixture.exclude.",
             )
@@ -219,18 +231,19 @@ def _from_folder(
         for stem in ("train", "test"):
             files = tuple(_confined(file, folder) for file in _stem_files(sub, stem))
             parts[stem] = Part(str(files[0] if len(files) == 1 else sub), files, folder=sub) if files else None
-        needed = "test" if kept else "train"
-        if kept and parts["test"] is None:
+        needed = "train" if trained else "test"
+        if not trained and parts["test"] is None:
             parts["test"] = parts["train"]
         if parts[needed] is None:
             raise MixtureError(
                 f"{key}: {sub} has no {needed}.jsonl (nor {', '.join(SUFFIXES[1:])}).{_inside(sub)}",
-                "Add the file, or leave the sub-folder out" + ("." if kept else " with mixture.exclude."),
+                "Add the file, or leave the sub-folder out" + (" with mixture.exclude." if trained else "."),
             )
-        sources.append(Source(name, None if kept else parts["train"], parts["test"], row_format))
+        sources.append(Source(name, parts["train"] if trained else None, parts["test"], row_format, role=role))
     if not sources:
         raise MixtureError(
-            f"{key}: {folder} has no sub-folder; expected one per dataset, each with train.jsonl.{_inside(folder)}"
+            f"{key}: {folder} has no sub-folder; expected one per dataset, each with "
+            f"{'train' if trained else 'test'}.jsonl.{_inside(folder)}"
         )
     return sources
 

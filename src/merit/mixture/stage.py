@@ -33,7 +33,7 @@ from merit.mixture.keys import MATTERS
 from merit.mixture.mixing import repeated, shares
 from merit.mixture.part import Part
 from merit.mixture.result import FILES, DatasetCounts, Encoding, LeftOut, Mixture, load_split, write_facts
-from merit.mixture.sources import Source
+from merit.mixture.sources import Role, Source
 from merit.progress import Progress, silent
 
 __all__ = ["encode_mixture", "load_split"]
@@ -70,18 +70,18 @@ def encode_mixture(
         folder = Path(keeper.name)
     stage = _Stage(found, base, max_length, seed)
     counts: list[DatasetCounts] = []
-    kept_counts: list[DatasetCounts] = []
+    only_evaluated: dict[Role, list[DatasetCounts]] = {"kept": [], "unseen": []}
     left_out: list[LeftOut] = []
     unfinished = folder / ".unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    everything = [*found.sources, *found.kept]
+    everything = found.everything
     try:
         for number, source in enumerate(everything):
             progress(number, len(everything), source.name)
             stage.tick = partial(_share, progress, number, len(everything), source.name)
             if source.train is None:
-                kept_counts.append(stage.kept_set(source, unfinished))
+                only_evaluated[source.role].append(stage.evaluation_set(source, unfinished))
             elif isinstance(entry := stage.dataset(source, unfinished), DatasetCounts):
                 counts.append(entry)
             else:
@@ -93,7 +93,7 @@ def encode_mixture(
             )
         for place, rows in shares(found, counts).items():
             stage.share(counts[place], rows, unfinished)
-        write_facts(unfinished, counts, kept_counts, stage.encoding(left_out))
+        write_facts(unfinished, {"mixture": counts, **only_evaluated}, stage.encoding(left_out))
         for name in FILES:
             _remove(folder / name)
         for name in reversed(FILES):
@@ -195,16 +195,16 @@ class _Stage:
         counts.answer_tokens = quantiles(encoded.target_counts)
         counts.fingerprint = encoded.fingerprint
 
-    def kept_set(self, source: Source, folder: Path) -> DatasetCounts:
-        """Encode and write one kept set."""
+    def evaluation_set(self, source: Source, folder: Path) -> DatasetCounts:
+        """Encode and write one set that only evaluation reads."""
         assert source.test is not None
         counts = DatasetCounts(
             source.name, path=source.test.where, budget={"samples": source.samples, "tokens": source.tokens}
         )
-        self._test(source, source.test, counts, folder / "kept", set())
+        self._test(source, source.test, counts, folder / source.role, set())
         if not counts.test_rows:
             raise MixtureError(
-                f"Kept set {source.name}: no row of {source.test.where} has a target left "
+                f"{source.role.capitalize()} set {source.name}: no row of {source.test.where} has a target left "
                 f"({listing(counts.test_rows_dropped)})."
             )
         return counts

@@ -307,7 +307,11 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
             "mixture": datasets(recipe.mixture),
             "conflict": recipe.conflict.model_copy(update={"cache": here(recipe.conflict.cache)}),
             "evaluate": evaluate.model_copy(
-                update={"kept_folder": here(evaluate.kept_folder), "kept": [dataset(item) for item in evaluate.kept]}
+                update={
+                    "kept_folder": here(evaluate.kept_folder),
+                    "kept": [dataset(item) for item in evaluate.kept],
+                    "unseen_folder": here(evaluate.unseen_folder),
+                }
             ),
         }
     )

@@ -131,6 +131,8 @@ class EvaluateSettings(Settings):
     """Datasets that the base is already good at and that are not trained on: they measure what was kept of the base."""
     kept_folder: str | None = None
     """The same as a folder with one sub-folder per dataset (test.jsonl)."""
+    unseen_folder: str | None = None
+    """The same form: tasks that nobody trains on and that the base was not drilled in; they measure what carries over."""
     drift: DriftSettings = DriftSettings()
     """Divergence from the base on the base's own answers; needs no data."""
     suites: list[str] = []

@@ -31,17 +31,19 @@ def _match(average: Average | None) -> float | None:
 
 
 _COLUMNS: tuple[tuple[str, Callable[[Averages], float | None], str], ...] = (
-    ("mixture loss ↓", lambda a: _loss(a.mixture), "{:.3f}"),
-    ("mixture exact match ↑", lambda a: _match(a.mixture), "{:.3f}"),
+    ("learned loss ↓", lambda a: _loss(a.mixture), "{:.3f}"),
+    ("learned exact match ↑", lambda a: _match(a.mixture), "{:.3f}"),
     ("kept loss ↓", lambda a: _loss(a.kept), "{:.3f}"),
     ("kept exact match ↑", lambda a: _match(a.kept), "{:.3f}"),
+    ("unseen loss ↓", lambda a: _loss(a.unseen), "{:.3f}"),
+    ("unseen exact match ↑", lambda a: _match(a.unseen), "{:.3f}"),
     ("drift ↓", lambda a: None if a.drift is None else a.drift.kl, "{:.4f}"),
     ("target tokens", lambda a: a.trained_target_tokens, "{:,}"),
 )
 
 
 def overview(summary: Summary) -> Table:
-    """Models × what was learned, what was kept, training tokens; columns that no model has are left out."""
+    """Models × learned, kept, unseen, training tokens; columns that no model has are left out."""
     averages = summary.macro
     columns = [c for c in _COLUMNS if any(c[1](averages[name]) is not None for name in summary.models)]
     rows = [[name, *(_cell(value(averages[name]), form) for _, value, form in columns)] for name in summary.models]
@@ -79,7 +81,8 @@ def markdown(evaluation: Evaluation) -> str:
         lines += ["", note]
     lines += ["", "## Verdict", "", *(f"- {sentence}" for sentence in evaluation.verdict.sentences)]
     lines += _section("Mixture by answer length", _lengths(summary))
-    for title, figures in (("Mixture", evaluation.results), ("Kept", evaluation.kept)):
+    parts = {"Mixture": evaluation.results, "Kept": evaluation.kept, "Unseen": evaluation.unseen}
+    for title, figures in parts.items():
         lines += _section(f"{title}: loss ↓ (nats per target token)", dataset_table(figures, models, "loss"))
         lines += _section(f"{title}: exact match ↑", dataset_table(figures, models, "exact_match"))
     return "\n".join(lines) + "\n"
@@ -89,6 +92,9 @@ def legend(summary: Summary) -> list[str]:
     """The notes under the overview: what its columns mean, then remarks on models."""
     titles = " ".join(overview(summary)[0])
     shown = [
+        ("learned", "Learned: the mixture's test rows."),
+        ("kept", "Kept: what the base could already do."),
+        ("unseen", "Unseen: tasks that nobody trains on."),
         ("loss", "Loss: nats per target token, mean over datasets (macro)."),
         ("exact match", "Exact match: share of rows, mean over datasets (macro)."),
         ("drift", "Drift: mean KL(base‖model) in nats per token on the base's own sampled answers."),

@@ -6,7 +6,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from merit.progress import size
-from merit.run.check import UNSEEN, Plan
+from merit.run.check import NOT_CHECKED, Plan
 from merit.run.needs import branch_count, items
 
 
@@ -23,9 +23,11 @@ def render(plan: Plan) -> list[RenderableType]:
     formats = sorted({item.format for item in plan.datasets})
     tested = sum(item.test is not None for item in plan.datasets)
     what = f"{len(plan.datasets)} datasets ({', '.join(formats)}), {tested} with held-out rows"
-    table.add_row("mixture", what if plan.datasets else UNSEEN)
+    table.add_row("mixture", what if plan.datasets else NOT_CHECKED)
     if plan.kept:
         table.add_row("kept", f"{len(plan.kept)} datasets for measuring what is kept of the base, not trained on")
+    if plan.unseen:
+        table.add_row("unseen", f"{len(plan.unseen)} tasks for measuring what carries over, not trained on")
     conflict = recipe.conflict
     table.add_row("gradients", f"{conflict.examples} examples per dataset, {conflict.representation}")
     table.add_row("split", f"{recipe.split.method}: {recipe.group_count} groups, balanced by {recipe.split.balance}")

@@ -37,7 +37,7 @@ def result_facts(run: Path, recipe: Recipe) -> dict[str, Any]:
     """The status, and the evaluation's results, as JSON values."""
     result = run_status(run, recipe).facts()
     if Stage("evaluation", run / "evaluation").begun:
-        for name in ("results", "kept", "drift", "summary"):
+        for name in ("results", "kept", "unseen", "drift", "summary"):
             file = run / "evaluation" / f"{name}.json"
             if file.is_file():
                 result[name] = read_json(file)

@@ -33,7 +33,7 @@ from merit.run.status import run_status
 from merit.run.store import is_run_folder
 from merit.train.requirements import check_requirements
 
-UNSEEN = "not checked"
+NOT_CHECKED = "not checked"
 """Format of a dataset that an offline check did not find on this machine."""
 
 
@@ -54,7 +54,8 @@ class Plan:
         recipe: The recipe.
         run: The run folder.
         datasets: Datasets of the mixture, in order.
-        kept: Datasets that only evaluation reads.
+        kept: Datasets that only evaluation reads: what the base can do.
+        unseen: Datasets that only evaluation reads: tasks that nobody trains on.
         base: Facts about the base; None if it was not checked (offline).
         weights: Its size, counted or published; None when neither is known.
         steps: Optimizer steps of joint training, if every dataset has a row budget; else None.
@@ -69,6 +70,7 @@ class Plan:
     run: Path
     datasets: tuple[SourceSummary, ...]
     kept: tuple[SourceSummary, ...]
+    unseen: tuple[SourceSummary, ...]
     base: BaseFacts | None
     weights: Weights | None
     steps: int | None
@@ -95,6 +97,7 @@ class Plan:
                 for item in self.datasets
             ],
             "kept": [item.name for item in self.kept],
+            "unseen": [item.name for item in self.unseen],
             "split": {"method": recipe.split.method, "groups": recipe.group_count},
             "baselines": recipe.baselines,
             "branches": branch_count(recipe),
@@ -124,8 +127,9 @@ def make_plan(session: Session, *, offline: bool = False) -> Plan:
     if is_run_folder(run):
         run_status(run, recipe)  # a run of another version is refused here
     summaries = _sources(recipe, offline=True) if offline else session.found.check()
-    datasets = tuple(item for item in summaries if not item.kept)
-    kept = tuple(item for item in summaries if item.kept)
+    datasets = tuple(item for item in summaries if item.role == "mixture")
+    kept = tuple(item for item in summaries if item.role == "kept")
+    unseen = tuple(item for item in summaries if item.role == "unseen")
     _check_settings(recipe, len(datasets), offline=offline)
     opened = session.base if session.base_stands and not offline else None
     base, sizes = _base_facts(session, opened, offline=offline)
@@ -148,7 +152,7 @@ def make_plan(session: Session, *, offline: bool = False) -> Plan:
         ways_out = "Free space, use another disk (--output DIR), or train fewer branches (split.axes, baselines)."
         require_space(run, disk, "the run's files", ways_out)
     steps = _stated_steps(recipe)
-    return Plan(recipe, run, datasets, kept, base, weights, steps, preparation, disk, memory, tuple(notes))
+    return Plan(recipe, run, datasets, kept, unseen, base, weights, steps, preparation, disk, memory, tuple(notes))
 
 
 def _refuse_placeholders(recipe: Recipe) -> None:
@@ -189,7 +193,7 @@ def _weights(recipe: Recipe, base: BaseFacts | None, sizes: Mapping[str, int]) -
 
 
 def _notes_on_tests(recipe: Recipe, datasets: Sequence[SourceSummary]) -> Iterator[str]:
-    without = [item.name for item in datasets if item.test is None and item.format != UNSEEN]
+    without = [item.name for item in datasets if item.test is None and item.format != NOT_CHECKED]
     if without and recipe.evaluate.heldout:
         yield f"{len(without)} of {len(datasets)} datasets have no held-out rows and are not scored: {_list(without)}."
 
@@ -209,9 +213,11 @@ def _notes_on_base(opened: Base | None, weights: Weights | None, *, looked_at: b
 
 
 def _notes_on_unseen(summaries: Sequence[SourceSummary], preparation: Sequence[StagePlan]) -> Iterator[str]:
-    unseen = [item.name for item in summaries if item.format == UNSEEN]
-    unseen += [f"{step.name}/{item.name}" for step in preparation for item in step.datasets if item.format == UNSEEN]
-    if unseen or not any(not item.kept for item in summaries):
+    unseen = [item.name for item in summaries if item.format == NOT_CHECKED]
+    unseen += [
+        f"{step.name}/{item.name}" for step in preparation for item in step.datasets if item.format == NOT_CHECKED
+    ]
+    if unseen or not any(item.role == "mixture" for item in summaries):
         what = f"{len(unseen)} datasets, {_list(unseen)}" if unseen else "the mixture"
         yield f"not on this machine, so not checked: {what}."
 
@@ -238,9 +244,11 @@ def _sources(recipe: Recipe, *, offline: bool) -> list[SourceSummary]:
         return find_datasets(recipe.mixture, recipe.evaluate).check()
     mixture, evaluate = recipe.mixture, recipe.evaluate
     listed = _meant(mixture)
-    unseen = [SourceSummary(item.name, item.path, item.test, UNSEEN) for item in listed if not _here(item)]
+    unseen = [SourceSummary(item.name, item.path, item.test, NOT_CHECKED) for item in listed if not _here(item)]
     away = [
-        SourceSummary(item.name, item.path, item.path, UNSEEN, kept=True) for item in evaluate.kept if not _here(item)
+        SourceSummary(item.name, item.path, item.path, NOT_CHECKED, role="kept")
+        for item in evaluate.kept
+        if not _here(item)
     ]
     if mixture.datasets is not None:
         if unseen:  # a pattern may mean datasets that are not here
@@ -252,12 +260,12 @@ def _sources(recipe: Recipe, *, offline: bool) -> list[SourceSummary]:
     if not mixture.datasets and (source is None or not Path(source).exists()):
         return [*unseen, *away]
     kept: dict[str, Any] = {"kept": [item for item in evaluate.kept if _here(item)]}
-    if evaluate.kept_folder is not None and not Path(evaluate.kept_folder).is_dir():
-        kept |= {"kept_folder": None}
+    folders = {name: getattr(evaluate, name) for name in ("kept_folder", "unseen_folder")}
+    kept |= {name: None for name, path in folders.items() if path is not None and not Path(path).is_dir()}
     evaluate = evaluate.model_copy(update=kept)
     found = find_datasets(mixture, evaluate).check()
     places = {item.name: place for place, item in enumerate(recipe.mixture.datasets or [])}
-    return sorted([*found, *unseen, *away], key=lambda item: (item.kept, places.get(item.name, 0)))
+    return sorted([*found, *unseen, *away], key=lambda item: (item.role != "mixture", places.get(item.name, 0)))
 
 
 def _here(item: DatasetSettings) -> bool:

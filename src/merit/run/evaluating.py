@@ -70,18 +70,18 @@ def evaluate_run(session: Session) -> Evaluation:
 
 
 def held_out_rows(mixture: Path) -> HeldOut:
-    """Test and kept rows of a run, compared with what the mixture stage wrote: an answer that changed is noticed.
+    """Test, kept and unseen rows of a run, compared with what the mixture stage wrote: an answer that changed is noticed.
 
     Raises:
         RunFolderError: A file is missing or has other content.
     """
     for name, facts in Stage("mixture", mixture).record().outputs.items():
         path = mixture / name
-        if name.startswith(("test/", "kept/")) and (not path.is_file() or Output.of(path) != facts):
+        if name.startswith(key.HELD_OUT) and (not path.is_file() or Output.of(path) != facts):
             raise damaged(
                 path, "its content is not what the mixture stage wrote" if path.is_file() else "it is missing"
             )
-    return HeldOut(load_split(mixture, "test"), load_split(mixture, "kept"))
+    return HeldOut(*(load_split(mixture, split) for split in ("test", "kept", "unseen")))
 
 
 def model_set(session: Session, models: Mapping[str, tuple[Path | None, str]], missing: Mapping[str, str]) -> ModelSet:

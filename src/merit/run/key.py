@@ -22,6 +22,10 @@ ROWS, SOURCE, BRANCH = "rows of ", "source of ", "branch "
 """Prefixes of the names of inputs of which there are several."""
 
 
+HELD_OUT = ("test/", "kept/", "unseen/")
+"""Prefixes of the mixture stage's files that hold rows of the evaluation."""
+
+
 def _without(block: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     return {key: value for key, value in block.items() if key not in keys}
 
@@ -143,9 +147,11 @@ def model_content(stage: Stage) -> str:
 
 def evaluation_stage(recipe: Recipe, run: Path, models: Mapping[str, str]) -> Stage:
     """Figures of every model in ``models`` (name → content) on held-out rows."""
-    evaluate = _without(recipe.evaluate.model_dump(mode="json"), "kept", "kept_folder", "batch_tokens", "suites")
+    evaluate = _without(
+        recipe.evaluate.model_dump(mode="json"), "kept", "kept_folder", "unseen_folder", "batch_tokens", "suites"
+    )
     outputs = Stage("mixture", run / "mixture").record().outputs
-    rows = {name: facts.xxh3 for name, facts in outputs.items() if name.startswith(("test/", "kept/"))}
+    rows = {name: facts.xxh3 for name, facts in outputs.items() if name.startswith(HELD_OUT)}
     settings = {"evaluate": evaluate, "model": {"dtype": recipe.model.dtype}, "seed": recipe.seed}
     return Stage("evaluation", run / "evaluation", settings, {**models, "held-out rows": fingerprint(rows)})
 

@@ -25,7 +25,7 @@ def build(data: RunData) -> Html:
         "verdict",
         "Verdict",
         paragraph(first, class_="verdict"),
-        table("overview", "All models: what was learned and what was kept", header, cells),
+        table("overview", "All models: learned, kept, unseen", header, cells),
         join([paragraph(note, class_="small") for note in evaluation.legend(summary)]),
         details("How sure is that?", notes(others), open_=True),
     )

@@ -1,0 +1,1 @@
+"""Whether the shipped demos begin at a merge-ready base."""
