@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: demo test test-all check lint types install install-dev clean
+.PHONY: demo test test-all check lint types docs install install-dev clean
 demo: $(VENV)/.installed
 	$(BIN)/merit demo
 
@@ -22,6 +22,10 @@ lint: $(VENV)/.installed-dev
 
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-dev
+	$(PIP) -c constraints.txt -e ".[docs]"
+	$(BIN)/python scripts/build_docs.py
 
 install: $(VENV)/.installed
 
