@@ -22,8 +22,8 @@ def recipe_page() -> str:
     lines = [
         "# Recipe reference",
         "",
-        "Written from the schema by `scripts/write_reference.py`; `merit schema` prints the same as JSON schema. Every key can "
-        "be set on the command line: `--set train.learning_rate=2e-5`. Unknown keys are refused with the nearest known one.",
+        "Written from the schema by `scripts/write_reference.py`; `merit schema` prints the same as JSON schema. Every key "
+        "can be set on the command line: `--set train.learning_rate=2e-5`. Unknown keys are refused with the nearest known one.",
         "",
     ]
     lines += _block("Top level", "", Recipe, set())

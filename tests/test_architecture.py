@@ -377,7 +377,7 @@ def test_public_names_are_pinned_and_load() -> None:
 
 def test_tests_mirror_the_package() -> None:
     """A folder of tests is a package's, a file at the top is a module's."""
-    packages = {package(module) for module in FILES} | {"e2e", "scripts", "benchmarks", "examples"}
+    packages = {package(module) for module in FILES} | {"e2e", "scripts", "benchmarks", "examples", "docs"}
     broken = {}
     for file in TESTS.rglob("test_*.py"):
         place = file.relative_to(TESTS)
