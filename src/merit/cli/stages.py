@@ -107,6 +107,12 @@ def train(
         list[str] | None,
         typer.Option("--branch", metavar="K", help="Train only this branch (random/K: a baseline's); may be repeated."),
     ] = None,
+    number: Annotated[
+        int | None,
+        typer.Option(
+            "--round", min=1, metavar="I", help="With --branch: in this round. Default: the one to be merged next."
+        ),
+    ] = None,
     output: Output = None,
     launch: Launch = None,
     jobs: Jobs = 1,
@@ -125,8 +131,10 @@ def train(
     from merit.run.status import run_status
     from merit.run.training import BranchId
 
+    if number is not None and not branch:
+        raise RecipeError("train: --round goes with --branch; without them all rounds are trained.")
     session = open_session(target, output, overrides, quiet=quiet, jobs=jobs, redo=redo, launch=launch)
-    train_alone(session, [BranchId.parse(text) for text in branch] if branch else None)
+    train_alone(session, [BranchId.parse(text, number) for text in branch] if branch else None)
     if as_json:
         print_json(run_status(session.run, session.recipe).facts())
 
@@ -157,6 +165,10 @@ def merge(
     allow_missing: Annotated[
         bool, typer.Option(help="Merge the branches that are trained, and note which are missing.")
     ] = False,
+    number: Annotated[
+        int | None,
+        typer.Option("--round", min=1, metavar="I", help="Merge round I of several, from which the next one starts."),
+    ] = None,
     base: Annotated[Path | None, typer.Option(help="Outside a run: folder of the base.")] = None,
     checkpoints: Annotated[
         list[str] | None,
@@ -189,8 +201,10 @@ def merge(
 
     words = Words(operator, weights, scale, tuple(option or ()), dtype, adapter, rank)
     if target is None:
-        if exclude or allow_missing or overrides or redo:
-            raise RecipeError("merge: --exclude, --allow-missing, --set and --redo need a recipe or run folder.")
+        if exclude or allow_missing or overrides or redo or number:
+            raise RecipeError(
+                "merge: --exclude, --allow-missing, --round, --set and --redo need a recipe or run folder."
+            )
         result = merge_checkpoints(Terminal(quiet), base, checkpoints or [], output, words)
     else:
         if base or checkpoints:
@@ -198,7 +212,7 @@ def merge(
         from merit.run.merge_target import merge_target
 
         session = open_session(target, None, [*(overrides or []), *words.overrides()], quiet=quiet, redo=redo)
-        result = merge_target(session, exclude=exclude or [], allow_missing=allow_missing, output=output)
+        result = merge_target(session, exclude=exclude or [], allow_missing=allow_missing, output=output, number=number)
     if as_json:
         print_json({**result.record(), "output_folder": str(result.folder)})
     else:

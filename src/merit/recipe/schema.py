@@ -23,10 +23,11 @@ from merit.recipe.mixture import (
 )
 from merit.recipe.model import LoraSettings, ModelSettings
 from merit.recipe.study import StudySettings
-from merit.recipe.train import Tracker, TrainSettings
+from merit.recipe.train import BetweenSettings, OuterSettings, Tracker, TrainSettings
 
 __all__ = [
     "AssembleSettings",
+    "BetweenSettings",
     "Column",
     "ConflictSettings",
     "DataFormat",
@@ -40,6 +41,7 @@ __all__ = [
     "MixtureSettings",
     "ModelSettings",
     "Name",
+    "OuterSettings",
     "PreparationStageSettings",
     "PrepareSettings",
     "Recipe",
@@ -264,6 +266,29 @@ class Recipe(Settings):
                     f"merge.weights lists {len(listed)} weights for {pattern}, the split makes {self.group_count} branches"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _rounds_are_possible(self) -> Self:
+        if self.train.rounds == 1:
+            return self
+        if self.model.trainable == "lora":
+            raise ValueError(
+                "train.rounds above 1 does not go with model.trainable: lora: after a round, adapters would belong to the "
+                "merged model and no longer to model.base; use full fine-tuning, or rounds: 1"
+            )
+        if self.merge.operator not in ("average", "uniform", "task_arithmetic") or not self.merge.options.get(
+            "normalize", True
+        ):
+            raise ValueError(
+                "train.rounds above 1 needs a merge.operator that averages (average, uniform, or task_arithmetic with "
+                f"normalize); {self.merge.operator} is relative to model.base, from which all branches moved together"
+            )
+        return self
+
+    @property
+    def rounds(self) -> int:
+        """R; 1 for joint training, whose one branch has nothing to be merged with."""
+        return 1 if self.split.method == "joint" else self.train.rounds
 
     @property
     def group_count(self) -> int:

@@ -12,6 +12,48 @@ from merit.recipe.moved import explain_trainer
 Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"]
 
 
+class OuterSettings(Settings):
+    """The step from a round's start to the next one's, as in DiLoCo (arXiv 2311.08105); 1 and 0 are the merge itself."""
+
+    scale: Annotated[float, Field(gt=0, le=10)] = 1.0
+    """Outer learning rate: share of the way from the round's start to its merge."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the earlier rounds' steps that is added to this one's."""
+    nesterov: bool = True
+    """Nesterov's momentum instead of the plain one; nothing without ``momentum``."""
+
+    @property
+    def is_merge(self) -> bool:
+        """Whether the step ends at the merge."""
+        return self.scale == 1 and self.momentum == 0
+
+
+class BetweenSettings(Settings):
+    """What happens between rounds (docs/rounds.md); nothing with ``rounds: 1``."""
+
+    optimizer: Literal["keep", "reset"] | None = None
+    """Optimizer state in a branch's next round: its own from the last one, or none. Default: keep; with resplit, reset."""
+    resplit: bool = False
+    """Measure the conflicts and split the mixture again at the start of every round after the first."""
+    allow_missing: bool = False
+    """Merge the branches that are trained and leave out those that failed, instead of stopping."""
+    outer: OuterSettings = OuterSettings()
+    """How far a round goes."""
+    keep_files: bool = False
+    """Keep the checkpoints of every round, instead of removing what the next rounds do not need."""
+
+    @model_validator(mode="after")
+    def _state_has_a_group(self) -> Self:
+        if self.resplit and self.optimizer == "keep":
+            raise ValueError("optimizer: keep does not go with resplit: true, which changes the branches' groups")
+        return self
+
+    @property
+    def keeps_optimizer(self) -> bool:
+        """Whether a branch's optimizer state goes on in its next round."""
+        return self.optimizer == "keep" or (self.optimizer is None and not self.resplit)
+
+
 class TrainSettings(Settings):
     """One branch's fine-tuning; the same for every branch, and for joint training."""
 
@@ -24,6 +66,11 @@ class TrainSettings(Settings):
     micro_batch_size: Annotated[int, Field(ge=1)] | None = None
     """Maximum examples per forward pass; gradients are accumulated up to ``batch_size``. On a CPU a step's rows are divided
     further, by length, which changes no gradient beyond rounding. Default: ``batch_size``."""
+    rounds: Annotated[int, Field(ge=1, le=1000)] = 1
+    """R: each branch trains 1/R of its steps, all are merged, and the next round starts from the merge (docs/rounds.md).
+    1: the paper's single merge."""
+    between: BetweenSettings = BetweenSettings()
+    """What happens between rounds."""
     max_length: Annotated[int, Field(ge=8)] = 2048
     """Longest example in tokens; longer ones are truncated at the end, and rows that lose all their targets are dropped and
     counted."""
@@ -113,8 +160,13 @@ class TrainSettings(Settings):
 
     def deciding(self) -> dict[str, Any]:
         """The settings that decide a branch's weights, as JSON values: all but those on how and where to compute."""
-        unused = () if self.save_second_moments else ("save_second_moments",)
-        return self.model_dump(mode="json", exclude={*_HOW_TO_COMPUTE, *unused})
+        unused = set() if self.save_second_moments else {"save_second_moments"}
+        if self.rounds == 1:
+            return self.model_dump(mode="json", exclude={*_HOW_TO_COMPUTE, *unused, "rounds", "between"})
+        found = self.model_dump(mode="json", exclude={*_HOW_TO_COMPUTE, *unused})
+        found["between"] = {key: found["between"][key] for key in ("resplit", "outer")}
+        found["between"]["optimizer"] = "keep" if self.between.keeps_optimizer else "reset"
+        return found
 
 
 _HOW_TO_COMPUTE = (

@@ -24,6 +24,7 @@ from merit.run.evaluating import evaluate_run
 from merit.run.merging import merge_run
 from merit.run.preparation import prepare
 from merit.run.record import Record, shown
+from merit.run.rounds import open_round, train_rounds
 from merit.run.scope import Scope
 from merit.run.session import Session
 from merit.run.status import ORDER, Known, Row, run_status
@@ -275,23 +276,19 @@ def run_chain(session: Session, until: str = "evaluate") -> None:
         if "split" in wanted:
             splits(session, encoded)
         if "train" in wanted:
-            train_branches(session, all_branches(session))
+            train_rounds(session, encoded)
         if "merge" in wanted:
             merges(session)
         if "evaluate" in wanted:
             evaluate_run(session)
 
 
-def all_branches(session: Session) -> list[BranchId]:
-    """Every branch of the run and of its baselines."""
-    return [BranchId(scope.method, k) for scope in session.scopes for k in range(len(split_of(scope.root).groups))]
-
-
 def merges(session: Session) -> None:
     """The run's merge and every baseline's (joint has one branch and needs none)."""
+    allow_missing = session.recipe.train.rounds > 1 and session.recipe.train.between.allow_missing
     for scope in session.scopes:
         if scope.method != "joint":
-            merge_run(session, scope)
+            merge_run(session, scope, allow_missing=allow_missing)
 
 
 # ---- one stage --------------------------------------------------------------------------------------------------------
@@ -338,15 +335,14 @@ def train_alone(session: Session, branches: Sequence[BranchId] | None) -> None:
     """
     if branches is None:
         with begun(session, "train"):
-            _rows_for_training(session)
-            train_branches(session, all_branches(session))
+            train_rounds(session, _rows_for_training(session))
         return
     claim(session.run)
     refuse_stale(session, "train", own=False)
     if not (session.run / "recipe.yaml").is_file():
         session.write_recipe()
     _rows_for_training(session)
-    train_branches(session, branches)
+    train_branches(session, [open_round(session, branch) for branch in branches])
 
 
 def require_split(session: Session) -> None:
@@ -364,14 +360,15 @@ def require_split(session: Session) -> None:
             )
 
 
-def _rows_for_training(session: Session) -> None:
+def _rows_for_training(session: Session) -> Mixture:
     """Encoded rows on this machine, if they are the ones that the split was made from.
 
     Raises:
         RunFolderError: There is no split, or the rows here differ.
     """
     require_split(session)
-    rows = {f"{key.ROWS}{name}": value for name, value in mixture(session).fingerprints.items()}
+    encoded = mixture(session)
+    rows = {f"{key.ROWS}{name}": value for name, value in encoded.fingerprints.items()}
     inputs = Stage("split", session.run / "split").record().inputs
     made_from = {name: value for name, value in inputs.items() if name.startswith(key.ROWS)}
     if made_from != rows:
@@ -381,6 +378,7 @@ def _rows_for_training(session: Session) -> None:
             "Use the same data, base tokenizer, train.max_length and mixture settings as where the split was made, or split "
             "again.",
         )
+    return encoded
 
 
 def evaluate_alone(session: Session) -> None:

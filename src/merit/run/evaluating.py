@@ -167,6 +167,7 @@ def remarks(session: Session) -> dict[str, str]:
         said += [f"scale {facts['scale']:g}"] if facts["scale"] != 1 else []
         said += [f"weights {weights}"] if weights != "tokens" else []
         said += [f"without {branch}" for branch in facts["excluded"]]
+        said += [f"{session.recipe_of(scope).rounds} rounds"] if session.recipe_of(scope).rounds > 1 else []
         if said:
             found[scope.method or "merged"] = ", ".join(said)
     return found

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from merit.errors import MixtureError, RunFolderError
+from merit.errors import MixtureError, RecipeError, RunFolderError
 from merit.files import appending, building, require_space, write_json, write_text
 from merit.hf.images import ImageRef
 from merit.hf.side_files import copy_files
@@ -60,6 +60,12 @@ def export_branch(
         ResourceError: It does not fit on the disk.
     """
     refuse_full(folder)
+    if (rounds := session.recipe_of(scope_of(session, branch)).rounds) > 1:
+        raise RecipeError(
+            f"branch {branch}: train.rounds is {rounds}, and a branch that is exported trains in one go.",
+            f"With several rounds, copy the run folder and run `merit train {session.run} --branch {branch.k}` there, round "
+            "after round (docs/rounds.md).",
+        )
     manifest = manifest_of(session, branch)
     rows = load_split(session.run / "mixture", "train").only(manifest.group)
     if refer_to_data:

@@ -98,7 +98,8 @@ def split_stage(recipe: Recipe, scope: Scope, *, rows: Mapping[str, str], geomet
 
 def training_settings(recipe: Recipe) -> dict[str, Any]:
     """The settings that determine a branch's weights, apart from its group."""
-    return {"train": recipe.train.deciding(), "model": recipe.model.deciding(), "seed": recipe.seed}
+    train = recipe.train.model_copy(update={"rounds": recipe.rounds})
+    return {"train": train.deciding(), "model": recipe.model.deciding(), "seed": recipe.seed}
 
 
 def branch_stage(
@@ -108,6 +109,24 @@ def branch_stage(
     settings = {**training_settings(recipe), "group": sorted(group)}
     inputs = {"base": base, **_rows_of({name: rows[name] for name in sorted(group)})}
     return Stage("branch", scope.root / "branches" / str(k), settings, inputs, scope.name(f"branch {k}"))
+
+
+def round_stage(recipe: Recipe, scope: Scope, number: int, *, start: str, branches: Mapping[int, str]) -> Stage:
+    """The merge of a round that is not the last.
+
+    Args:
+        recipe: The scope's recipe.
+        scope: Whose.
+        number: Of the round, from 1.
+        start: Content of the model that the round started from.
+        branches: Content of every branch that is merged.
+    """
+    merge = {key: getattr(recipe.merge, key) for key in ("operator", "weights", "options")}
+    outer = recipe.train.between.outer.model_dump(mode="json")
+    settings = {"merge": merge, "outer": outer, "round": number, "rounds": recipe.rounds}
+    inputs = {"start": start, **{f"{BRANCH}{k}": content for k, content in branches.items()}}
+    folder = scope.root / "rounds" / str(number) / "merged"
+    return Stage("round", folder, settings, inputs, scope.name(f"round {number} merged"))
 
 
 def merged_stage(

@@ -109,7 +109,7 @@ def make_merge(
     settings = session.recipe_of(scope).merge
     if settings.dtype is None and session.recipe_of(scope).train.save_dtype == "float32":
         settings = settings.model_copy(update={"dtype": "base"})  # the branches need not have the base's dtype
-    trained = {k: BranchResult.load(stage.path) for k, stage in taking.items()}
+    trained = {k: BranchResult.load(stage.path).of_round for k, stage in taking.items()}
     branches = weigh(settings.weights, trained, len(taking) + len(left_out))
     result = merge_branches(
         session.base,

@@ -76,9 +76,10 @@ def needs(
     """Disk and memory (bytes) that a run needs, by counting weights.
 
     Disk: branches, merges and what a preparation leaves in the stored dtype, and for each branch that trains at once one
-    checkpoint (float32 weights, and the optimizer's state of the trained ones). Memory: float32 weights of one branch, with
-    gradients and optimizer state of the trained ones; a preparation's stages may train more than the branches do. Images in
-    separate files are read in place; those embedded in rows are copied once to the run folder and not counted here.
+    checkpoint (float32 weights, and the optimizer's state of the trained ones). With several rounds also a round's branches,
+    the merges before and after it, in float32, and the optimizer states that go on. Memory: float32 weights of one branch,
+    with gradients and optimizer state of the trained ones; a preparation may train more than the branches do. Images
+    in separate files are read in place; those embedded in rows are copied once to the run folder and not counted here.
 
     Args:
         recipe: The recipe.
@@ -102,8 +103,22 @@ def needs(
     moments = 4 * weights.trainable * (branch_count(recipe) if branches is None else branches)
     state = max(_MOMENTS.get(optimizer, 8) * count for optimizer, count in trained)
     memory = 4 * total + max((4 + _MOMENTS.get(optimizer, 8)) * count for optimizer, count in trained)
-    disk = total * stored * models + (4 * total + state) * at_once
+    disk = total * stored * models + (4 * total + state) * at_once + _rounds(recipe, weights, branches)
     return disk + moments * recipe.train.save_second_moments, memory
+
+
+def _rounds(recipe: Recipe, weights: Weights, branches: int | None) -> int:
+    """Disk (bytes) for what lies between rounds: at most two rounds' files at once, or all with ``keep_files``."""
+    rounds, between = recipe.rounds if recipe.baselines == [] else recipe.train.rounds, recipe.train.between
+    if rounds == 1:
+        return 0
+    count = branch_count(recipe) if branches is None else branches
+    merges = 1 + sum(method != "joint" for method in recipe.baselines)
+    kept = rounds - 1 if between.keep_files else 1
+    carried = _MOMENTS.get(recipe.train.optimizer, 8) * weights.trainable if between.keeps_optimizer else 0
+    momentum = 0 if between.outer.momentum == 0 else 1
+    models = 4 * weights.parameters * (count * kept + merges * (1 + momentum) * (kept + 1))
+    return models + carried * count * (kept + 1)
 
 
 def file_sizes(base: BaseFacts) -> dict[str, int]:

@@ -19,14 +19,16 @@ from merit.files import differences
 from merit.launch.job import read_progress
 from merit.mixture import read_counts
 from merit.prepare import stage_folder, stage_recipe
+from merit.progress import size
 from merit.recipe.schema import Recipe
 from merit.run import key
 from merit.run.record import OtherVersionError, Record
+from merit.run.round_stages import RoundStages
 from merit.run.scope import Scope, recipe_of, scopes_of
 from merit.run.store import Stage, is_locked, split_of
 
 State = Literal["done", "stale", "running", "partial", "damaged", "missing"]
-ORDER = ("assemble", "prepared", "mixture", "gradients", "split", "branch", "merged", "evaluation")
+ORDER = ("assemble", "prepared", "mixture", "gradients", "split", "round", "branch", "merged", "evaluation")
 """Kinds of stages in the order of the chain."""
 
 
@@ -130,16 +132,61 @@ def _scope_rows(recipe: Recipe, scope: Scope, rows: Mapping[str, str], base: str
         if split.begun:
             row = replace(row, state="damaged", detail=error.message)
     yield row
+    rounds = RoundStages(recipe, scope, base, rows)
+    for number in range(1, rounds.last):
+        yield _round_row(rounds, number)
+    if rounds.last > 1 and groups is not None:
+        with contextlib.suppress(RunFolderError):  # the last round's split is not made yet
+            groups = rounds.groups(rounds.last)
     branches: dict[int, Stage] = {}
     for k in range(recipe.group_count if groups is None else len(groups)):
         stage = branches[k] = Stage("branch", scope.root / "branches" / str(k), title=scope.name(f"branch {k}"))
-        wanted = partial(key.branch_stage, recipe, scope, k, groups[k], base=base, rows=rows) if groups else None
-        yield _row(stage, wanted)
+        yield _row(stage, partial(rounds.branch, rounds.last, k, groups[k]) if groups else None)
     if scope.method != "joint":  # a joint baseline's one branch is its model
         yield _row(
             Stage("merged", scope.root / "merged", title=scope.name("merged")),
             lambda: key.merged_as_made(recipe, scope, branches, base=base),
         )
+
+
+def _round_row(rounds: RoundStages, number: int) -> Row:
+    """A round that is not the last, in one row: its merge; until that is made, how many of its branches are trained."""
+    made = rounds.made(number)
+    row = _row(made, None)
+    row = replace(row, stage=rounds.scope.name(f"round {number}"), bytes=_bytes(made.path.parent))
+    with contextlib.suppress(RunFolderError, KeyError):
+        branches = rounds.branches(number)
+        done = [stage for stage in branches.values() if stage.begun]
+        if row.state == "done":
+            record = made.record()
+            seconds = sum(stage.record().seconds for stage in done) + record.seconds
+            used = sum(name.startswith(key.BRANCH) for name in record.inputs)
+            moved = f"{size(record.facts['bytes_in'])} in, {size(record.facts['bytes_out'])} out"
+            row = replace(row, seconds=seconds, detail=f"{used} of {len(branches)} branches merged, {moved}")
+            changed = _known_changes(rounds, number)
+            return replace(row, changed=changed, state="stale" if changed else "done")
+        running = any(is_locked(stage.path) for stage in branches.values())
+        changed = [f"{s.name}: {text}" for s in done for text in _row(s, partial(_itself, s)).changed]
+        state: State = "running" if running else "stale" if changed else "partial" if done else row.state
+        return replace(row, state=state, changed=changed, detail=f"{len(done)} of {len(branches)} branches trained")
+    return row
+
+
+def _itself(stage: Stage) -> Stage:
+    return stage
+
+
+def _known_changes(rounds: RoundStages, number: int) -> list[str]:
+    """What no longer matches in a merged round, as far as the content of base and rows is known."""
+    found = []
+    for stage in (*rounds.branches(number).values(), rounds.merged(number)):
+        if stage.begun:
+            found += [f"{stage.name}: {text}" for text in _row(stage, partial(_itself, stage)).changed]
+    return found
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
 
 
 def _encoded(run: Path) -> dict[str, str]:
@@ -171,7 +218,7 @@ def _row(stage: Stage, wanted: Callable[[], Stage] | None) -> Row:
     row = Row(stage.name, stage.kind, str(stage.path))
     if not stage.path.is_dir():
         return row
-    row = replace(row, bytes=sum(file.stat().st_size for file in stage.path.rglob("*") if file.is_file()))
+    row = replace(row, bytes=_bytes(stage.path))
     if is_locked(stage.path):
         return replace(row, state="running", detail=_progress(stage.path))
     if not stage.begun:

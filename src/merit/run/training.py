@@ -19,7 +19,7 @@ from merit.launch.job import BranchJob, Launcher
 from merit.mixture import EncodedDataset, load_split, read_counts
 from merit.progress import Reporter, duration
 from merit.recipe.schema import Recipe
-from merit.run.branches import KEPT, BranchId, branch_stages, group_of, scope_of, stage_of
+from merit.run.branches import KEPT, BranchId, branch_stages, group_of, part_of, scope_of, stage_of
 from merit.run.detaching import hand_over
 from merit.run.launching import launcher_of
 from merit.run.manifest import Manifest
@@ -28,7 +28,8 @@ from merit.run.session import Session
 from merit.run.step import stands
 from merit.run.store import Stage
 from merit.signals import graceful
-from merit.train.branch import train_branch
+from merit.train.branch import ONLY, train_branch
+from merit.train.rounds import Round
 from merit.train.workers import WorkerJob, share_out, threads_for
 
 __all__ = ["BranchId", "branch_stages", "scope_of", "train_branches", "train_here"]
@@ -82,10 +83,13 @@ def train_here(session: Session, branch: BranchId) -> None:
     recipe, stage = session.recipe_of(scope_of(session, branch)), stage_of(session, branch)
     rows = load_split(session.run / "mixture", "train")
     group = {name: rows[name] for name in group_of(session, branch)}
-    settings = recipe.train.model_copy(update={"threads": threads_for(recipe.train, session.jobs)})
+    settings = recipe.train.model_copy(
+        update={"threads": threads_for(recipe.train, session.jobs), "rounds": recipe.rounds}
+    )
     recipe = recipe.model_copy(update={"train": settings})
+    part = part_of(session, branch)
     with graceful() as stop:
-        if not train_stage(stage, group, session.base, recipe, session.reporter):
+        if not train_stage(stage, group, session.base, recipe, session.reporter, part=part):
             return
         _say(session, branch, stage)
     if stop.asked:  # the signal came during the branch's last step: it is finished, and the run stops after it
@@ -100,6 +104,7 @@ def train_stage(
     reporter: Reporter,
     *,
     manifest: Manifest | None = None,
+    part: Round = ONLY,
 ) -> bool:
     """Train one group into a branch's folder, wherever that is, and record it; away from its run, with its manifest.
 
@@ -110,10 +115,10 @@ def train_stage(
         Interrupted: Stopped from outside; a checkpoint is saved.
     """
     if int(os.environ.get("RANK", "0")):
-        train_branch(group, base, stage.path, recipe.train, seed=recipe.seed)
+        train_branch(group, base, stage.path, recipe.train, seed=recipe.seed, part=part)
         return False
     with graceful(), stage.writing(recipe.seed, keep=KEPT) as record, reporter.progress(stage.name) as show:
-        result = train_branch(group, base, stage.path, recipe.train, seed=recipe.seed, progress=show)
+        result = train_branch(group, base, stage.path, recipe.train, seed=recipe.seed, progress=show, part=part)
         if manifest is not None:
             manifest.save(stage.path)
         record |= result.facts()
@@ -126,12 +131,12 @@ def _say(session: Session, branch: BranchId, stage: Stage) -> None:
     record = stage.record()
     facts = record.facts
     session.reporter.say(
-        f"  branch {branch}: {facts['steps']:,} steps, {facts['target_tokens']:,} target tokens, "
+        f"  {stage.name}: {facts['steps']:,} steps, {facts['target_tokens']:,} target tokens, "
         + (f"loss {facts['final_loss']:.4f}, " if facts["final_loss"] is not None else "")
         + duration(record.seconds)
     )
     for warning in facts["warnings"]:
-        session.reporter.note(f"branch {branch}: {warning}")
+        session.reporter.note(f"{stage.name}: {warning}")
 
 
 def _train_in_workers(session: Session, waiting: Sequence[BranchId], launcher: Launcher) -> None:

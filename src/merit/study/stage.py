@@ -28,17 +28,18 @@ from merit.mixture import EncodedDataset, Mixture, draw
 from merit.recipe.methods import Method, baseline_of, methods_of, own_of
 from merit.recipe.schema import Recipe
 from merit.run import key
+from merit.run.branches import branch_stages
 from merit.run.chain import begun, gradients, mixture, run_chain, split
 from merit.run.check import make_plan
 from merit.run.evaluating import checked_model, held_out_rows, merge_as_made
 from merit.run.merging import merge_run
 from merit.run.needs import estimate
 from merit.run.preparation import prepare
+from merit.run.rounds import train_rounds
 from merit.run.scope import StudyScope, merge_scope, source_scope, study_scopes
 from merit.run.session import Session
 from merit.run.step import Step, Work, run_step
-from merit.run.store import Stage, split_of
-from merit.run.training import BranchId, branch_stages, train_branches
+from merit.run.store import Stage
 from merit.split.view import needs_conflict
 from merit.study.check import check_study
 from merit.study.compare import compare_methods
@@ -192,8 +193,7 @@ class _Study:
             gradients(session, self.mixture, scope)
         for scope in self.scopes:
             split(session, scope, self.mixture)
-        branches = [BranchId(scope.method, k) for scope in self.scopes for k in range(len(split_of(scope.root).groups))]
-        train_branches(session, branches)
+        train_rounds(session, self.mixture, self.scopes)
 
     # ---- merges and figures -----------------------------------------------------------------------------------------
 

@@ -27,6 +27,10 @@ CPU_OVERHEAD = 32
 class GroupRows:
     """The rows of a group: its datasets one after another, in name order, so that recipe order does not matter.
 
+    Args:
+        datasets: By name.
+        visits: Numbers of the rows that are meant, by dataset. Default: all.
+
     Attributes:
         names: The datasets, sorted.
         lengths: (rows,) int64 tokens per row.
@@ -34,13 +38,17 @@ class GroupRows:
         dataset: (rows,) int64 index of each row's dataset in ``names``.
     """
 
-    def __init__(self, datasets: Mapping[str, EncodedDataset]) -> None:
+    def __init__(self, datasets: Mapping[str, EncodedDataset], visits: Mapping[str, np.ndarray] | None = None) -> None:
         self.names = sorted(datasets)
         self._datasets = [datasets[name] for name in self.names]
-        sizes = [len(dataset) for dataset in self._datasets]
+        self._visits = [
+            np.arange(len(datasets[name])) if visits is None else np.sort(visits[name]) for name in self.names
+        ]
+        sizes = [len(numbers) for numbers in self._visits]
+        parts = list(zip(self._datasets, self._visits, strict=True))
         empty = np.zeros(0, np.int64)
-        self.lengths = np.concatenate([empty, *(dataset.lengths for dataset in self._datasets)])
-        self.targets = np.concatenate([empty, *(dataset.target_counts for dataset in self._datasets)])
+        self.lengths = np.concatenate([empty, *(dataset.lengths[numbers] for dataset, numbers in parts)])
+        self.targets = np.concatenate([empty, *(dataset.target_counts[numbers] for dataset, numbers in parts)])
         self.dataset = np.repeat(np.arange(len(sizes)), sizes)
         self._starts = np.cumsum([0, *sizes])
 
@@ -49,7 +57,7 @@ class GroupRows:
 
     def __getitem__(self, index: int) -> EncodedRow:
         which = self.dataset[index]
-        row: EncodedRow = self._datasets[which][index - int(self._starts[which])]
+        row: EncodedRow = self._datasets[which][int(self._visits[which][index - int(self._starts[which])])]
         return row
 
 
@@ -89,6 +97,11 @@ def epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
 def steps_for(rows: int, batch_size: int, epochs: float) -> int:
     """Optimizer steps of a branch: ceil(epochs * ceil(rows / batch_size)); an epoch's last batch may be smaller."""
     return math.ceil(epochs * math.ceil(rows / batch_size))
+
+
+def visits_for(rows: int, epochs: float) -> int:
+    """How often rows of a dataset are visited in all: ceil(epochs * rows)."""
+    return math.ceil(epochs * rows)
 
 
 class StepBatch(NamedTuple):

@@ -38,17 +38,19 @@ from merit.progress import Progress, silent
 from merit.recipe.schema import TrainSettings
 from merit.signals import StopFlag, graceful
 from merit.train import checkpoint
-from merit.train.batches import CPU_OVERHEAD, GroupRows, StepBatch, StepCollator, StepOrder, steps_for
+from merit.train.batches import CPU_OVERHEAD, GroupRows, StepBatch, StepCollator, StepOrder
 from merit.train.checkpoint import LOG, Marker, Totals, Training
 from merit.train.guards import kernels, memory_meter, plain_errors, silence_libraries
 from merit.train.log import StepLog, final_loss
 from merit.train.optimizers import make_schedule, second_moments
 from merit.train.processes import Accelerated, Team, trackers
 from merit.train.requirements import check_processes, check_requirements
-from merit.train.result import BranchResult
+from merit.train.result import BranchResult, RoundShare
+from merit.train.rounds import Round, Span
 from merit.train.zero import Zero2
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, STATE = "checkpoints", "state"
+ONLY = Round()
 
 
 def train_branch(
@@ -59,6 +61,7 @@ def train_branch(
     *,
     seed: int = 0,
     progress: Progress = silent,
+    part: Round = ONLY,
 ) -> BranchResult:
     """Train one group from the base and write ``folder/model``.
 
@@ -72,6 +75,8 @@ def train_branch(
         settings: Hyperparameters.
         seed: Seed of new adapters, dropout and, unless ``settings.data_seed`` is set, of the row order.
         progress: Called about twice a second with (steps done, steps in all, figures).
+        part: For training in several rounds: which one this is. All but the last write float32 weights and leave what the
+            next one goes on from in ``folder/state``.
 
     Raises:
         TrainingError: Nothing to train on, or a loss or gradient that is not finite.
@@ -84,46 +89,54 @@ def train_branch(
     check_requirements(settings, base.settings)
     check_processes(settings)
     threads = limit_threads(settings.threads)
-    group = GroupRows(rows)
+    group = _group(rows, settings, seed, part)
     if not len(group):
         raise TrainingError(f"{folder}: the group has no training rows ({len(rows)} datasets).")
-    steps = steps_for(len(group), settings.batch_size, settings.epochs)
+    span = part.span(len(group), settings.batch_size, settings.epochs)
     team = Team(settings, base.settings, pick_device(settings.device), folder / "trackers")
     unfinished = folder / ".model.partial"
     with graceful() as stop, plain_errors(folder, unfinished), trackers(team, settings), kernels(settings):
         memory = memory_meter(team.device)
         start = team.from_leader(checkpoint.newest(folder / CHECKPOINTS))
-        fresh = Marker(0, steps, Totals(), _provenance(rows, base, settings, seed), _resources(team, threads))
+        before = Totals() if part.carried is None else checkpoint.totals_of(part.carried)
+        provenance = _provenance(rows, base, settings, seed) | part.provenance()
+        fresh = Marker(span.first, span.last, replace(before), provenance, _resources(team, threads))
         marker, warnings = _go_on_from(start, fresh)
         if team.leads:
-            _start_clean(folder, start)
+            _start_clean(folder, start, part)
         team.wait()
-        training = _load(base, settings, team, steps, seed)
+        training = _load(base, settings, team, span, seed, part)
         if start is not None:
             checkpoint.load(start, training)
         loader = _loader(group, base, settings, team, _order(settings, seed, marker))
-        log = StepLog(folder, group.names, steps, marker.totals, team, memory, progress)
+        log = StepLog(folder, group.names, span.last, marker.totals, team, memory, progress)
         _take_steps(training, base, settings, loader, log, marker, stop)
-        _save_model(training, base, settings, unfinished, seed)
-        if settings.save_second_moments:
-            _save_second_moments(training, settings, folder)
         totals = marker.totals
+        if not part.is_last:
+            settings = settings.model_copy(update={"save_dtype": "float32"})  # else small updates would be rounded away
+            ended = replace(marker, step=span.last)
+            keep = part.keeps_optimizer
+            checkpoint.save(folder / STATE, training, ended, log.path, weights=False, optimizer=keep)
+        _save_model(training, base, settings, unfinished, seed)
+        if settings.save_second_moments and part.is_last:
+            _save_second_moments(training, settings, folder)
         result = BranchResult(
             folder=folder,
             target_tokens=totals.target_tokens,
             tokens=totals.tokens,
             samples=totals.samples,
-            steps=steps,
+            steps=totals.steps,
             epochs=settings.epochs,
             rows=len(group),
             seconds=round(totals.seconds, 3),
             peak_memory_bytes=totals.peak_memory_bytes,
-            final_loss=final_loss(log.path, steps),
+            final_loss=final_loss(log.path, totals.steps),
             threads=threads,
             processes=team.size,
             device=torch.cuda.get_device_name(team.device) if team.device.type == "cuda" else "cpu",
             resumed_from=tuple(marker.resumed_from),
             warnings=warnings,
+            round=_share(part, before, totals) if part.of > 1 else None,
         )
         if team.leads:
             publish(unfinished, folder / "model")
@@ -135,6 +148,13 @@ def train_branch(
         del training, loader
         team.accelerator.free_memory()
     return result
+
+
+def _share(part: Round, before: Totals, after: Totals) -> RoundShare:
+    """What a round added."""
+    names = ("target_tokens", "tokens", "samples", "steps")
+    counts = {name: getattr(after, name) - getattr(before, name) for name in names}
+    return RoundShare(part.number, part.of, **counts)
 
 
 def _take_steps(
@@ -223,21 +243,32 @@ def _go_on_from(start: Path | None, fresh: Marker) -> tuple[Marker, tuple[str, .
     return replace(fresh, step=found.step, totals=found.totals, resumed_from=resumed), warnings
 
 
-def _start_clean(folder: Path, start: Path | None) -> None:
-    """Remove what an earlier attempt left, and set the log back to the checkpoint's."""
+def _group(rows: Mapping[str, EncodedDataset], settings: TrainSettings, seed: int, part: Round) -> GroupRows:
+    """The group's rows; after a new split, those of them whose turn it is."""
+    if not part.resplit:
+        return GroupRows(rows)
+    order = seed if settings.data_seed is None else settings.data_seed
+    return GroupRows(
+        rows, {name: part.visits(name, len(dataset), settings.epochs, order) for name, dataset in rows.items()}
+    )
+
+
+def _start_clean(folder: Path, start: Path | None, part: Round) -> None:
+    """Remove what an earlier attempt left, and set the log back to the checkpoint's, or an earlier round's."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("model", ".model.partial"):
+    for name in ("model", ".model.partial", STATE):
         shutil.rmtree(folder / name, ignore_errors=True)
     (folder / f"{SECOND_MOMENTS}.safetensors").unlink(missing_ok=True)
-    if start is not None:
+    if (start := start or part.carried) is not None:
         shutil.copyfile(start / LOG, folder / LOG)
     else:
         write_text(folder / LOG, "")
 
 
-def _load(base: Base, settings: TrainSettings, team: Team, steps: int, seed: int) -> Training:
-    """The model at the base with its trainable subset marked, its optimizer and its schedule."""
-    model = load_model(base, team.device, trainable=True, seed=seed, quantize=base.settings.quantize)
+def _load(base: Base, settings: TrainSettings, team: Team, span: Span, seed: int, part: Round) -> Training:
+    """The model at the base or a round's start with its trainable subset marked, its optimizer and its schedule."""
+    quantize = base.settings.quantize
+    model = load_model(base, team.device, part.start, trainable=True, seed=seed, quantize=quantize)
     trained = trainable_parameters(model)
     if not trained:
         raise TrainingError("model.trainable leaves no parameter to train.")
@@ -246,10 +277,12 @@ def _load(base: Base, settings: TrainSettings, team: Team, steps: int, seed: int
     if settings.gradient_checkpointing:
         model.activation_checkpointing_enable()
     model.train()
-    torch.manual_seed(seed)
+    torch.manual_seed(seed + part.number - 1)
     kind = Zero2 if settings.sharding == "deepspeed" else Accelerated
     spread = kind(team, model, settings, base.settings.dtype)
-    schedule = make_schedule(spread.optimizer, settings, steps)
+    if part.carried is not None:
+        checkpoint.carry(part.carried, spread, team, optimizer=part.keeps_optimizer)
+    schedule = make_schedule(spread.optimizer, settings, span.total, span.first)
     if settings.compile:
         model.compile(dynamic=True)
     return Training(model, spread, schedule, team)

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -29,11 +30,12 @@ _STATE = "state.pt"
 
 @dataclass
 class Totals:
-    """What has been trained on so far, over all resumed parts."""
+    """What has been trained on so far, over all resumed parts and all rounds."""
 
     target_tokens: int = 0
     tokens: int = 0
     samples: int = 0
+    steps: int = 0
     seconds: float = 0.0
     peak_memory_bytes: int = 0
 
@@ -121,20 +123,35 @@ def read_marker(checkpoint: Path, provenance: Mapping[str, object]) -> Marker:
     return marker
 
 
-def save(folder: Path, training: Training, marker: Marker, log: Path) -> None:
-    """Write ``folder/checkpoint-<step>`` and remove older ones; every process has to call it, the leading one writes."""
+def totals_of(checkpoint: Path) -> Totals:
+    """What had been trained on when a checkpoint was written.
+
+    Raises:
+        RunFolderError: It is damaged.
+    """
+    return read_as(checkpoint / MARKER, Marker).totals
+
+
+def save(
+    folder: Path, training: Training, marker: Marker, log: Path, *, weights: bool = True, optimizer: bool = True
+) -> None:
+    """Write ``folder/checkpoint-<step>`` and remove older ones; every process has to call it, the leading one writes.
+
+    Without ``weights`` or ``optimizer`` it is what the next round goes on from (:func:`carry`).
+    """
     team = training.team
-    weights = gathered(training.model, keep=team.leads)
-    optimizer = training.spread.optimizer_state(keep=team.leads)
+    stored = gathered(training.model, keep=team.leads) if weights else {}
+    moments = training.spread.optimizer_state(keep=team.leads) if optimizer else None
     random = team.everyones(_random_state())
     if team.leads:
         checkpoint = folder / f"checkpoint-{marker.step}"
         shutil.rmtree(checkpoint, ignore_errors=True)
         checkpoint.mkdir(parents=True)
-        save_file(weights, checkpoint / _WEIGHTS)
+        if weights:
+            save_file(stored, checkpoint / _WEIGHTS)
         scaler = team.accelerator.scaler
         state = {
-            "optimizer": optimizer,
+            "optimizer": moments,
             "schedule": training.schedule.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "random": random,
@@ -173,7 +190,18 @@ def load(checkpoint: Path, training: Training) -> None:
     saved = torch.load(checkpoint / _STATE, map_location="cpu", weights_only=True)
     training.spread.load_optimizer_state(saved["optimizer"])
     training.schedule.load_state_dict(saved["schedule"])
-    team = training.team
+    _go_on(saved, training.team)
+
+
+def carry(checkpoint: Path, spread: Spread, team: Team, *, optimizer: bool) -> None:
+    """Go on from the end of an earlier round: random numbers, the loss scaler and, if asked for, the optimizer's state."""
+    saved = torch.load(checkpoint / _STATE, map_location="cpu", weights_only=True)
+    if optimizer and saved["optimizer"] is not None:
+        spread.load_optimizer_state(saved["optimizer"])
+    _go_on(saved, team)
+
+
+def _go_on(saved: Mapping[str, Any], team: Team) -> None:
     if saved["scaler"] is not None and team.accelerator.scaler is not None:
         team.accelerator.scaler.load_state_dict(saved["scaler"])
     if len(saved["random"]) == team.size:

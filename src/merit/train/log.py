@@ -98,6 +98,7 @@ class StepLog:
             self.totals.target_tokens += targets
             self.totals.tokens += tokens
             self.totals.samples += samples
+            self.totals.steps += 1
             trained += targets
             line = {
                 "step": step.number,

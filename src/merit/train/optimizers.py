@@ -67,9 +67,10 @@ def second_moments(
     }
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings, steps: int) -> LRScheduler:
-    """transformers' schedule with a warm-up of 1/(W+1) ... W/(W+1) of the peak instead of 0 ... (W-1)/W.
+def make_schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings, steps: int, taken: int = 0) -> LRScheduler:
+    """transformers' schedule over ``steps``, of which some are ``taken`` already.
 
+    Its warm-up is 1/(W+1) ... W/(W+1) of the peak instead of 0 ... (W-1)/W.
     The library's first step has learning rate 0: it would train nothing, and a group of one step nothing at all. From
     step W = ceil(warmup_ratio * steps) on the two are equal.
     """
@@ -83,5 +84,6 @@ def make_schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings, ste
             num_training_steps=steps + 1,
             scheduler_specific_kwargs=options,
         )
-        schedule.step()
+        for _ in range(1 + taken):
+            schedule.step()
     return schedule

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,8 +12,26 @@ RESULT = "result.json"
 
 
 @dataclass(frozen=True)
+class RoundShare:
+    """What one of several rounds added to a branch.
+
+    Attributes:
+        number: Of the round, from 1.
+        of: How many rounds there are.
+        target_tokens, tokens, samples, steps: As in :class:`BranchResult`, of this round alone.
+    """
+
+    number: int
+    of: int
+    target_tokens: int
+    tokens: int
+    samples: int
+    steps: int
+
+
+@dataclass(frozen=True)
 class BranchResult:
-    """A trained branch.
+    """A trained branch; with several rounds, its counts are of all rounds so far.
 
     Attributes:
         folder: The branch's folder: ``model`` (a Hugging Face checkpoint) and ``log.jsonl``.
@@ -32,6 +50,7 @@ class BranchResult:
         device: ``cpu``, or the GPU's name.
         resumed_from: Steps at which it was taken up again after an interruption.
         warnings: What may change the result and was noticed on the way.
+        round: What this round added; None where there is only one.
     """
 
     folder: Path
@@ -49,15 +68,25 @@ class BranchResult:
     device: str
     resumed_from: tuple[int, ...] = ()
     warnings: tuple[str, ...] = ()
+    round: RoundShare | None = None
 
     @property
     def model(self) -> Path:
         """Its checkpoint folder."""
         return self.folder / "model"
 
+    @property
+    def of_round(self) -> BranchResult:
+        """The same with the counts of its last round alone: what a merge of that round weighs."""
+        if self.round is None:
+            return self
+        counts = {key: value for key, value in asdict(self.round).items() if key not in ("number", "of")}
+        return replace(self, **counts)
+
     def facts(self) -> dict[str, Any]:
         """All but the folder, as JSON values."""
-        return {key: value for key, value in asdict(self).items() if key != "folder"}
+        left_out = ("folder",) if self.round else ("folder", "round")
+        return {key: value for key, value in asdict(self).items() if key not in left_out}
 
     def save(self, folder: Path) -> None:
         """Write ``folder/result.json``."""
