@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from merit.errors import RecipeError
 from merit.recipe.load import parse_recipe
 from merit.recipe.schema import Recipe
 from merit.run import key
@@ -102,3 +103,37 @@ def test_a_baseline_has_the_same_key_in_a_folder_of_its_own() -> None:
     baseline = key.split_stage(recipe(split={"method": "random"}), Scope(run, "random"), rows=ROWS, geometry=None)
     assert own.fingerprint == baseline.fingerprint
     assert (baseline.path, baseline.name) == (run / "baselines" / "random" / "split", "random split")
+
+
+def test_one_round_is_a_recipe_without_rounds() -> None:
+    assert changed(train={"rounds": 1, "between": {"optimizer": "reset", "outer": {"scale": 0.5}}}) == set()
+    assert "rounds" not in stages(recipe())["branch"].settings["train"]
+    assert "between" not in stages(recipe())["branch"].settings["train"]
+
+
+def test_rounds_decide_branches() -> None:
+    assert changed(train={"rounds": 2}) == {"branch"}
+    before, after = (
+        stages(recipe(train={"rounds": 2, "between": {"allow_missing": allowed, "keep_files": allowed}}))["branch"]
+        for allowed in (False, True)
+    )
+    assert before.fingerprint == after.fingerprint
+
+
+def test_joint_training_has_no_rounds() -> None:
+    assert changed(split={"method": "joint"}, train={"rounds": 2}) == changed(split={"method": "joint"})
+
+
+@pytest.mark.parametrize(
+    ("blocks", "word"),
+    [
+        ({"model": {"base": "/base", "trainable": "lora"}}, "lora"),
+        ({"merge": {"operator": "ties"}}, "ties"),
+        ({"merge": {"operator": "task_arithmetic", "options": {"normalize": False}}}, "task_arithmetic"),
+        ({"train": {"rounds": 2, "between": {"resplit": True, "optimizer": "keep"}}}, "resplit"),
+    ],
+)
+def test_what_does_not_go_with_rounds_is_refused_by_name(blocks: dict[str, Any], word: str) -> None:
+    train = {"rounds": 2, **blocks.pop("train", {})}
+    with pytest.raises(RecipeError, match=word):
+        recipe(train=train, **blocks)
