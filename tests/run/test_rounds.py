@@ -18,6 +18,7 @@ from merit.run import rounds as run_rounds
 from merit.train.log import StepLog
 
 SETTINGS = ("evaluate.heldout=false", "evaluate.drift.prompts=0", "train.checkpoint_steps=2")
+THREE = ("train.rounds=3", "train.epochs=3")
 FEW = {"folder": "mixture", "include": ["upper", "first", "last", "length"], "samples": 16}
 
 
@@ -60,7 +61,7 @@ def small(folder: Path, base: Path, **changes: Any) -> Case:
 def alone(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Case:
     """A run of three rounds that nothing happened to."""
     case = small(tmp_path_factory.mktemp("alone"), base)
-    run(case, "train.rounds=3")
+    run(case, *THREE)
     return case
 
 
@@ -78,12 +79,12 @@ def same_end(case: Case, other: Case) -> None:
 
 def test_killed_between_rounds_and_inside_one(alone: Case, tmp_path: Path, base: Path) -> None:
     case = small(tmp_path, base)
-    killed(case, StepLog, "note", lambda log, step, *_: "rounds/2/" in str(log.path) and step == 5, "train.rounds=3")
+    killed(case, StepLog, "note", lambda log, step, *_: "rounds/2/" in str(log.path) and step == 7, *THREE)
     assert not (case.run / "rounds/2/merged/record.json").exists()
-    killed(case, run_rounds, "merge_round", lambda session, scope, number: number == 2, "train.rounds=3")
+    killed(case, run_rounds, "merge_round", lambda session, scope, number: number == 2, *THREE)
     assert (case.run / "rounds/2/merged/record.json").exists()
     assert not (case.run / "branches").exists()
-    run(case, "train.rounds=3")
+    run(case, *THREE)
     same_end(case, alone)
 
 
@@ -98,16 +99,16 @@ def test_what_is_left_on_the_disk_and_what_the_records_count(alone: Case) -> Non
     assert record["bytes_in"] == 2 * size
     rows = read(alone.run / "mixture/datasets.json")
     trained = [read(alone.run / f"branches/{k}/record.json") for k in (0, 1)]
-    assert sum(item["target_tokens"] for item in trained) == sum(item["target_tokens"] for item in rows)
-    assert sum(item["samples"] for item in trained) == sum(item["rows"] for item in rows)
+    assert sum(item["target_tokens"] for item in trained) == 3 * sum(item["target_tokens"] for item in rows)
+    assert sum(item["samples"] for item in trained) == 3 * sum(item["rows"] for item in rows)
     counts = read(alone.run / "merged/record.json")["counts"]
     assert counts == [item["round"]["tokens"] for item in trained]
 
 
 def test_a_changed_setting_is_refused_and_the_same_run_is_done(alone: Case) -> None:
-    again = call(*words(alone, "run", "train.rounds=3"), "--until", "merge")
+    again = call(*words(alone, "run", *THREE), "--until", "merge")
     assert again.code == 0
-    changed = call(*words(alone, "run", "train.rounds=3", "train.learning_rate=1e-3"), "--until", "merge")
+    changed = call(*words(alone, "run", *THREE, "train.learning_rate=1e-3"), "--until", "merge")
     assert changed.code == 2
     assert "learning_rate" in changed.err
     status = json.loads(call("status", alone.run, "--json").out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from rich.console import RenderableType
 from merit.evaluation.results import Evaluation
 from merit.files import read_json, write_text
 from merit.recipe.schema import Recipe
-from merit.report import evaluation
+from merit.report import evaluation, rounds
+from merit.run.round_stages import round_lines
+from merit.run.scope import Scope
 from merit.run.status import run_status
 from merit.run.store import Stage
 
@@ -25,6 +28,7 @@ def render(run: Path) -> list[RenderableType]:
         if not table.is_file() or table.read_text(encoding="utf-8", errors="replace") != text:
             write_text(table, text)
         shown += evaluation.terminal(result)
+    shown += rounds.table(round_lines(Scope(run)), "Rounds")
     merged = run / "merged" / "model"
     if merged.is_dir():
         shown.append(f"Merged model: {merged}")
@@ -36,6 +40,8 @@ def render(run: Path) -> list[RenderableType]:
 def result_facts(run: Path, recipe: Recipe) -> dict[str, Any]:
     """The status, and the evaluation's results, as JSON values."""
     result = run_status(run, recipe).facts()
+    if lines := round_lines(Scope(run)):
+        result["rounds"] = [asdict(line) for line in lines]
     if Stage("evaluation", run / "evaluation").begun:
         for name in ("results", "kept", "unseen", "drift", "summary"):
             file = run / "evaluation" / f"{name}.json"

@@ -157,3 +157,60 @@ class RoundStages:
     def open_round(self) -> int:
         """The first round that is not merged yet; the last if all others are."""
         return next((n for n in range(1, self.last) if not self.made(n).begun), self.last)
+
+
+@dataclass(frozen=True)
+class RoundLine:
+    """What a finished round moved.
+
+    Attributes:
+        number: Of the round.
+        merged: Branches merged.
+        missing: Numbers of branches that were not there.
+        bytes_in: Weights brought to the merge.
+        bytes_out: Weights handed out for the next round; 0 after the last.
+        seconds: Training of its branches, one after another, and the merge.
+    """
+
+    number: int
+    merged: int
+    missing: tuple[int, ...]
+    bytes_in: int
+    bytes_out: int
+    seconds: float
+
+
+def round_lines(scope: Scope) -> list[RoundLine]:
+    """The finished rounds of a run or baseline, from their records; none where there was one round only.
+
+    Raises:
+        RunFolderError: A record is damaged.
+    """
+    between = sorted(int(file.parts[-3]) for file in (scope.root / "rounds").glob("*/merged/record.json"))
+    folders = [(number, scope.root / "rounds" / str(number)) for number in between]
+    if folders:
+        folders.append((between[-1] + 1, scope.root))
+    return [_line(number, folder) for number, folder in folders if (folder / "merged" / "record.json").is_file()]
+
+
+def _line(number: int, folder: Path) -> RoundLine:
+    record = Stage("merged", folder / "merged").record()
+    branches = [Stage("branch", path.parent) for path in (folder / "branches").glob("*/record.json")]
+    used = {int(name.removeprefix(key.BRANCH)) for name in record.inputs if name.startswith(key.BRANCH)}
+    mine = [stage for stage in branches if int(stage.path.name) in used]
+    return RoundLine(
+        number=number,
+        merged=len(used),
+        missing=tuple(record.facts.get("missing") or record.settings.get("excluded") or ()),
+        bytes_in=sum(map(weight_bytes, mine)),
+        bytes_out=int(record.facts.get("bytes_out", 0)),
+        seconds=record.seconds + sum(stage.record().seconds for stage in mine),
+    )
+
+
+def weight_bytes(stage: Stage) -> int:
+    """Bytes of a stage's model weights, from its record: they may be removed."""
+    outputs = stage.record().outputs
+    return sum(
+        facts.bytes for name, facts in outputs.items() if name.startswith("model/") and name.endswith(".safetensors")
+    )

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from merit.errors import Interrupted, MergeError, RecipeError, UserError
 from merit.hf import checkpoint
-from merit.launch.local import BranchCrashed
+from merit.launch.job import BranchCrashed
 from merit.merge import MergeResult, merge_branches
 from merit.merge.outer import outer_step
 from merit.merge.weights import weigh
@@ -25,7 +25,7 @@ from merit.recipe.schema import MergeSettings
 from merit.run import key
 from merit.run.branches import BranchId, round_stages
 from merit.run.resplit import split_again
-from merit.run.round_stages import STATE, RoundStages
+from merit.run.round_stages import STATE, RoundStages, weight_bytes
 from merit.run.scope import Scope
 from merit.run.session import Session
 from merit.run.step import stands
@@ -241,14 +241,6 @@ def open_round(session: Session, branch: BranchId) -> BranchId:
     rounds = round_stages(session, scope)
     number = rounds.open_round()
     return branch if number == rounds.last else replace(branch, round=number)
-
-
-def weight_bytes(stage: Stage) -> int:
-    """Bytes of a stage's model weights, from its record: they may be removed."""
-    outputs = stage.record().outputs
-    return sum(
-        facts.bytes for name, facts in outputs.items() if name.startswith("model/") and name.endswith(".safetensors")
-    )
 
 
 def _remove_unneeded(rounds: RoundStages, number: int) -> None:
