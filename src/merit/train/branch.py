@@ -100,7 +100,7 @@ def train_branch(
         start = team.from_leader(checkpoint.newest(folder / CHECKPOINTS))
         before = Totals() if part.carried is None else checkpoint.totals_of(part.carried)
         provenance = _provenance(rows, base, settings, seed) | part.provenance()
-        fresh = Marker(span.first, span.last, replace(before), provenance, _resources(team, threads))
+        fresh = Marker(span.first, span.last, Totals(**vars(before)), provenance, _resources(team, threads))
         marker, warnings = _go_on_from(start, fresh)
         if team.leads:
             _start_clean(folder, start, part)
