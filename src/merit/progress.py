@@ -51,11 +51,12 @@ class Silent:
         return nullcontext(silent)
 
 
-def count(number: int, noun: str, plural: str = "") -> str:
+def count(number: float, noun: str, plural: str = "") -> str:
     """A number with its noun: ``1 row``, ``1,200 rows``, ``2 branches``; ``plural`` where neither -s nor -es makes it."""
     if number == 1:
         return f"1 {noun}"
-    return f"{number:,} {plural or noun + ('es' if noun.endswith(('s', 'x', 'ch', 'sh')) else 's')}"
+    shown = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{shown} {plural or noun + ('es' if noun.endswith(('s', 'x', 'ch', 'sh')) else 's')}"
 
 
 def duration(seconds: float) -> str:

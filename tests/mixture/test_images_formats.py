@@ -246,12 +246,12 @@ def test_pil_images_become_files_with_the_same_pixels():
     [
         (llava("<image><image>q", "a", image=A), "sharegpt", "image_count", "1 image and 2 places"),
         (llava("<image>q", "a", image=[A, B]), "sharegpt", "image_count", "2 images and 1 place"),
-        (llava("<image>q", "a", image=None), "sharegpt", "image_count", "no images and 1 place"),
+        (llava("<image>q", "a", image=None), "sharegpt", "image_count", "0 images and 1 place"),
         (
             {"messages": said(("user", parts(SLOT, "q")), ("assistant", "a"))},
             "messages",
             "image_count",
-            "no images and 1 place",
+            "0 images and 1 place",
         ),
         (
             {
@@ -260,7 +260,7 @@ def test_pil_images_become_files_with_the_same_pixels():
             },
             "messages",
             "image_count",
-            "1 image and no places",
+            "1 image and 0 places",
         ),
         (llava("q", "a", image=A, images=[B]), "sharegpt", "image_count", "both columns"),
         (
@@ -293,7 +293,7 @@ def test_pil_images_become_files_with_the_same_pixels():
         (llava("q", "a", image="data:image/png;base64,%%%"), "sharegpt", "image_damaged", "base64"),
         ({"images": [A], "texts": [{"user": "q"}]}, "cauldron", "not_text", "texts[0].assistant"),
         ({"images": [A], "texts": "q"}, "cauldron", "not_text", "texts must be a list"),
-        ({"images": [A], "texts": []}, "cauldron", "image_count", "1 image and no places"),
+        ({"images": [A], "texts": []}, "cauldron", "image_count", "1 image and 0 places"),
         ([1], "messages", "not_text", "object"),
     ],
 )

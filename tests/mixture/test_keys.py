@@ -129,7 +129,7 @@ def test_every_other_key_is_named_and_counted(recipe, byte_level, tmp_path):
     mix = run(recipe, byte_level, tmp_path, rows)
     assert mix.counts[0].keys_ignored == {"id": 2, "messages[].mask": 1, "messages[].weight": 1, "rejected": 1}
     said = [text for text in mix.warnings if "not used" in text]
-    assert [text.split(" have ")[1].split(",")[0] for text in said] == [
+    assert [text.split(" is not used")[0].split(": ")[-1] for text in said] == [
         "messages[].mask",
         "messages[].weight",
         "rejected",

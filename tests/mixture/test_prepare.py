@@ -57,7 +57,7 @@ def test_what_is_counted_is_what_is_written(recipe, mixture, byte_level, tmp_pat
         assert (entry.format, entry.rows_dropped) == ("messages", {})
     two = counts[2]
     assert (two.test_rows, two.test_rows_in_train) == (6, 1)
-    assert any("also training rows" in warning for warning in two.warnings)
+    assert any("among the training rows" in warning for warning in two.warnings)
     assert ticks[0] == (0, 3, "one")
     assert ticks[-1][:2] == (3, 3)
 
@@ -172,8 +172,8 @@ def test_lost_characters_are_counted_apart_for_prompts_and_answers(recipe, dropp
     assert set(mixed.characters_lost_most) == set("왜한국어")
     assert (mixed.rows, mixed.rows_dropped, mixed.rows_answer_lost) == (2, {"answer_lost": 1}, 1)
     [warning] = [text for text in made.warnings if "cannot represent" in text]
-    assert "1 datasets: up to 17.6%" in warning
-    assert "1 rows lost their whole answer" in warning
+    assert "1 dataset: up to 17.6%" in warning
+    assert warning.endswith("answer: 1 row")
     assert (plain.characters_lost["all"], plain.warnings) == (0.0, [])
     test = load_split(tmp_path / "out", "test")["mixed"]
     assert test.answers == ["that", "한국 is"]

@@ -13,6 +13,7 @@ from merit.conflict.result import Arrays, DatasetFacts, Geometry, Pair, Spread, 
 from merit.conflict.sample import Measured, sub_samples
 from merit.conflict.spectrum import PAPER_AXES, Concentration, spectral_concentration, suggest_axes
 from merit.conflict.store import GradientStore
+from merit.progress import count
 from merit.recipe.schema import ConflictSettings
 from merit.split.components import cosine_matrix, principal_components
 
@@ -161,25 +162,25 @@ def _warnings(arrays: Arrays, settings: ConflictSettings, duplicates: Sequence[S
     drowned = names[~(arrays.unbiased_squared_norm > 0)]
     if len(drowned):
         warnings.append(
-            f"sampling noise drowns the gradient of {len(drowned)} dataset(s), first {drowned[0]}: no corrected cosine "
-            "there; take more examples (conflict.examples: auto)."
+            f"sampling noise drowns the gradient of {count(len(drowned), 'dataset')}, first {drowned[0]}: no corrected "
+            "cosine there; take more examples (conflict.examples: auto)."
         )
     faint = names[arrays.norm < 1e-6 * np.median(arrays.norm)]
     if len(faint):
         warnings.append(
-            f"the gradient of {len(faint)} dataset(s), first {faint[0]}, is a millionth of the median: rounding, not a "
-            "direction."
+            f"the gradient of {count(len(faint), 'dataset')}, first {faint[0]}, is a millionth of the median: "
+            "rounding, not a direction."
         )
     short = names[arrays.expected_cosine < settings.target_reliability]
     if settings.examples == "auto" and len(short):
         warnings.append(
-            f"{len(short)} dataset(s) stay under conflict.target_reliability {settings.target_reliability} at "
-            f"conflict.max_examples, first {short[0]}."
+            f"conflict.target_reliability {settings.target_reliability} is not reached at conflict.max_examples by "
+            f"{count(len(short), 'dataset')}, first {short[0]}."
         )
     few = names[~(arrays.shares > 0).all(axis=1)]
     if len(few):
         warnings.append(
-            f"{len(few)} dataset(s) have fewer than four examples, first {few[0]}: how sure their gradient is "
+            f"fewer than four examples in {count(len(few), 'dataset')}, first {few[0]}: how reliable such a gradient is "
             "cannot be said."
         )
     return warnings

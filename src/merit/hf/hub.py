@@ -16,6 +16,7 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 
 from merit.errors import RecipeError, nearest
 from merit.hf.side_files import reason
+from merit.progress import count
 from merit.recipe.load import is_hub_id
 from merit.recipe.schema import MixtureSettings, Recipe
 
@@ -80,7 +81,7 @@ def resolve_ids(recipe: Recipe) -> list[str]:
     """
     ids, wrong, notes = hub_ids(recipe), [], []
     if constants.HF_HUB_OFFLINE or not ids:
-        return [f"{len(ids)} hub ids were not resolved: the hub is switched off (HF_HUB_OFFLINE)."] if ids else []
+        return [f"not resolved: {count(len(ids), 'hub id')}; the hub is switched off (HF_HUB_OFFLINE)."] if ids else []
     api, known = HfApi(), {}
     for item in ids:
         place = (item.kind, item.id, item.revision)

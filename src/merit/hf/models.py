@@ -30,6 +30,7 @@ from merit.files import write_json
 from merit.hf import checkpoint, side_files
 from merit.hf.base import Base
 from merit.hf.families import FAMILIES, ROLES, Family
+from merit.progress import count
 from merit.recipe.schema import ModelSettings
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -219,7 +220,7 @@ def trainable_names(names: Sequence[str], wanted: str | Sequence[str], family: F
             found = set(fnmatch.filter(names, item))
             if not found:
                 raise RecipeError(
-                    f"model.trainable: pattern {item!r} matches none of the {len(names)} parameters.",
+                    f"model.trainable: pattern {item!r} matches none of the {count(len(names), 'parameter')}.",
                     f"Names, as in the base's files, look like {names[0]} and {names[-1]}"
                     + (f"; roles are {', '.join(ROLES)}." if family else "."),
                 )

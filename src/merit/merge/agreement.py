@@ -16,6 +16,7 @@ from typing import Any
 from merit.errors import MergeError
 from merit.hf.checkpoint import Checkpoint, TensorInfo
 from merit.hf.side_files import chat_template, processor_files, read_config, read_json
+from merit.progress import count
 
 __all__ = [
     "check_adapter_bases",
@@ -153,9 +154,9 @@ def _renamed(base: Checkpoint, branch: Checkpoint, found: Mapping[str, TensorInf
 def _refuse_names(base: Checkpoint, name: str, missing: list[str], extra: list[str]) -> None:
     parts = []
     if missing:
-        parts.append(f"lacks {len(missing)} tensor(s) of the base, first {missing[0]}")
+        parts.append(f"lacks {count(len(missing), 'tensor')} of the base, first {missing[0]}")
     if extra:
-        parts.append(f"has {len(extra)} tensor(s) that the base does not have, first {extra[0]}")
+        parts.append(f"has {count(len(extra), 'tensor')} that the base does not have, first {extra[0]}")
     raise MergeError(
         f"{name} {' and '.join(parts)}.",
         f"All branches must start from the same base ({base.folder}); no tensor is dropped silently.",

@@ -14,6 +14,7 @@ import yaml
 from merit import __version__
 from merit.hf.side_files import read_config
 from merit.merge.plan import MergePlan
+from merit.progress import count
 
 __all__ = ["base_licence", "base_model", "made_from", "model_card"]
 
@@ -99,7 +100,7 @@ def model_card(plan: MergePlan, fingerprints: Sequence[str]) -> str:
             "",
             f"# {output.parent.name}/{output.name}",
             "",
-            f"Merged by MERIT {__version__}: {len(plan.branches)} branches, fine-tuned independently from one base.",
+            f"Merged by MERIT {__version__}: {count(len(plan.branches), 'branch')}, fine-tuned independently from one base.",
             "",
             f"- Operator: `{plan.operator.name}` ({plan.operator.source})" + (f"; {options}" if options else ""),
             f"- Scale λ: {float(plan.scale):g} (θ0 + λ τ; 1 is the plain merge)",

@@ -27,6 +27,7 @@ from merit.merge.moments import read_moments
 from merit.merge.operators import MOMENTS, Operator, Options, operator_and_options
 from merit.merge.result import Adapters
 from merit.merge.weights import Branch
+from merit.progress import count
 from merit.recipe.schema import MergeSettings
 
 __all__ = [
@@ -188,7 +189,8 @@ def plan_merge(
     if excluded:
         total = len(branches) + len(excluded)
         warnings.append(
-            f"Partial merge: {len(branches)} of {total} branches, without {', '.join(excluded)}; weights renormalised."
+            f"Partial merge: {len(branches)} of {count(total, 'branch')}, without {', '.join(excluded)}; weights "
+            "renormalised."
         )
     floating = [tensor.name for tensor in base_head.tensors.values() if tensor.dtype.kind == "float"]
     coefficients = exact_coefficients(operator, options, branches, factor, floating)

@@ -38,7 +38,7 @@ from merit.merge.result import MergeResult, Source, WrittenFile
 from merit.merge.weights import ScaleSearch
 from merit.merge.worker import SPAN, WHOLE, Reader, Statistics, TrimmedEntries, Worker
 from merit.parallel import parallel, threads
-from merit.progress import Progress, silent
+from merit.progress import Progress, count, silent
 
 __all__ = ["run_merge"]
 
@@ -201,7 +201,7 @@ class _Run:
         bad = [name for name in digest.same(self.written) if name in {t.out.name for t in file.tensors}]
         if bad:
             raise CheckpointError(
-                f"{file.name}: {bad[0]} reads back differently from what was written ({len(bad)} tensor(s)).",
+                f"{file.name}: {bad[0]} reads back differently from what was written ({count(len(bad), 'tensor')}).",
                 "The disk or the memory of this machine is faulty. Nothing was left behind.",
             )
         return digest.hexdigest()

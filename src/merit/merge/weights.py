@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from merit.errors import MergeError
+from merit.progress import count
 from merit.recipe.merge import DEFAULT_PATTERN, WeightRule
 
 __all__ = [
@@ -103,7 +104,7 @@ def weigh(rule: Weights, trained: Mapping[int, Trained], total: int) -> list[Bra
     if not isinstance(rule, str):
         if len(rule) != total:
             raise MergeError(
-                f"merge.weights lists {len(rule)} weights for {total} branches.",
+                f"merge.weights lists {count(len(rule), 'weight')} for {count(total, 'branch')}.",
                 "Give one for each branch, in the order of split/split.json.",
             )
         return [Branch(part.model, rule[k], f"branch {k}") for k, part in trained.items()]

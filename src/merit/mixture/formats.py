@@ -18,6 +18,7 @@ from merit.errors import nearest
 from merit.mixture import keys
 from merit.mixture.chat import IMAGE, BadRow, Chat, Message, RawImage
 from merit.mixture.images import raw_image, row_images
+from merit.progress import count
 
 RowFormat = Literal["messages", "prompt_completion", "alpaca", "flan", "sharegpt", "cauldron"]
 PLACEHOLDER = "<image>"
@@ -207,7 +208,7 @@ def _place(turns: list[_Turn], row: Mapping[str, Any]) -> tuple[RawImage, ...]:
     if len(free) != len(own):
         raise BadRow(
             "image_count",
-            f"the row has {_many(len(own), 'image')} and {_many(len(free), 'place')} for them ({PLACEHOLDER} in the "
+            f"the row has {count(len(own), 'image')} and {count(len(free), 'place')} for them ({PLACEHOLDER} in the "
             "text, or parts of type 'image' without an image of their own)",
         )
     for slot, image in zip(free, own, strict=True):
@@ -221,10 +222,6 @@ def _place(turns: list[_Turn], row: Mapping[str, Any]) -> tuple[RawImage, ...]:
             )
         turn.pieces = [piece.replace(IMAGE, "") if isinstance(piece, str) else piece for piece in turn.pieces]
     return tuple(slot.image for slot in slots if slot.image is not None)
-
-
-def _many(count: int, noun: str) -> str:
-    return f"{count or 'no'} {noun}{'' if count == 1 else 's'}"
 
 
 def _is_list(value: object) -> bool:

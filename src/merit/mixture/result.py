@@ -21,6 +21,7 @@ from typing import Literal
 from merit.files import read_as, write_json
 from merit.mixture.dataset import Datasets, EncodedDataset
 from merit.mixture.sources import Role
+from merit.progress import count
 
 Split = Literal["train", "test", "kept", "unseen"]
 FILES = ("datasets.json", "images", "train", "test", "kept", "kept.json", "unseen", "unseen.json", "encoding.json")
@@ -224,17 +225,19 @@ class Mixture:
         cut = [item for item in self.counts if item.rows_truncated]
         if cut:
             total, length = sum(item.rows_truncated for item in cut), self.encoding.max_length
-            said.append(f"{total:,} rows of {len(cut)} datasets were cut at {length} tokens (train.max_length)")
+            said.append(
+                f"cut at {length} tokens (train.max_length): {count(total, 'row')} of {count(len(cut), 'dataset')}"
+            )
         limit = self.encoding.max_share
         lossy = [item for item in self.counts if item.rows_answer_lost or item.characters_lost.get("all", 0.0) > limit]
         if lossy:
             worst = max(lossy, key=lambda item: item.characters_lost["all"])
             gone = sum(item.rows_answer_lost for item in lossy)
             said.append(
-                f"the tokenizer cannot represent part of the text of {len(lossy)} datasets: up to "
+                f"the tokenizer cannot represent part of the text of {count(len(lossy), 'dataset')}: up to "
                 f"{worst.characters_lost['all']:.1%} of the characters, in {worst.name} (such as "
                 f"{worst.characters_lost_most!r})"
-                + (f"; {gone:,} rows lost their whole answer and are left out" if gone else "")
+                + (f"; left out, with nothing left of the answer: {count(gone, 'row')}" if gone else "")
             )
         said += [f"{item.name}: {text}" for item in self.counts for text in item.warnings]
         for why, small in (("the tokenizer cannot represent their text", False), ("they have too few rows", True)):

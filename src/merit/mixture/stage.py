@@ -34,7 +34,7 @@ from merit.mixture.mixing import repeated, shares
 from merit.mixture.part import Part
 from merit.mixture.result import FILES, DatasetCounts, Encoding, LeftOut, Mixture, load_split, write_facts
 from merit.mixture.sources import Role, Source
-from merit.progress import Progress, silent
+from merit.progress import Progress, count, silent
 
 __all__ = ["encode_mixture", "load_split"]
 
@@ -358,13 +358,13 @@ class _Stage:
     def _warn(self, counts: DatasetCounts, part: Used) -> None:
         for key, rows in counts.keys_ignored.items():
             if key.rpartition(".")[2] in MATTERS:
-                counts.warnings.append(f"{rows} rows have {key}, which is not used (docs/mixture.md)")
+                counts.warnings.append(f"{key} is not used (docs/mixture.md): {count(rows, 'row')}")
         if counts.test_path and not counts.test_rows:
             counts.warnings.append(
                 f"no test row has a target left ({listing(counts.test_rows_dropped)}): it is not scored"
             )
         if counts.test_rows_in_train:
-            counts.warnings.append(f"{counts.test_rows_in_train} test rows are also training rows")
+            counts.warnings.append(f"also among the training rows: {count(counts.test_rows_in_train, 'test row')}")
         whole = [row for row in part.rows if not row.truncated][:_READ_BACK_ROWS]
         wrong = not_read_back(self.encoder.inventory, whole, self._read_back(whole)) if whole else 0
         if wrong:

@@ -25,6 +25,7 @@ from merit.hf.families import Family
 from merit.hf.models import read_model
 from merit.prepare import encoder
 from merit.prepare.plan import Assembly, empty_model, join_tokenizers, renamed_parameters
+from merit.progress import count
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -175,7 +176,7 @@ def _read_back(folder: Path, digests: Mapping[str, str]) -> None:
     differs = sorted(name for name in digests.keys() | found.keys() if digests.get(name) != found.get(name))
     if differs:
         raise CheckpointError(
-            f"{folder}: {len(differs)} tensors are not what was written, first {differs[0]} "
+            f"{folder}: not what was written: {count(len(differs), 'tensor')}, first {differs[0]} "
             f"({digests.get(differs[0])} written, {found.get(differs[0])} read)."
         )
 

@@ -31,6 +31,7 @@ from merit.hf.base import load_tokenizer
 from merit.hf.families import FAMILIES, Family
 from merit.hf.models import file_names
 from merit.prepare import encoder
+from merit.progress import count
 
 _LANGUAGE = {"qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3"}
 """Families with a language model class of their own: the model type of the language models that fit."""
@@ -129,12 +130,12 @@ def plan_assembly(language: Path, vision: Path, *, projector: Literal["copy", "n
     odd = odd or [new for new, old in names.items() if shapes[new][1:] != held[old][1:]]  # rows may be added
     if odd:
         raise CheckpointError(
-            f"model.base: {language} does not fit into a {model_type} model: {len(odd)} parameters have no counterpart of "
-            f"their shape, first {odd[0]}."
+            f"model.base: {language} does not fit into a {model_type} model: no counterpart for "
+            f"{count(len(odd), 'parameter')} of its shape, first {odd[0]}."
         )
     if added:
         where = f"{rows} new embedding rows, initialised by seed" if rows else "unused embedding rows, unchanged"
-        notes.append(f"{len(added)} special tokens are added to the tokenizer ({where}): {', '.join(added[:6])}")
+        notes.append(f"added to the tokenizer: {count(len(added), 'special token')} ({where}): {', '.join(added[:6])}")
     template = "" if bare else side_files.chat_template(vision) or ""
     foreign = [token for token in added if token in template and not _IMAGE_WORDS.search(token)]
     if foreign:

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from merit.mixture.image_check import ImageReport
+from merit.progress import count
 
 _SHOWN = 40
 
@@ -29,11 +30,11 @@ def render(report: ImageReport) -> list[RenderableType]:
     for item in report.datasets:
         spread = " / ".join(f"{item.pixels[key]:,}" for key in ("min", "p50", "max")) if item.pixels else "-"
         counts = (item.rows, item.rows_with_images, item.images, item.distinct)
-        sizes.add_row(item.name, *(f"{count:,}" for count in counts), spread, f"{sum(item.bad.values()):,}")
+        sizes.add_row(item.name, *(f"{number:,}" for number in counts), spread, f"{sum(item.bad.values()):,}")
     sizes.caption = "pixels: smallest / median / largest, over different images"
     notes = [
-        f"[yellow]note:[/] {item.name}: {item.renamed:,} image files are not in the format that their names say (such as "
-        f"{escape(item.renamed_first)}); they are read by content."
+        f"[yellow]note:[/] {item.name}: {count(item.renamed, 'image file')} not in the format that the name says (such as "
+        f"{escape(item.renamed_first)}): read by content."
         for item in report.datasets
         if item.renamed
     ]
@@ -46,8 +47,8 @@ def render(report: ImageReport) -> list[RenderableType]:
         wrong.add_row(entry.dataset, escape(entry.place), escape(f"{entry.detail} ({entry.reason})"))
     rest = len(report.bad) - _SHOWN
     reasons = Counter(entry.reason for entry in report.bad)
-    counted = ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items()))
-    lines = [f"{len(report.bad):,} images cannot be used: {counted}."]
+    counted = ", ".join(f"{reason} {times:,}" for reason, times in sorted(reasons.items()))
+    lines = [f"{count(len(report.bad), 'image')} cannot be used: {counted}."]
     if rest > 0:
         lines[0] += f" {rest:,} more not shown; --json lists all."
     lines.append(

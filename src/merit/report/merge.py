@@ -8,7 +8,7 @@ from rich.table import Table
 
 from merit.merge import MergeResult
 from merit.merge.weights import ScaleSearch, condense
-from merit.progress import duration
+from merit.progress import count, duration
 
 
 def render(result: MergeResult) -> list[RenderableType]:
@@ -35,6 +35,6 @@ def _curve(search: ScaleSearch) -> list[RenderableType]:
         curve.add_row(f"{point.scale:g}", f"{point.learned:.4f}", f"{point.kept:.4f}", mark)
     lines: list[RenderableType] = [curve, f"kept: {search.kept}; rule: {search.rule}"]
     if search.rows_shared_with_evaluation:
-        count = len(search.rows_shared_with_evaluation)
-        lines.append(f"[yellow]note:[/] for {count} datasets λ was chosen on rows that the evaluation also reads.")
+        shared = count(len(search.rows_shared_with_evaluation), "dataset")
+        lines.append(f"[yellow]note:[/] for {shared} λ was chosen on rows that the evaluation also reads.")
     return lines

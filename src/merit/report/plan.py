@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import RenderableType
 from rich.table import Table
 
-from merit.progress import size
+from merit.progress import count, size
 from merit.run.check import NOT_CHECKED, Plan
 from merit.run.needs import branch_count, items
 
@@ -22,23 +22,26 @@ def render(plan: Plan) -> list[RenderableType]:
         table.add_row("prepare", f"{step.name}: {step.does}")
     formats = sorted({item.format for item in plan.datasets})
     tested = sum(item.test is not None for item in plan.datasets)
-    what = f"{len(plan.datasets)} datasets ({', '.join(formats)}), {tested} with held-out rows"
+    what = f"{count(len(plan.datasets), 'dataset')} ({', '.join(formats)}), {tested} with held-out rows"
     table.add_row("mixture", what if plan.datasets else NOT_CHECKED)
     if plan.kept:
-        table.add_row("kept", f"{len(plan.kept)} datasets for measuring what is kept of the base, not trained on")
+        kept = count(len(plan.kept), "dataset")
+        table.add_row("kept", f"{kept} for measuring what is kept of the base, not trained on")
     if plan.unseen:
-        table.add_row("unseen", f"{len(plan.unseen)} tasks for measuring what carries over, not trained on")
+        unseen = count(len(plan.unseen), "task")
+        table.add_row("unseen", f"{unseen} for measuring what carries over, not trained on")
     conflict = recipe.conflict
     table.add_row("gradients", f"{conflict.examples} examples per dataset, {conflict.representation}")
-    table.add_row("split", f"{recipe.split.method}: {recipe.group_count} groups, balanced by {recipe.split.balance}")
+    groups, branches = count(recipe.group_count, "group"), count(branch_count(recipe), "branch")
+    table.add_row("split", f"{recipe.split.method}: {groups}, balanced by {recipe.split.balance}")
     train = recipe.train
-    steps = (
-        f"{train.epochs:g} epochs, batch {train.batch_size}, {train.scheduler} learning rate {train.learning_rate:g}"
-    )
-    table.add_row("train", f"{branch_count(recipe)} branches, each {steps}, at most {train.max_length} tokens per row")
+    steps = f"{count(train.epochs, 'epoch')}, batch {train.batch_size}, "
+    steps += f"{train.scheduler} learning rate {train.learning_rate:g}"
+    table.add_row("train", f"{branches}, each {steps}, at most {train.max_length} tokens per row")
     if plan.steps is not None:
         each = f"; about {plan.steps // recipe.group_count:,} in each of {recipe.group_count} branches"
-        table.add_row("", f"at most {plan.steps:,} optimizer steps in all{each if recipe.group_count > 1 else ''}")
+        most = count(plan.steps, "optimizer step")
+        table.add_row("", f"at most {most} in all{each if recipe.group_count > 1 else ''}")
     if recipe.baselines:
         table.add_row("baselines", f"{', '.join(recipe.baselines)}, at the same budget")
     table.add_row("merge", f"{recipe.merge.operator}, weights: {recipe.merge.weights}, scale: {recipe.merge.scale}")

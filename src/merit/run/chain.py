@@ -18,6 +18,7 @@ from merit.errors import RunFolderError
 from merit.files import differences
 from merit.mixture import Mixture
 from merit.mixture.stage import encode_mixture
+from merit.progress import count
 from merit.run import key
 from merit.run.check import check_groups, check_preparation, make_plan
 from merit.run.evaluating import evaluate_run
@@ -147,8 +148,8 @@ def mixture(session: Session) -> Mixture:
 def _describe_mixture(mixture: Mixture) -> str:
     rows, targets = sum(mixture.rows.values()), sum(mixture.target_tokens.values())
     dropped = sum(sum(item.rows_dropped.values()) for item in mixture.counts)
-    text = f"{len(mixture.counts)} datasets, {rows:,} rows, {targets:,} target tokens"
-    return text + (f", {dropped:,} rows dropped" if dropped else "")
+    text = f"{count(len(mixture.counts), 'dataset')}, {count(rows, 'row')}, {count(targets, 'target token')}"
+    return text + (f", {count(dropped, 'row')} dropped" if dropped else "")
 
 
 def _mixture_notes(mixture: Mixture) -> Iterator[str]:
@@ -175,7 +176,7 @@ def gradients(session: Session, mixture: Mixture, scope: Scope | None = None) ->
     """One gradient per dataset at the base, and their geometry."""
     stage = conflict_stage(session, mixture, scope)
     recipe, seed = session.recipe, int(stage.settings["seed"])
-    count = f"{len(mixture.counts)} datasets"
+    datasets = count(len(mixture.counts), "dataset")
 
     def make(work: Work) -> Geometry:
         geometry = measure_gradients(
@@ -193,8 +194,8 @@ def gradients(session: Session, mixture: Mixture, scope: Scope | None = None) ->
 
     step = Step(
         "gradients", stage, make, Geometry.load, seed,
-        describe=lambda _geometry: f"{count}, {recipe.conflict.representation}",
-        begin=f"{count} at the base", keep=("partial",),
+        describe=lambda _geometry: f"{datasets}, {recipe.conflict.representation}",
+        begin=f"{datasets} at the base", keep=("partial",),
     )  # fmt: skip
     return run_step(step, session)
 
@@ -230,9 +231,8 @@ def split(session: Session, scope: Scope, mixture: Mixture) -> Split:
         return result
 
     def describe(split: Split) -> str:
-        word = "group" if len(split.groups) == 1 else "groups"
         sizes = " + ".join(str(len(group)) for group in split.groups)
-        return f"{scope.method or method}: {len(split.groups)} {word} of {sizes} datasets"
+        return f"{scope.method or method}: {count(len(split.groups), 'group')} of {sizes} datasets"
 
     step = Step(
         "split", stage, make, Split.load, recipe.seed, describe=describe, notes=lambda split: split.warnings

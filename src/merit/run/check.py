@@ -24,6 +24,7 @@ from merit.mixture import image_check
 from merit.mixture.found import SourceSummary, find_datasets, refuse_images
 from merit.mixture.template import ChatTemplate
 from merit.prepare import stage_recipe
+from merit.progress import count
 from merit.recipe.schema import DatasetSettings, MixtureSettings, Recipe
 from merit.run.merge_check import check_merge, check_patterns
 from merit.run.needs import Weights, branch_count, file_sizes, items, needs, published_weights, weigh
@@ -195,7 +196,8 @@ def _weights(recipe: Recipe, base: BaseFacts | None, sizes: Mapping[str, int]) -
 def _notes_on_tests(recipe: Recipe, datasets: Sequence[SourceSummary]) -> Iterator[str]:
     without = [item.name for item in datasets if item.test is None and item.format != NOT_CHECKED]
     if without and recipe.evaluate.heldout:
-        yield f"{len(without)} of {len(datasets)} datasets have no held-out rows and are not scored: {_list(without)}."
+        share = f"{len(without)} of {count(len(datasets), 'dataset')}"
+        yield f"not scored, for lack of held-out rows: {share}, {_list(without)}."
 
 
 def _notes_on_base(opened: Base | None, weights: Weights | None, *, looked_at: bool) -> Iterator[str]:
@@ -218,7 +220,7 @@ def _notes_on_unseen(summaries: Sequence[SourceSummary], preparation: Sequence[S
         f"{step.name}/{item.name}" for step in preparation for item in step.datasets if item.format == NOT_CHECKED
     ]
     if unseen or not any(item.role == "mixture" for item in summaries):
-        what = f"{len(unseen)} datasets, {_list(unseen)}" if unseen else "the mixture"
+        what = f"{count(len(unseen), 'dataset')}, {_list(unseen)}" if unseen else "the mixture"
         yield f"not on this machine, so not checked: {what}."
 
 
@@ -226,7 +228,7 @@ def _notes_on_embedded_images(recipe: Recipe, base: BaseFacts | None) -> Iterato
     embedded = {item.id for item in hub_ids(recipe) if item.kind == "dataset"} if _sees(recipe, base) else ()
     if embedded:
         yield (
-            f"images embedded in the rows of {len(embedded)} hub datasets are copied to the run folder; the disk "
+            f"images embedded in the rows of {count(len(embedded), 'hub dataset')} are copied to the run folder; the disk "
             "estimate does not include them."
         )
 
@@ -332,10 +334,12 @@ def _preparation(recipe: Recipe, base: BaseFacts | None, *, offline: bool) -> tu
                 _check_length(inner, base, "train.max_length")
         except UserError as error:
             raise type(error)(f"{where}: {error.message}", *error.ways_out) from None
-        train, count = stage.train, _stated_steps(inner)
-        data = f"{len(found)} dataset{'s' * (len(found) != 1)}" if found else "unseen data"
-        does = f"{' + '.join(items(stage.trainable))}; {data}, {train.epochs:g} epochs, batch {train.batch_size}, "
-        does += f"learning rate {train.learning_rate:g}" + (f", at most {count:,} steps" if count else "")
+        train, most = stage.train, _stated_steps(inner)
+        data = count(len(found), "dataset") if found else "unseen data"
+        does = (
+            f"{' + '.join(items(stage.trainable))}; {data}, {count(train.epochs, 'epoch')}, batch {train.batch_size}, "
+        )
+        does += f"learning rate {train.learning_rate:g}" + (f", at most {count(most, 'step')}" if most else "")
         steps.append(StagePlan(stage.name, does, found))
     return tuple(steps)
 
@@ -356,18 +360,18 @@ def _check_length(recipe: Recipe, base: BaseFacts, key: str) -> None:
         )
 
 
-def check_groups(recipe: Recipe, count: int) -> None:
-    """Refuse a split of ``count`` datasets into more groups than there are datasets.
+def check_groups(recipe: Recipe, datasets: int) -> None:
+    """Refuse a split of ``datasets`` datasets into more groups than there are datasets.
 
     Raises:
         RecipeError: There are too few datasets for some method of the recipe or its baselines.
     """
     for method in (recipe.split.method, *recipe.baselines):
         groups = 1 if method == "joint" else 2**recipe.split.axes
-        if count < groups:
+        if datasets < groups:
             raise RecipeError(
-                f"split: {count} datasets cannot fill {groups} groups (method {method}, split.axes {recipe.split.axes} "
-                f"makes 2^{recipe.split.axes}).",
+                f"split: {count(datasets, 'dataset')} cannot fill {groups} groups (method {method}, "
+                f"split.axes {recipe.split.axes} makes 2^{recipe.split.axes}).",
                 "Datasets are never split. Use fewer axes, add datasets, or use split.method: joint.",
             )
 

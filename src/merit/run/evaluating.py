@@ -12,6 +12,7 @@ from merit.evaluation.results import Evaluation
 from merit.evaluation.stage import About, Candidate, HeldOut, ModelSet, evaluate
 from merit.hf import checkpoint
 from merit.mixture import load_split
+from merit.progress import count
 from merit.run import key
 from merit.run.record import Output, damaged
 from merit.run.scope import Scope
@@ -60,8 +61,8 @@ def evaluate_run(session: Session) -> Evaluation:
         make,
         load=Evaluation.load,
         seed=session.recipe.seed,
-        describe=lambda found: f"{len(models)} models: {', '.join(found.summary.models)}",
-        begin=f"{len(models)} models on held-out rows",
+        describe=lambda found: f"{count(len(models), 'model')}: {', '.join(found.summary.models)}",
+        begin=f"{count(len(models), 'model')} on held-out rows",
         unit="models",
         keep=("models",),
         follows_inputs=True,

@@ -13,7 +13,7 @@ from merit.errors import MergeError, RecipeError
 from merit.merge import Branch, MergeResult, merge_branches, merge_into_adapter
 from merit.merge.operators import Options, operator_and_options
 from merit.merge.stage import are_adapters
-from merit.progress import Reporter
+from merit.progress import Reporter, count
 from merit.recipe.schema import MergeSettings
 
 
@@ -105,7 +105,7 @@ def merge_checkpoints(
     adapters = are_adapters([branch.path for branch in branches])
     if words.adapter != "full" and not adapters:
         raise MergeError(f"--adapter {words.adapter} is for LoRA adapters; {branches[0].path} is a full checkpoint.")
-    reporter.stage("merge", f"{len(branches)} checkpoints, {settings.operator}")
+    reporter.stage("merge", f"{count(len(branches), 'checkpoint')}, {settings.operator}")
     with reporter.progress("merge") as tick:
         if words.adapter == "full":
             return merge_branches(base, branches, output, settings, progress=tick)

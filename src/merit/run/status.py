@@ -19,7 +19,7 @@ from merit.files import differences
 from merit.launch.job import read_progress
 from merit.mixture import read_counts
 from merit.prepare import stage_folder, stage_recipe
-from merit.progress import size
+from merit.progress import count, size
 from merit.recipe.schema import Recipe
 from merit.run import key
 from merit.run.record import OtherVersionError, Record
@@ -255,4 +255,6 @@ def _progress(path: Path) -> str:
 
 def _detail(record: Record) -> str:
     facts = record.facts
-    return f"{facts['steps']:,} steps, {facts['target_tokens']:,} target tokens" if "steps" in facts else ""
+    return (
+        f"{count(facts['steps'], 'step')}, {count(facts['target_tokens'], 'target token')}" if "steps" in facts else ""
+    )

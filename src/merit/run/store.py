@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 
 from merit.errors import RunFolderError
 from merit.files import fingerprint, write_json
+from merit.progress import count
 from merit.run.record import Output, Record, StaleStageError, damaged, now, plain, read_record, shown, write_record
 from merit.split.result import Split
 
@@ -114,7 +115,8 @@ class Stage:
             if not path.is_file():
                 raise damaged(path, "it is missing", self.path)
             if path.stat().st_size != facts.bytes:
-                raise damaged(path, f"it has {path.stat().st_size} bytes, but {facts.bytes} were written", self.path)
+                found = count(path.stat().st_size, "byte")
+                raise damaged(path, f"it has {found}, but {facts.bytes:,} were written", self.path)
             if (weights or not name.endswith(".safetensors")) and Output.of(path) != facts:
                 raise damaged(path, "its content is not what was written", self.path)
 

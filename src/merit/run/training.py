@@ -17,7 +17,7 @@ from merit.hf import checkpoint
 from merit.hf.base import Base
 from merit.launch.job import BranchJob, Launcher
 from merit.mixture import EncodedDataset, load_split, read_counts
-from merit.progress import Reporter, duration
+from merit.progress import Reporter, count, duration
 from merit.recipe.schema import Recipe
 from merit.run.branches import KEPT, BranchId, branch_stages, group_of, part_of, scope_of, stage_of
 from merit.run.detaching import hand_over
@@ -46,10 +46,10 @@ def train_branches(session: Session, branches: Sequence[BranchId]) -> None:
     stages = {branch: stage_of(session, branch) for branch in branches}
     waiting = [branch for branch, stage in stages.items() if not stands(stage, session, keep=KEPT)]
     if not waiting:
-        session.reporter.stage("train", f"{len(branches)} branches (done before)")
+        session.reporter.stage("train", f"{count(len(branches), 'branch')} (done before)")
         return
     if session.recipe.launch.where == "detached":
-        session.reporter.stage("train", f"{len(waiting)} branches, elsewhere")
+        session.reporter.stage("train", f"{count(len(waiting), 'branch')}, elsewhere")
         hand_over(session, waiting)
         return
     need, _ = estimate(
@@ -58,14 +58,14 @@ def train_branches(session: Session, branches: Sequence[BranchId]) -> None:
     require_space(
         session.run,
         need,
-        f"{len(waiting)} branches",
+        count(len(waiting), "branch"),
         "Free space, use another disk (--output DIR), or train fewer branches (split.axes, baselines).",
     )
     workers = min(session.jobs, len(waiting))
     processes = session.recipe.train.processes
     side = f", {workers} in parallel" if workers > 1 else ""
     side += f", {processes} processes each" if processes > 1 else ""
-    session.reporter.stage("train", f"{len(waiting)} branches{side}")
+    session.reporter.stage("train", f"{count(len(waiting), 'branch')}{side}")
     launcher = launcher_of(session, workers)
     if launcher is not None:
         _train_in_workers(session, waiting, launcher)
@@ -131,7 +131,7 @@ def _say(session: Session, branch: BranchId, stage: Stage) -> None:
     record = stage.record()
     facts = record.facts
     session.reporter.say(
-        f"  {stage.name}: {facts['steps']:,} steps, {facts['target_tokens']:,} target tokens, "
+        f"  {stage.name}: {count(facts['steps'], 'step')}, {count(facts['target_tokens'], 'target token')}, "
         + (f"loss {facts['final_loss']:.4f}, " if facts["final_loss"] is not None else "")
         + duration(record.seconds)
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from merit.errors import RecipeError
+from merit.progress import count
 from merit.split import conflict_induced, joint, kmeans, pca, random, raw_pca
 from merit.split.balance import bisect, tied
 from merit.split.result import Split
@@ -175,13 +176,13 @@ def _tie_warning(ties: list[str]) -> list[str]:
     return [f"{', '.join(ties[:3])}{more} have equal scores at a cut: their names decided, not their gradients."]
 
 
-def _refuse_too_few(count: int, method: str, axes: int) -> None:
+def _refuse_too_few(datasets: int, method: str, axes: int) -> None:
     group_count = 1 if method == "joint" else 2**axes
-    if count < group_count:
+    if datasets < group_count:
         raise RecipeError(
-            f"split: {count} datasets cannot fill {group_count} groups (split.axes {axes} makes 2^{axes}).",
-            f"Datasets are never split. Use split.axes <= {int(np.log2(max(1, count)))}"
-            f"{' (or split.method: joint)' if count < 2 else ''}, or add datasets.",
+            f"split: {count(datasets, 'dataset')} cannot fill {group_count} groups (split.axes {axes} makes 2^{axes}).",
+            f"Datasets are never split. Use split.axes <= {int(np.log2(max(1, datasets)))}"
+            f"{' (or split.method: joint)' if datasets < 2 else ''}, or add datasets.",
         )
 
 
