@@ -125,7 +125,7 @@ class Slurm:
             "cpus-per-task": own.cpus or self.cpus,
             "gpus-per-node": own.gpus or None,
             "mem": own.memory,
-            "time": own.time,
+            "time": _clock(own.hours),
             "partition": own.partition,
             "account": own.account,
             "output": f"{folder}/%A_%a.txt",
@@ -184,6 +184,12 @@ if {{ [ $code -eq {interrupted} ] && [ $restarts -lt {requeues} ]; }} ||
 fi
 exit $code
 """
+
+
+def _clock(hours: float) -> str:
+    """As sbatch takes a time limit: HH:MM:SS."""
+    seconds = round(3600 * hours)
+    return f"{seconds // 3600:02d}:{seconds % 3600 // 60:02d}:{seconds % 60:02d}"
 
 
 def _job_file(job: BranchJob) -> Path:

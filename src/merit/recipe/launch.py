@@ -31,8 +31,8 @@ class RaySettings(Settings):
 class SlurmSettings(Settings):
     """Branches as tasks of a Slurm job array; its nodes share the run folder."""
 
-    time: Annotated[str, Field(pattern=r"^\d+(-\d+(:\d\d){0,2}|(:\d\d){0,2})$")] = "24:00:00"
-    """Time limit of one attempt, as sbatch takes it (HH:MM:SS, D-HH:MM:SS). A branch that needs more is requeued."""
+    hours: Annotated[float, Field(gt=0, le=8760)] = 24.0
+    """Time limit of one attempt (hours). A branch that needs more is requeued."""
     partition: str | None = None
     """Partition; default: the cluster's."""
     account: str | None = None

@@ -7,7 +7,11 @@ from rich.table import Table
 
 from merit.progress import count, size
 from merit.run.check import NOT_CHECKED, Plan
+from merit.run.machines import fits
 from merit.run.needs import branch_count, items
+
+_LARGE = 24 * 10**9
+"""Bytes of memory per branch from which it is told which GPUs can train it."""
 
 
 def render(plan: Plan) -> list[RenderableType]:
@@ -48,4 +52,6 @@ def render(plan: Plan) -> list[RenderableType]:
     if plan.disk_bytes is not None and plan.memory_bytes is not None:
         need = f"{size(plan.disk_bytes)} of disk; {size(plan.memory_bytes)} of memory per branch, without activations"
         table.add_row("needs", need)
+        if weights is not None and plan.memory_bytes > _LARGE:
+            table.add_row("GPUs", "\n".join(map(str, fits(recipe, weights))))
     return [table, *(f"[yellow]note:[/] {note}" for note in plan.notes)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from merit.mixture.template import ChatTemplate
 from merit.prepare import stage_recipe
 from merit.progress import count
 from merit.recipe.schema import DatasetSettings, MixtureSettings, Recipe
+from merit.run.machines import fits
 from merit.run.merge_check import check_merge, check_patterns
 from merit.run.needs import Weights, branch_count, file_sizes, items, needs, published_weights, weigh
 from merit.run.preparation import planned_base
@@ -109,6 +110,7 @@ class Plan:
             ],
             "disk_bytes": self.disk_bytes,
             "memory_bytes": self.memory_bytes,
+            "gpus": [asdict(fit) for fit in fits(recipe, self.weights)] if self.weights else None,
             "notes": list(self.notes),
         }
 

@@ -18,6 +18,7 @@ from merit.merge.curve import trade_off_svg
 from merit.merge.weights import condense, weigh
 from merit.progress import Progress, count
 from merit.run import key
+from merit.run.machines import trained_on, unlike
 from merit.run.scale_search import judge_scales
 from merit.run.scope import Scope
 from merit.run.session import Session
@@ -47,12 +48,14 @@ def merge_run(
     """
     taking, left_out = choose_branches(session, scope, exclude, allow_missing)
     recipe = session.recipe_of(scope)
+    records = {k: stage.record() for k, stage in taking.items()}
+    differing = unlike(records)
     whose = "" if scope.method is None else f"{scope.method}: "
     summary = f"{whose}{count(len(taking), 'branch')}, {recipe.merge.operator}"
 
     def make(work: Work) -> MergeResult:
         result = make_merge(session, scope, taking, left_out, work.folder / MODEL, work.progress)
-        work.facts.update(result.record())
+        work.facts.update(result.record(), trained_on={str(k): trained_on(record) for k, record in records.items()})
         return result
 
     step = Step(
@@ -62,7 +65,7 @@ def merge_run(
         load=lambda folder: MergeResult.load(folder / MODEL),
         seed=recipe.seed,
         describe=lambda _result: summary,
-        notes=lambda result: condense(result.warnings, len(taking)),
+        notes=lambda result: [*differing, *condense(result.warnings, len(taking))],
     )
     return run_step(step, session)
 

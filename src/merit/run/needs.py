@@ -37,6 +37,11 @@ class Weights:
     stages: tuple[int, ...] = ()
 
 
+def state_bytes(optimizer: str) -> int:
+    """Bytes of optimizer state per trained weight."""
+    return _MOMENTS.get(optimizer, 8)
+
+
 def branch_count(recipe: Recipe) -> int:
     """Branches to train, including baselines."""
     groups = [1 if method == "joint" else 2**recipe.split.axes for method in (recipe.split.method, *recipe.baselines)]
@@ -101,8 +106,8 @@ def needs(
     else:
         models += (branch_count(recipe) if branches is None else branches) + merges
     moments = 4 * weights.trainable * (branch_count(recipe) if branches is None else branches)
-    state = max(_MOMENTS.get(optimizer, 8) * count for optimizer, count in trained)
-    memory = 4 * total + max((4 + _MOMENTS.get(optimizer, 8)) * count for optimizer, count in trained)
+    state = max(state_bytes(optimizer) * count for optimizer, count in trained)
+    memory = 4 * total + max((4 + state_bytes(optimizer)) * count for optimizer, count in trained)
     disk = total * stored * models + (4 * total + state) * at_once + _rounds(recipe, weights, branches)
     return disk + moments * recipe.train.save_second_moments, memory
 

@@ -8,6 +8,9 @@ Source files and the base are not read here, so changes to them are only noticed
 from __future__ import annotations
 
 import contextlib
+import json
+import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -33,6 +36,43 @@ ORDER = ("assemble", "prepared", "mixture", "gradients", "split", "round", "bran
 
 
 @dataclass(frozen=True)
+class Live:
+    """How far a branch has got, wherever it runs, by the file that it writes about once a second.
+
+    Attributes:
+        step: Optimizer steps taken.
+        steps: Of all.
+        loss: Of the last step (nats per target token).
+        tokens_per_second: Target tokens.
+        seconds_left: At the rate since its process began.
+        machine: Where it runs.
+        seen: Unix time (seconds) of its last sign of life, by the clock of that machine.
+    """
+
+    step: int
+    steps: int
+    loss: float | None
+    tokens_per_second: float | None
+    seconds_left: float | None
+    machine: str
+    seen: float
+
+    @classmethod
+    def of(cls, folder: Path) -> Live | None:
+        """Of a branch's folder; None if nothing is told there."""
+        facts = read_progress(folder / "progress.json")
+        if facts is None:
+            return None
+        loss, speed, left = (facts.get(key) for key in ("loss", "tokens_per_second", "seconds_left"))
+        machine, seen = str(facts.get("machine", "")), float(facts.get("time", 0))
+        return cls(facts["step"], facts["steps"], loss, speed, left, machine, seen)
+
+
+_SIGN_OF_LIFE = 120.0
+"""Seconds after its last sign of life for which a branch on another machine, whose lock may not be seen here, runs."""
+
+
+@dataclass(frozen=True)
 class Row:
     """The state of one stage.
 
@@ -46,6 +86,7 @@ class Row:
         finished: When, UTC, ISO 8601.
         bytes: Of its files.
         detail: How far it has got, or its result.
+        live: For a branch that is not done: its figures.
     """
 
     stage: str
@@ -57,6 +98,7 @@ class Row:
     finished: str | None = None
     bytes: int = 0
     detail: str = ""
+    live: Live | None = None
 
 
 @dataclass(frozen=True)
@@ -218,9 +260,10 @@ def _row(stage: Stage, wanted: Callable[[], Stage] | None) -> Row:
     row = Row(stage.name, stage.kind, str(stage.path))
     if not stage.path.is_dir():
         return row
-    row = replace(row, bytes=_bytes(stage.path))
-    if is_locked(stage.path):
-        return replace(row, state="running", detail=_progress(stage.path))
+    live = Live.of(stage.path) if stage.kind == "branch" and not stage.begun else None
+    row = replace(row, bytes=_bytes(stage.path), live=live)
+    if is_locked(stage.path) or _runs_elsewhere(stage.path, live):
+        return replace(row, state="running", detail=f"step {live.step:,} of {live.steps:,}" if live else "")
     if not stage.begun:
         held = any(child.name != ".lock" for child in stage.path.iterdir())
         return replace(row, state="partial" if held else "missing")
@@ -248,9 +291,14 @@ def _changed_inputs(old: Mapping[str, str], wanted: Mapping[str, str]) -> list[s
     return differences(held, new, "input")
 
 
-def _progress(path: Path) -> str:
-    facts = read_progress(path / "progress.json")
-    return f"step {facts['step']:,} of {facts['steps']:,}" if facts else ""
+def _runs_elsewhere(folder: Path, live: Live | None) -> bool:
+    """Whether another machine says that it works here; the lock that it holds may not be seen from this one."""
+    if live is None or time.time() - live.seen > _SIGN_OF_LIFE:
+        return False
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        holder = json.loads((folder / "running.json").read_text(encoding="utf-8"))["host"]
+        return bool(holder != socket.gethostname())
+    return False
 
 
 def _detail(record: Record) -> str:

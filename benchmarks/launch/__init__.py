@@ -1,0 +1,1 @@
+"""What training on scattered machines moves, and what it takes when they come and go."""
