@@ -14,7 +14,7 @@ import yaml
 from typer.testing import CliRunner
 
 from merit.hf.rows import EncodedRow
-from merit.mixture.encode import EncodedDataset
+from merit.mixture.dataset import EncodedDataset
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from merit.hf.base import Base, open_base
 from merit.hf.batches import target_losses
 from merit.hf.models import load_model
 from merit.hf.rows import EncodedRow
-from merit.mixture.stage import load_split
+from merit.mixture import load_split
 from merit.recipe.load import load_recipe
 
 FILE = Path(__file__).with_name("losses.json")

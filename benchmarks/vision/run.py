@@ -29,7 +29,8 @@ from merit.conflict.gradients import GradientMeter
 from merit.conflict.store import Sums
 from merit.hf import batches, models
 from merit.hf.base import open_base
-from merit.mixture.encode import ChatEncoder, EncodedDataset
+from merit.mixture.dataset import EncodedDataset
+from merit.mixture.encode import ChatEncoder
 from merit.recipe.load import parse_recipe
 from merit.recipe.schema import Recipe
 from merit.train.branch import train_branch

@@ -14,7 +14,7 @@ from merit.conflict.stage import measure_gradients
 from merit.hf.base import open_base
 from merit.hf.models import load_model
 from merit.hf.rows import EncodedRow
-from merit.mixture.encode import EncodedDataset
+from merit.mixture.dataset import EncodedDataset
 from merit.recipe.load import parse_recipe
 
 torch.set_num_threads(1)

@@ -26,7 +26,7 @@ from merit.conflict.stage import measure_gradients
 from merit.errors import ConflictError, ResourceError, RunFolderError
 from merit.hf.base import open_base
 from merit.hf.rows import EncodedRow
-from merit.mixture.encode import EncodedDataset
+from merit.mixture.dataset import EncodedDataset
 from merit.split.components import principal_components
 from merit.split.stage import split_mixture
 

@@ -37,7 +37,8 @@ from merit.hf.models import (
 )
 from merit.hf.rows import EncodedRow
 from merit.hf.side_files import edit_json
-from merit.mixture.encode import ChatEncoder, EncodedDataset
+from merit.mixture.dataset import EncodedDataset
+from merit.mixture.encode import ChatEncoder
 from merit.mixture.formats import IMAGE, Chat
 from merit.recipe.schema import ModelSettings
 

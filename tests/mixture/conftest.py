@@ -7,7 +7,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from merit.mixture.template import default_chat_template
+from merit.hf.base import default_chat_template
 from merit.recipe.load import parse_recipe
 
 CORPUS = [

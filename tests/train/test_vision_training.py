@@ -23,7 +23,8 @@ from merit.hf.checkpoint import read_headers
 from merit.hf.families import FAMILIES as KNOWN
 from merit.hf.models import load_model, trainable_parameters
 from merit.hf.rows import EncodedRow
-from merit.mixture.encode import ChatEncoder, EncodedDataset
+from merit.mixture.dataset import EncodedDataset
+from merit.mixture.encode import ChatEncoder
 from merit.recipe.load import parse_recipe
 from merit.recipe.schema import Recipe
 from merit.train.branch import train_branch

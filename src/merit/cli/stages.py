@@ -127,9 +127,9 @@ def train(
 
     Example: `merit train runs/my-run --branch 2`
     """
+    from merit.run.branches import BranchId
     from merit.run.chain import train_alone
     from merit.run.status import run_status
-    from merit.run.training import BranchId
 
     if number is not None and not branch:
         raise RecipeError("train: --round goes with --branch; without them all rounds are trained.")

@@ -21,7 +21,7 @@ from merit.conflict.sample import Probe
 from merit.conflict.sketch import Sketch
 from merit.conflict.store import GradientStore, StoredVector
 from merit.errors import ConflictError
-from merit.mixture.encode import EncodedDataset
+from merit.mixture.dataset import EncodedDataset
 from merit.progress import Progress, silent
 from merit.split.components import cosine_matrix
 

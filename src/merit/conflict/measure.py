@@ -22,7 +22,7 @@ from merit.conflict.sample import Measured, Probe, Task, from_store, make_task, 
 from merit.conflict.store import GradientStore
 from merit.errors import ConflictError, ResourceError
 from merit.files import require_space
-from merit.mixture.encode import EncodedDataset
+from merit.mixture.dataset import EncodedDataset
 from merit.progress import Progress, silent
 from merit.recipe.schema import ConflictSettings
 from merit.signals import deaf_to_interrupts

@@ -18,7 +18,7 @@ from merit.hf.base import Base
 from merit.hf.models import autocast, load_model, trainable_parameters
 from merit.hf.rows import EncodedRow
 from merit.mixture.calibration import draw
-from merit.mixture.encode import EncodedDataset
+from merit.mixture.dataset import EncodedDataset
 from merit.recipe.schema import ConflictSettings
 
 

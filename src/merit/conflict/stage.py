@@ -24,7 +24,7 @@ from merit.conflict.store import GradientStore, write_vectors
 from merit.errors import ConflictError
 from merit.hf.base import Base
 from merit.hf.models import pick_device
-from merit.mixture.encode import EncodedDataset
+from merit.mixture.dataset import EncodedDataset
 from merit.progress import Progress, silent
 from merit.recipe.schema import ConflictSettings
 

@@ -18,7 +18,7 @@ from merit.evaluation.forward import Forward, logits_tokens
 from merit.hf.batches import iterate_batches, length_sorted_batches, target_losses
 from merit.hf.rows import EncodedRow
 from merit.mixture.calibration import draw
-from merit.mixture.encode import EncodedDataset
+from merit.mixture.dataset import EncodedDataset
 
 __all__ = ["FixedBatches", "FixedLosses", "choose_rows"]
 

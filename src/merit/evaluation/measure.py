@@ -21,7 +21,7 @@ from merit.hf.base import Base
 from merit.hf.models import autocast
 from merit.hf.rows import EncodedRow
 from merit.mixture.calibration import draw
-from merit.mixture.encode import EncodedDataset
+from merit.mixture.dataset import EncodedDataset
 from merit.recipe.schema import EvaluateSettings
 
 __all__ = ["HeldOut", "Measured", "Questions"]

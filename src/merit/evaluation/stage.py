@@ -27,7 +27,7 @@ from merit.files import content_hash, fingerprint, read_as, write_json
 from merit.hf import checkpoint
 from merit.hf.base import Base
 from merit.hf.models import load_model, pick_device
-from merit.mixture.encode import EncodedDataset
+from merit.mixture.dataset import EncodedDataset
 from merit.progress import Progress, silent
 from merit.recipe.schema import EvaluateSettings
 

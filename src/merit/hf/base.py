@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,8 +104,7 @@ class Base(BaseFacts):
                 ) from None
         if own := side_files.chat_template(self.folder):
             return Template(own, "base")
-        default = resources.files("merit.mixture").joinpath("default_chat_template.jinja")
-        return Template(default.read_text(encoding="utf-8"), "default")
+        return Template(default_chat_template(), "default")
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -179,6 +177,11 @@ class Base(BaseFacts):
             "max_pixels": self.settings.max_pixels if self.family is not None else None,
         }
         return fingerprint(content)
+
+
+def default_chat_template() -> str:
+    """The template of a base that has none (docs/mixture.md shows what it renders)."""
+    return (Path(__file__).parent / "default_chat_template.jinja").read_text(encoding="utf-8")
 
 
 def resolve_base(settings: ModelSettings) -> Path:

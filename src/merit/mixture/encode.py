@@ -22,11 +22,10 @@ from merit.hf.image_inputs import ImageInputs
 from merit.hf.images import ImageRef
 from merit.hf.rows import EncodedRow
 from merit.mixture.chat import BadRow, Chat, Message
-from merit.mixture.dataset import EncodedDataset
 from merit.mixture.representable import CharacterInventory
 from merit.mixture.template import ChatTemplate, Span
 
-__all__ = ["ChatEncoder", "DropReason", "EncodedDataset", "encode_chat"]
+__all__ = ["ChatEncoder", "DropReason", "encode_chat"]
 
 DropReason = Literal[
     "no_target_after_truncation", "answer_lost", "refused_by_template", "image_token_in_text", "image_refused"

@@ -32,11 +32,11 @@ from merit.mixture.intake import Intake, Used
 from merit.mixture.keys import MATTERS
 from merit.mixture.mixing import repeated, shares
 from merit.mixture.part import Part
-from merit.mixture.result import FILES, DatasetCounts, Encoding, LeftOut, Mixture, load_split, write_facts
+from merit.mixture.result import FILES, DatasetCounts, Encoding, LeftOut, Mixture, write_facts
 from merit.mixture.sources import Role, Source
 from merit.progress import Progress, count, silent
 
-__all__ = ["encode_mixture", "load_split"]
+__all__ = ["encode_mixture"]
 
 _CHUNK, _CHUNK_OF_IMAGES = 512, 64
 _READ_BACK_ROWS = 32

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
@@ -334,8 +333,3 @@ def _parts(content: str, images: bool) -> list[dict[str, str]]:
     for number, text in enumerate(content.split(IMAGE)):
         found += [{"type": "image"}] * bool(number) + [{"type": "text", "text": text}] * bool(text)
     return found
-
-
-def default_chat_template() -> str:
-    """Text of the template for a base that has none (docs/mixture.md shows what it renders)."""
-    return (Path(__file__).parent / "default_chat_template.jinja").read_text(encoding="utf-8")

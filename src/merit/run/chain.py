@@ -20,6 +20,7 @@ from merit.mixture import Mixture
 from merit.mixture.stage import encode_mixture
 from merit.progress import count
 from merit.run import key
+from merit.run.branches import BranchId
 from merit.run.check import check_groups, check_preparation, make_plan
 from merit.run.evaluating import evaluate_run
 from merit.run.merging import merge_run
@@ -31,7 +32,7 @@ from merit.run.session import Session
 from merit.run.status import ORDER, Known, Row, run_status
 from merit.run.step import Step, Work, run_step, stands
 from merit.run.store import WAYS_OUT, Stage, claim, lock, split_of, stale
-from merit.run.training import BranchId, train_branches
+from merit.run.training import train_branches
 from merit.split.result import Split
 from merit.split.stage import split_mixture
 from merit.split.view import needs_conflict

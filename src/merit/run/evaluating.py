@@ -14,12 +14,12 @@ from merit.hf import checkpoint
 from merit.mixture import load_split
 from merit.progress import count
 from merit.run import key
+from merit.run.branches import branch_stages
 from merit.run.record import Output, damaged
 from merit.run.scope import Scope
 from merit.run.session import Session
 from merit.run.step import Step, Work, run_step
 from merit.run.store import Stage, split_of
-from merit.run.training import branch_stages
 
 
 def evaluate_run(session: Session) -> Evaluation:

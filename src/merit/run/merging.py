@@ -18,13 +18,13 @@ from merit.merge.curve import trade_off_svg
 from merit.merge.weights import condense, weigh
 from merit.progress import Progress, count
 from merit.run import key
+from merit.run.branches import branch_stages
 from merit.run.machines import trained_on, unlike
 from merit.run.scale_search import judge_scales
 from merit.run.scope import Scope
 from merit.run.session import Session
 from merit.run.step import Step, Work, run_step
 from merit.run.store import Stage
-from merit.run.training import branch_stages
 from merit.train.result import BranchResult
 
 MODEL = "model"

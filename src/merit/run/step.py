@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from merit.progress import Progress, Reporter, duration
-from merit.run.record import StaleStageError
 from merit.run.session import Session
 from merit.run.store import Stage
 
@@ -115,6 +114,3 @@ def stands(stage: Stage, session: Session, *, follows_inputs: bool = False, keep
 def _say_notes(step: Step[R], result: R, reporter: Reporter) -> None:
     for note in step.notes(result):
         reporter.note(note)
-
-
-__all__ = ["StaleStageError", "Step", "Work", "run_step", "stands"]

@@ -19,7 +19,7 @@ from merit.launch.job import BranchJob, Launcher
 from merit.mixture import EncodedDataset, load_split, read_counts
 from merit.progress import Reporter, count, duration
 from merit.recipe.schema import Recipe
-from merit.run.branches import KEPT, BranchId, branch_stages, group_of, part_of, scope_of, stage_of
+from merit.run.branches import KEPT, BranchId, group_of, part_of, scope_of, stage_of
 from merit.run.detaching import hand_over
 from merit.run.launching import launcher_of
 from merit.run.manifest import Manifest
@@ -31,8 +31,6 @@ from merit.signals import graceful
 from merit.train.branch import ONLY, train_branch
 from merit.train.rounds import Round
 from merit.train.workers import WorkerJob, share_out, threads_for
-
-__all__ = ["BranchId", "branch_stages", "scope_of", "train_branches", "train_here"]
 
 
 def train_branches(session: Session, branches: Sequence[BranchId]) -> None:
