@@ -23,7 +23,8 @@ def recipe_page() -> str:
         "# Recipe reference",
         "",
         "Written from the schema by `scripts/write_reference.py`; `merit schema` prints the same as JSON schema. Every key "
-        "can be set on the command line: `--set train.learning_rate=2e-5`. Unknown keys are refused with the nearest known one.",
+        "can be set on the command line: `--set train.learning_rate=2e-5`. Unknown keys are refused with the nearest known "
+        "one.",
         "",
     ]
     lines += _block("Top level", "", Recipe, set())
