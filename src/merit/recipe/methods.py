@@ -42,6 +42,7 @@ SETS: dict[str, tuple[str, ...]] = {
         *("soup-2", "soup-3", "soup-4", "pca-1d", "pca-2d", "pca-3d"),
     ),
     "sceptics": ("wise_ft", "one_budget", "joint_matched"),
+    "surgery": ("pcgrad", "gradnorm"),
     "operators": (),  # every merge operator on the recipe's own branches, see methods_of
 }
 """Names that stand for several methods."""
@@ -128,6 +129,8 @@ def methods_of(recipe: Recipe) -> list[Method]:
         for who in ("joint", "pca-1d", "pca-2d", "pca-3d")
         for rate in settings.sgd_learning_rates
     ]
+    names += [f"own@rounds={number}" for number in settings.rounds]
+    names += [f"own+weights={rule}" for rule in settings.weights]
     found = {method.name: method for method in (_read(name, own) for name in [settings.baseline, *names, "own"])}
     first = [name for name in ("base", baseline_of(recipe).name) if name in found]
     return [found[name] for name in dict.fromkeys([*first, *found])]
@@ -173,6 +176,8 @@ def _alone(text: str, own: Own) -> Method | None:
         return Method(text, (_joint((), (), 0),), (*_PLAIN, ("merge.scale", 0.5)))
     if text == "joint_matched":
         return Method(text, (_joint((), (), 0),), _PLAIN, matched=True)
+    if text in SETS["surgery"]:
+        return Method(text, (_joint((f"balancing={text}",), (("train.balancing", text),), 0),), None)
     if text == "one_budget":
         share = 1 if own.split == "joint" else 1 / 2**own.axes
         return Method(text, (_joint((f"budget={share:g}",), (("train.epochs", own.epochs * share),), 0),), None)
@@ -201,7 +206,18 @@ def _canonical(word: str, own: Own, name: str) -> str:
 def _method_and_axes(word: str, own: Own, name: str) -> tuple[str, int]:
     match = _PARTS.fullmatch(word)
     if match is None or match["word"] not in _SPLITS:
-        known = ["base", "joint", "own", *_SPLITS, "soup-2", "wise_ft", "one_budget", "joint_matched", *SETS]
+        known = [
+            "base",
+            "joint",
+            "own",
+            *_SPLITS,
+            "soup-2",
+            "wise_ft",
+            "one_budget",
+            "joint_matched",
+            *SETS["surgery"],
+            *SETS,
+        ]
         raise ValueError(f"there is no method {name!r}.{nearest(word, known)} Methods: {', '.join(known)}")
     method, size = match["word"], match["size"]
     if size is None:

@@ -14,8 +14,9 @@ class StudySettings(Settings):
 
     methods: list[str] = ["base", "joint", "wise_ft", "one_budget", "random", "own"]
     """What is compared: base, joint, own (the recipe's split), pca-2d, raw_pca-1d, random-4, kmeans-8, conflict_induced,
-    soup-3, wise_ft, one_budget, joint_matched; with changes of training (joint@budget=0.5, own@learning_rate=1e-4) and of
-    the merge (own+ties, own+weights=uniform); or the sets paper, operators, sceptics."""
+    soup-3, wise_ft, one_budget, joint_matched, pcgrad, gradnorm; with changes of training (joint@budget=0.5,
+    own@learning_rate=1e-4) and of the merge (own+ties, own+weights=uniform); or the sets paper, operators, sceptics,
+    surgery."""
     seeds: (
         Annotated[int, Field(ge=1, le=1000)]
         | Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
@@ -32,6 +33,10 @@ class StudySettings(Settings):
     """Adds joint training and the recipe's own method at each of these learning rates."""
     sgd_learning_rates: list[Annotated[float, Field(gt=0, lt=10)]] = []
     """Adds joint training and pca-1d, -2d and -3d with plain SGD at each of these learning rates."""
+    rounds: list[Annotated[int, Field(ge=1)]] = []
+    """Adds the recipe's own method trained in each of these numbers of rounds."""
+    weights: list[str] = []
+    """Adds merges of the recipe's own branches with each of these ``merge.weights``."""
     scales: list[Annotated[float, Field(ge=0, le=10)]] = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5]
     """Points λ of every method's line θ0 + λ(θ̄ − θ0); 0 and 1 are always among them."""
 

@@ -90,6 +90,9 @@ class TrainSettings(Settings):
     """AdamW's ε."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """SGD's momentum."""
+    balancing: Literal["none", "pcgrad", "gradnorm"] = "none"
+    """How the datasets' gradients of a step are joined. none: added; pcgrad, gradnorm: gradient surgery, a baseline for
+    joint training of small models (`merit study`), since it needs every dataset's gradient at every step."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradient-norm clip."""
     data_seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
@@ -161,6 +164,7 @@ class TrainSettings(Settings):
     def deciding(self) -> dict[str, Any]:
         """The settings that decide a branch's weights, as JSON values: all but those on how and where to compute."""
         unused = set() if self.save_second_moments else {"save_second_moments"}
+        unused |= {"balancing"} if self.balancing == "none" else set()
         if self.rounds == 1:
             return self.model_dump(mode="json", exclude={*_HOW_TO_COMPUTE, *unused, "rounds", "between"})
         found = self.model_dump(mode="json", exclude={*_HOW_TO_COMPUTE, *unused})

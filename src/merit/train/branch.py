@@ -38,6 +38,7 @@ from merit.progress import Progress, silent
 from merit.recipe.schema import TrainSettings
 from merit.signals import StopFlag, graceful
 from merit.train import checkpoint
+from merit.train.balancing import balancing_of, refuse_large
 from merit.train.batches import CPU_OVERHEAD, GroupRows, StepBatch, StepCollator, StepOrder
 from merit.train.checkpoint import LOG, Marker, Totals, Training
 from merit.train.guards import kernels, memory_meter, plain_errors, silence_libraries
@@ -105,7 +106,7 @@ def train_branch(
         if team.leads:
             _start_clean(folder, start, part)
         team.wait()
-        training = _load(base, settings, team, span, seed, part)
+        training = _load(base, settings, team, span, seed, part, len(group.names))
         if start is not None:
             checkpoint.load(start, training)
         loader = _loader(group, base, settings, team, _order(settings, seed, marker))
@@ -196,7 +197,7 @@ def _take_step(training: Training, base: Base, batch: StepBatch) -> torch.Tensor
     """
     team, spread = training.team, training.spread
     targets = batch.counts[0].to(team.device).clamp(min=1)
-    parts, by_row = [], []
+    parts, by_row, seen = list[torch.Tensor](), list[torch.Tensor](), 0
     for number, micro in enumerate(batch.micro, 1):
         with spread.micro_batch(last=number == len(batch.micro)):
             with autocast(base.settings, team.device):
@@ -205,9 +206,15 @@ def _take_step(training: Training, base: Base, batch: StepBatch) -> torch.Tensor
             if not loss.requires_grad or (team.size > 1 and base.family is not None):
                 # Rows without an image leave encoder and projector out; here every parameter has a gradient.
                 loss = loss + sum(parameter.sum() * 0 for parameter in trainable_parameters(training.model).values())
-            spread.backward(loss * team.size if team.size > 1 else loss)  # the processes average
+            if training.balancing is None:
+                spread.backward(loss * team.size if team.size > 1 else loss)  # the processes average
+            else:
+                training.balancing.add(losses, batch.datasets[seen : seen + len(losses)], targets)
         parts.append(loss.detach())
         by_row.append(losses.detach())
+        seen += len(losses)
+    if training.balancing is not None:
+        training.balancing.finish(batch.targets)
     norm = spread.update()
     if not team.accelerator.optimizer_step_was_skipped:
         training.schedule.step()
@@ -265,13 +272,16 @@ def _start_clean(folder: Path, start: Path | None, part: Round) -> None:
         write_text(folder / LOG, "")
 
 
-def _load(base: Base, settings: TrainSettings, team: Team, span: Span, seed: int, part: Round) -> Training:
+def _load(
+    base: Base, settings: TrainSettings, team: Team, span: Span, seed: int, part: Round, datasets: int
+) -> Training:
     """The model at the base or a round's start with its trainable subset marked, its optimizer and its schedule."""
     quantize = base.settings.quantize
     model = load_model(base, team.device, part.start, trainable=True, seed=seed, quantize=quantize)
     trained = trainable_parameters(model)
     if not trained:
         raise TrainingError("model.trainable leaves no parameter to train.")
+    refuse_large(settings, datasets, sum(parameter.numel() for parameter in trained.values()))
     if any("lm_head.lora_" in name for name in trained):  # PEFT would store the layer itself next to its adapter
         raise RecipeError("model.lora.target_modules: an adapter on lm_head cannot be trained.", "Leave lm_head out.")
     if settings.gradient_checkpointing:
@@ -285,7 +295,8 @@ def _load(base: Base, settings: TrainSettings, team: Team, span: Span, seed: int
     schedule = make_schedule(spread.optimizer, settings, span.total, span.first)
     if settings.compile:
         model.compile(dynamic=True)
-    return Training(model, spread, schedule, team)
+    balancing = balancing_of(settings, datasets, list(trained.values()))
+    return Training(model, spread, schedule, team, balancing)
 
 
 def _order(settings: TrainSettings, seed: int, marker: Marker) -> tuple[int, int, int]:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from merit.errors import RunFolderError, TrainingError
 from merit.files import checksum, content_hash, differences, read_as, read_json, sealed, sync, write_json, writing
 from merit.hf.models import trainable_parameters
+from merit.train.balancing import Balancing
 from merit.train.processes import Spread, Team, part_like, whole
 
 MARKER = "complete.json"
@@ -74,12 +75,14 @@ class Training:
         spread: The same as its processes train it, with the optimizer.
         schedule: Learning rates.
         team: The processes.
+        balancing: What joins the datasets' gradients, if they are not just added.
     """
 
     model: PreTrainedModel
     spread: Spread
     schedule: LRScheduler
     team: Team
+    balancing: Balancing | None = None
 
 
 def step_of(checkpoint: Path) -> int:
@@ -155,6 +158,7 @@ def save(
             "schedule": training.schedule.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "random": random,
+            "balancing": training.balancing.balancer.state() if training.balancing is not None else {},
         }
         with writing(checkpoint / _STATE) as file:
             torch.save(state, file)
@@ -190,6 +194,8 @@ def load(checkpoint: Path, training: Training) -> None:
     saved = torch.load(checkpoint / _STATE, map_location="cpu", weights_only=True)
     training.spread.load_optimizer_state(saved["optimizer"])
     training.schedule.load_state_dict(saved["schedule"])
+    if training.balancing is not None:
+        training.balancing.balancer.load(saved["balancing"])
     _go_on(saved, training.team)
 
 
