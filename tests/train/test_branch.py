@@ -230,6 +230,7 @@ def test_trackers_get_the_figures_of_every_step(root: Path, monkeypatch: pytest.
         def finish(self) -> None:
             closed.append(self.name)
 
+    monkeypatch.setattr("merit.train.requirements.find_spec", lambda _: None)
     with pytest.raises(RecipeError, match=r"train\.report_to: wandb is not installed"):
         cases.train(root, "train.report_to=[wandb]")
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Fake)
@@ -240,7 +241,7 @@ def test_trackers_get_the_figures_of_every_step(root: Path, monkeypatch: pytest.
     assert closed == ["wandb"]
     assert [lines[row["step"]]["loss"] for row in log] == [row["loss"] for row in log]
     loss, targets = log[0]["datasets"]["apple"]
-    assert lines[1]["loss/apple"] == loss / targets
+    assert lines[1]["dataset_loss/apple"] == loss / targets
 
 
 def test_workers_of_the_loader_change_no_bit(root: Path) -> None:

@@ -51,14 +51,13 @@ def run(
 
     Example: `merit run recipe.yaml --jobs 2 --set train.learning_rate=2e-5`
     """
-    from merit.report.page import write_page
     from merit.run.chain import STAGES, run_chain
 
     if until not in STAGES:
         raise RecipeError(f"--until {until}: no such stage.{nearest(until, STAGES)} Stages: {', '.join(STAGES)}.")
     session = open_session(recipe, output, overrides, quiet=quiet, jobs=jobs, redo=redo, launch=launch)
     run_chain(session, until)
-    write_page(session.run)
+    finish(session)
     show_results(session, as_json=as_json)
 
 
@@ -91,7 +90,6 @@ def demo(
     """
     from merit.demo import write_demo
     from merit.recipe.load import load_recipe
-    from merit.report.page import write_page
     from merit.run.chain import run_chain
     from merit.run.store import claim
 
@@ -104,8 +102,23 @@ def demo(
     jobs = jobs or max(1, min(4, os.cpu_count() or 1))
     session = open_session(recipe, output, overrides, quiet=quiet, jobs=jobs, redo=redo)
     run_chain(session)
-    write_page(session.run)
+    finish(session)
     show_results(session, as_json=as_json)
+
+
+def finish(session: Session) -> None:
+    """The page of a run, and its figures for the trackers that the recipe names."""
+    from merit.report.page import write_page
+
+    write_page(session.run)
+    if names := session.recipe.train.report_to:
+        from merit.report.page.data import read_run
+        from merit.report.tracked import tracked_figures
+        from merit.train.trackers import send
+
+        data = read_run(session.run)
+        settings = {"recipe": data.recipe.name, "base": data.recipe.model.base, "split": data.recipe.split.method}
+        send(names, session.run / "trackers", session.run.name, tracked_figures(data), settings)
 
 
 def show_results(session: Session, *, as_json: bool) -> None:

@@ -44,7 +44,7 @@ from merit.train.checkpoint import LOG, Marker, Totals, Training
 from merit.train.guards import kernels, memory_meter, plain_errors, silence_libraries
 from merit.train.log import StepLog, final_loss
 from merit.train.optimizers import make_schedule, second_moments
-from merit.train.processes import Accelerated, Team, trackers
+from merit.train.processes import Accelerated, Team, tracking
 from merit.train.requirements import check_processes, check_requirements
 from merit.train.result import BranchResult, RoundShare
 from merit.train.rounds import Round, Span
@@ -96,7 +96,7 @@ def train_branch(
     span = part.span(len(group), settings.batch_size, settings.epochs)
     team = Team(settings, base.settings, pick_device(settings.device), folder / "trackers")
     unfinished = folder / ".model.partial"
-    with graceful() as stop, plain_errors(folder, unfinished), trackers(team, settings), kernels(settings):
+    with graceful() as stop, plain_errors(folder, unfinished), tracking(team, settings, folder), kernels(settings):
         memory = memory_meter(team.device)
         start = team.from_leader(checkpoint.newest(folder / CHECKPOINTS))
         before = Totals() if part.carried is None else checkpoint.totals_of(part.carried)

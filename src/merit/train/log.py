@@ -18,6 +18,7 @@ from merit.progress import Progress
 from merit.train.batches import StepBatch
 from merit.train.checkpoint import Totals, newest, step_of
 from merit.train.processes import Team
+from merit.train.trackers import plain_name
 
 _FLUSH_SECONDS = 0.5
 _FP16_SKIPS = 25
@@ -137,7 +138,11 @@ class StepLog:
 
     def _track(self, line: dict[str, object], by_dataset: dict[str, tuple[float, int]]) -> None:
         if self._team.accelerator.trackers:
-            means = {f"loss/{name}": loss / targets for name, (loss, targets) in by_dataset.items() if targets}
+            means = {
+                plain_name(f"dataset_loss/{name}"): loss / targets
+                for name, (loss, targets) in by_dataset.items()
+                if targets
+            }
             plain = {key: value for key, value in line.items() if key not in ("step", "datasets") and value is not None}
             self._team.accelerator.log(plain | means, step=line["step"])
 

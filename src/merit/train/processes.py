@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from merit.recipe.schema import ModelSettings, TrainSettings
+from merit.train import trackers
 from merit.train.optimizers import make_optimizer
 
 _T = TypeVar("_T")
@@ -197,15 +198,22 @@ def _cut_up(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedMode
 
 
 @contextlib.contextmanager
-def trackers(team: Team, settings: TrainSettings) -> Iterator[None]:
-    """Experiment trackers are open inside."""
-    if settings.report_to:
-        team.accelerator.init_trackers("merit", {key: str(value) for key, value in settings.deciding().items()})
-    try:
+def tracking(team: Team, settings: TrainSettings, folder: Path) -> Iterator[None]:
+    """Experiment trackers are open inside; the run is named after the last parts of the branch's ``folder``."""
+    if not settings.report_to:
         yield
-    finally:
-        for tracker in team.accelerator.trackers if settings.report_to else ():
-            tracker.finish()
+        return
+    own = folder / "trackers"
+    name = "/".join(folder.absolute().parts[-3:])
+    with trackers.own_folder(own, settings.report_to):
+        own.mkdir(parents=True, exist_ok=True)
+        values = {key: str(value) for key, value in settings.deciding().items()}
+        team.accelerator.init_trackers(trackers.PROJECT, values, trackers.keyword_arguments(own, name))
+        try:
+            yield
+        finally:
+            for tracker in team.accelerator.trackers:
+                tracker.finish()
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
