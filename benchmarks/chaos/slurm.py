@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "scancel", "sinfo")
 
 
@@ -72,11 +74,37 @@ class Loopback:
         process.send_signal(number)
         process.wait()
 
+    def lose(self, name: str) -> bool:
+        """Lose a node with all that runs on it, and get it back; False if nothing ran there."""
+        steps = [
+            process
+            for process in psutil.process_iter(["name", "cmdline"])
+            if process.info["name"] == "slurmstepd" and str(self.folder) in " ".join(_environment(process))
+        ]
+        mine = [
+            step
+            for step in steps
+            if any(f"SLURMD_NODENAME={name}" == word for c in step.children() for word in _environment(c))
+        ]
+        for step in mine:
+            for process in [*step.children(recursive=True), step]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+        self.kill(name)
+        self.start_node(name)
+        return bool(mine)
+
     def up(self) -> bool:
         with contextlib.suppress(subprocess.CalledProcessError):
             states = self.call("sinfo", "--noheader", "--Node", "--format=%T").split()
             return len(states) > 0 and all(state in ("idle", "mixed", "allocated") for state in states)
         return False
+
+
+def _environment(process: psutil.Process) -> list[str]:
+    with contextlib.suppress(psutil.Error):
+        return [f"{key}={value}" for key, value in process.environ().items()]
+    return []
 
 
 @contextlib.contextmanager

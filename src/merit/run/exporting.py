@@ -96,7 +96,17 @@ def export_branch(
 
 
 def manifest_of(session: Session, branch: BranchId) -> Manifest:
-    """What a branch is of, as requested now."""
+    """What a branch is of, as requested now.
+
+    Raises:
+        RecipeError: It is trained in rounds, between which it needs the other branches.
+    """
+    rounds = session.recipe_of(scope_of(session, branch)).rounds
+    if rounds > 1:
+        raise RecipeError(
+            f"train.rounds: {rounds}: a branch that is averaged with the others between rounds cannot be trained alone.",
+            "Use launch.where: local, ray or slurm, or train.rounds: 1.",
+        )
     stage, group = stage_of(session, branch), sorted(group_of(session, branch))
     counts = counts_of(session, group)
     model, train = session.recipe.model, session.recipe.train
