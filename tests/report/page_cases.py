@@ -20,6 +20,8 @@ from merit.run.scope import Scope
 from merit.split.balance import bisect
 from merit.split.components import cosine_matrix, principal_components
 from merit.split.result import Split
+from merit.study.compare import compare_methods
+from merit.study.figures import Line, Point, Run, StudyResult
 from merit.train.result import BranchResult
 
 MODELS = ("base", "joint", "merged", "branch-0", "branch-1", "branch-2", "branch-3")
@@ -163,4 +165,22 @@ def make_run(folder: Path, names: list[str], steps: int = 60) -> RunData:
     counts = tuple(DatasetCounts(n, rows=200, tokens=4000, target_tokens=800) for n in names)
     own = Method("pca", Scope(folder), split, tuple(branches), None)
     records = {"mixture": make_record("mixture"), "gradients": make_record("gradients")}
-    return RunData(folder, recipe, counts, geometry, (own,), Evaluation(sets, {}, summary), records, 0.0)
+    return RunData(folder, recipe, counts, geometry, (own,), Evaluation(sets, {}, summary), None, records, 0.0)
+
+
+def make_study(methods: tuple[str, ...] = ("base", "joint", "random-4", "own"), seeds: int = 3) -> StudyResult:
+    """A study of random figures whose lines go from the base to each method's end."""
+    rng = np.random.default_rng(2)
+    runs = []
+    for method in methods:
+        for seed in range(seeds):
+            learned, kept = float(rng.uniform(0.5, 1)), float(rng.uniform(0.3, 0.6))
+            points = tuple(
+                Point(k / 4, {"mixture": 2.0 + (learned - 2.0) * k / 4, "kept": 0.1 + (kept - 0.1) * k / 4})
+                for k in range(6)
+            )
+            line = None if method == "base" else Line(points, 1.0)
+            runs.append(Run(method, seed, {"learned": learned, "kept": kept}, 1000, 5000, line=line))
+    differences = compare_methods(runs, "joint", "own")
+    verdict = ("Own does better than joint <here>.", "Second sentence.")
+    return StudyResult("case", "own", "joint", tuple(range(seeds)), methods, tuple(runs), differences, verdict, 10**6)

@@ -13,7 +13,7 @@ import pytest
 from merit.report.page import charts
 from merit.report.page.document import page
 from merit.report.page.markup import Cell, Html, join, number, page_data, table, tag
-from report.page_cases import make_run
+from report.page_cases import make_run, make_study
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -157,6 +157,20 @@ def test_stages_that_are_missing_are_said(names, tmp_path):
     text = page(replace(whole, geometry=None, methods=(bare,), evaluation=None, counts=(), records={}))
     for words in ("no finished evaluation", "No gradients", "not split yet", "No branch is trained", "not merged yet"):
         assert words in text
+
+
+def test_a_study_is_a_section_with_its_tables_and_lines(names, tmp_path):
+    study = make_study()
+    text = page(replace(make_run(tmp_path, names), evaluation=None, study=study))
+    found = read(text)
+    assert found.wrong == []
+    assert "Own does better than joint &lt;here&gt;." in text
+    mean = np.mean([run.values["kept"] for run in study.of("random-4")])
+    assert f"{mean:.3f} ±" in text
+    assert ("a", {"href": "#study"}) in found.elements
+    assert "Learned against kept" in text
+    assert "Learned against unseen" not in text  # not measured
+    assert 'href="#study"' not in page(make_run(tmp_path, names))
 
 
 @pytest.mark.parametrize(("count", "limit"), [(8, 200_000), (200, 1_500_000)])

@@ -12,19 +12,27 @@ from merit.errors import RecipeError
 
 
 def report(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    run_folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN|STUDY", help="A run folder, or a study's (they are one and the same, or its study/ folder)."
+        ),
+    ],
     output: Annotated[Path | None, typer.Option(help="File to write. Default: report.html in the run folder.")] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a run as one self-contained HTML page: verdict, conflicts, groups, training, merge, evaluation, provenance.
+    """Write a run or a study as one self-contained HTML page, verdict first.
 
-    The page loads nothing from elsewhere; every figure saves as SVG and PNG, every table as CSV. `merit run` writes it too.
+    The page loads nothing from elsewhere; every figure saves as SVG and PNG, every table as CSV. `merit run` and
+    `merit study` write it too.
 
     Example: `merit report runs/my-run`, or `merit report runs/my-run --output my-run.html`
     """
     from merit.report.page import write_page
 
+    if (run_folder / "study.json").is_file():
+        run_folder = run_folder.resolve().parent
     _require_run(run_folder)
     if output is not None and not output.resolve().parent.is_dir():
         raise RecipeError(f"--output {output}: its folder does not exist.")

@@ -31,6 +31,7 @@ def study(
 
     Example: `merit study recipe.yaml --set study.seeds=3 --jobs 2`
     """
+    from merit.report.page import write_page
     from merit.report.study import cost_tables, facts, render, write
     from merit.study.stage import run_study
 
@@ -52,7 +53,8 @@ def study(
         return
     folder = session.run / "study"
     write(result, folder, session.reporter.note)
+    written = write_page(session.run)
     if as_json:
         print_json(facts(result, folder))
     else:
-        out(*render(result), f"Tables and plots: {folder}")
+        out(*render(result), f"Tables and plots: {folder}", f"Report: {written.path}")

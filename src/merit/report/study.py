@@ -19,7 +19,7 @@ from merit.study.compare import equal_learning
 from merit.study.cost import Cost
 from merit.study.figures import Column, Difference, Place, StudyResult
 
-__all__ = ["cost_tables", "csv_text", "latex", "markdown", "render", "write"]
+__all__ = ["cost_tables", "csv_text", "latex", "markdown", "render", "tables", "write"]
 
 Table = tuple[list[str], list[list[str]]]
 """Header and rows, all text; the first column is a name."""
@@ -120,7 +120,8 @@ def _difference(item: Difference | None, *, short: bool) -> str:
     return f"{item.mean:+.3f}{between} p {item.p:.3f} (Holm {item.p_holm:.3f}), {item.wins}/{item.seeds}"
 
 
-def _tables(result: StudyResult, *, short: bool = False) -> list[tuple[str, str, Table]]:
+def tables(result: StudyResult, *, short: bool = False) -> list[tuple[str, str, Table]]:
+    """Title, note, header and rows of every table that has rows; ``short`` leaves intervals and p-values out."""
     baseline, own = result.baseline, result.own
     about = "In brackets: seeds in which the method is better. Intervals and p-values: table.md." if short else _ABOUT_P
     chosen = [
@@ -140,7 +141,7 @@ def _tables(result: StudyResult, *, short: bool = False) -> list[tuple[str, str,
 def render(result: StudyResult) -> list[RenderableType]:
     """Verdict and tables for the terminal."""
     shown: list[RenderableType] = [result.verdict[0], ""]
-    for title, note, (header, rows) in _tables(result, short=True):
+    for title, note, (header, rows) in tables(result, short=True):
         table = RichTable(title=title, title_justify="left", caption=note, caption_justify="left")
         for number, name in enumerate(header):
             table.add_column(name, justify="right" if number else "left")
@@ -153,7 +154,7 @@ def render(result: StudyResult) -> list[RenderableType]:
 def markdown(result: StudyResult) -> str:
     """Verdict and all tables as one page."""
     lines = [result.verdict[0], "", f"# Study: {result.name}"]
-    for title, note, (header, rows) in _tables(result):
+    for title, note, (header, rows) in tables(result):
         lines += ["", f"## {title}", "", note, "", f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
         lines += [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([*lines, "", *result.verdict[1:], ""])

@@ -18,6 +18,7 @@ from merit.run.record import Record
 from merit.run.scope import Scope, scopes_of
 from merit.run.store import Stage
 from merit.split.result import Split
+from merit.study.figures import FILE, StudyResult
 from merit.train.result import BranchResult
 
 __all__ = ["Branch", "Method", "RunData", "Step", "read_run"]
@@ -82,6 +83,7 @@ class RunData:
         geometry: The gradients' geometry.
         methods: The run's own, then its baselines.
         evaluation: Figures and verdict.
+        study: Methods over seeds, if a study lies in the folder.
         records: Finished stages by display name, in the order of the chain.
         seconds: Time that gathering took.
     """
@@ -92,6 +94,7 @@ class RunData:
     geometry: Geometry | None
     methods: tuple[Method, ...]
     evaluation: Evaluation | None
+    study: StudyResult | None
     records: dict[str, Record]
     seconds: float
 
@@ -143,4 +146,5 @@ def read_run(run: Path) -> RunData:
             merge = MergeResult.load(scope.root / "merged" / "model")
         methods.append(Method(scope.method or recipe.split.method, scope, split, tuple(branches), merge))
     evaluation = Evaluation.load(run / "evaluation") if done("evaluation", run / "evaluation") else None
-    return RunData(run, recipe, counts, geometry, tuple(methods), evaluation, records, time.monotonic() - began)
+    study = StudyResult.load(run / "study") if (run / "study" / FILE).is_file() else None
+    return RunData(run, recipe, counts, geometry, tuple(methods), evaluation, study, records, time.monotonic() - began)

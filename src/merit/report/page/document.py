@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 
 from merit.files import write_text
-from merit.report.page import conflict, groups, merging, provenance, results, training, verdict
+from merit.report.page import conflict, groups, merging, provenance, results, studied, training, verdict
 from merit.report.page.data import RunData, read_run
 from merit.report.page.markup import Html, join, tag
 
@@ -20,6 +20,7 @@ SECTIONS = (
     ("training", "Training", training.build),
     ("merge", "Merge", merging.build),
     ("evaluation", "Evaluation", results.build),
+    ("study", "Study", studied.build),
     ("provenance", "Provenance", provenance.build),
 )
 """Address, short name and builder of every section, top to bottom."""
@@ -56,7 +57,8 @@ def page(data: RunData) -> str:
     """The whole page as text."""
     title = f"{data.recipe.name} · MERIT"
     style, script = _asset("style.css"), _asset("page.js")
-    links = [tag("li", tag("a", name, href=f"#{key}")) for key, name, _ in SECTIONS]
+    built = {key: build(data) for key, _, build in SECTIONS}
+    links = [tag("li", tag("a", name, href=f"#{key}")) for key, name, _ in SECTIONS if built[key]]
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -76,7 +78,7 @@ def page(data: RunData) -> str:
             tag("p", _subtitle(data)),
             tag("nav", tag("ul", *links), aria_label="Sections"),
         ),
-        tag("main", *(build(data) for _, _, build in SECTIONS), id="main"),
+        tag("main", *built.values(), id="main"),
         tag("footer", tag("p", "Written by MERIT from the run folder's own results; it loads nothing from elsewhere.")),
         tag("script", Html(script)),
     )
