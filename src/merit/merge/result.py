@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from merit.files import read_as, write_json
+from merit.merge.searched import WeightSearch
 from merit.merge.weights import ScaleSearch
 
 __all__ = ["RECORD", "Adapters", "MergeResult", "Source", "WrittenFile"]
@@ -59,7 +60,8 @@ class MergeResult:
         operator, options, scale: How the branches were merged; scale is λ of θ0 + λ τ.
         weights: w_k over the branches, Σ w_k = 1.
         counts: The weights before normalisation.
-        counted: What ``counts`` counts: tokens, target_tokens, samples, uniform; or given.
+        counted: What ``counts`` counts: tokens, target_tokens, samples, uniform, auto (searched coefficients);
+            or given.
         base, branches: The inputs.
         model_fingerprint: Content fingerprint of the result.
         files: The weight files by name.
@@ -70,6 +72,7 @@ class MergeResult:
         merge_seconds: Wall time of the merge.
         adapters: For LoRA branches.
         scale_search: For ``scale: auto``: the curve from which λ was chosen.
+        weight_search: For ``weights: auto``: every measured point, and the mixture that the weights stand for.
         weights_by_pattern: w_k for tensors whose names match a pattern; the others have ``weights``.
         folder: Its folder.
     """
@@ -91,6 +94,7 @@ class MergeResult:
     merge_seconds: float = 0.0
     adapters: Adapters | None = None
     scale_search: ScaleSearch | None = None
+    weight_search: WeightSearch | None = None
     weights_by_pattern: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     folder: Path = Path()
 

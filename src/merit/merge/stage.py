@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from merit.merge.lora import plan_adapter_merge
 from merit.merge.operators import operator_and_options, uses_weights
 from merit.merge.plan import DEFAULT, MergePlan, plan_merge
 from merit.merge.result import MergeResult
+from merit.merge.searched import WeightSearch
 from merit.merge.stream import run_merge
 from merit.merge.weights import Branch, Judge, Losses, ScaleSearch, Trained, lopsided, search_scale, weigh
 from merit.progress import Progress, silent
@@ -24,10 +25,20 @@ from merit.recipe.schema import MergeSettings
 if TYPE_CHECKING:
     from merit.hf.base import Base
 
-__all__ = ["are_adapters", "merge_branches"]
+__all__ = ["Judging", "are_adapters", "merge_branches"]
 
-MakeJudge = Callable[[Path, Path], Judge]
-"""(folder of the plain merge, scratch folder) → how a λ is judged."""
+
+@dataclass(frozen=True)
+class Judging:
+    """How a run judges what is searched for on held-out data.
+
+    Attributes:
+        scales: (folder of the plain merge, scratch folder) → how a λ is judged.
+        weights: (branches weighted by tokens, output, progress) → the searched weights.
+    """
+
+    scales: Callable[[Path, Path], Judge]
+    weights: Callable[[Sequence[Branch], Path, Progress], WeightSearch]
 
 
 def merge_branches(
@@ -37,13 +48,13 @@ def merge_branches(
     settings: MergeSettings = DEFAULT,
     *,
     excluded: Sequence[str] = (),
-    judge: MakeJudge | None = None,
+    judge: Judging | None = None,
     progress: Progress = silent,
 ) -> MergeResult:
     """Merge branches once into a checkpoint folder; LoRA adapters are merged by their full update.
 
     With ``scale: auto`` the plain merge is made first, λ is searched along the line from the base to it, and the chosen λ
-    is then merged from the branches.
+    is then merged from the branches. With ``weights: auto`` the weights are searched together with λ.
 
     Args:
         base: θ0.
@@ -51,7 +62,7 @@ def merge_branches(
         folder: To be created; it appears only when complete, and contains its record (``merge.json``).
         settings: Operator, weights, scale ...
         excluded: Names of branches that were left out on purpose: for card and record.
-        judge: For ``scale: auto``.
+        judge: For ``scale: auto`` and ``weights: auto``.
         progress: In bytes.
 
     Raises:
@@ -76,16 +87,26 @@ def merge_branches(
         notes = lopsided(parts, made.shares) if uses_weights(made.operator, made.options) else []
         return replace(made, warnings=(*made.warnings, *notes))
 
-    output, search = Path(folder), None
-    if settings.scale == "auto":
+    output = Path(folder)
+    search: ScaleSearch | WeightSearch | None = None
+    by_weight = settings.weights == "auto"
+    if by_weight or settings.scale == "auto":
         plain = settings.model_copy(update={"scale": 1.0})
         plan(output, plain)  # finds problems with the output before the search
         if judge is None:
-            raise MergeError("scale: auto needs held-out data, which only a run has.", "Give a number, or merge a run.")
-        with scratch(output) as place:
-            run_merge(plan(place / "model", plain))
-            search = _search(judge(place / "model", place), settings, progress)
-        settings = settings.model_copy(update={"scale": search.chosen})
+            what, instead = ("weights", "weights") if by_weight else ("scale", "a number")
+            raise MergeError(
+                f"{what}: auto needs held-out data, which only a run has.", f"Give {instead}, or merge a run."
+            )
+        if by_weight:
+            search = judge.weights(parts, output, progress)
+            parts, chosen = search.weigh(parts), search.scale
+        else:
+            with scratch(output) as place:
+                run_merge(plan(place / "model", plain))
+                search = _search(judge.scales(place / "model", place), settings, progress)
+            chosen = search.chosen
+        settings = settings.model_copy(update={"scale": chosen})
     return run_merge(plan(output, settings), progress, search)
 
 

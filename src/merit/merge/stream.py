@@ -35,6 +35,7 @@ from merit.merge import agreement, card, native
 from merit.merge.arithmetic import NonFiniteError
 from merit.merge.plan import MergePlan, OutputFile, TensorPlan, check_output, check_space, index_json
 from merit.merge.result import MergeResult, Source, WrittenFile
+from merit.merge.searched import WeightSearch
 from merit.merge.weights import ScaleSearch
 from merit.merge.worker import SPAN, WHOLE, Reader, Statistics, TrimmedEntries, Worker
 from merit.parallel import parallel, threads
@@ -43,13 +44,15 @@ from merit.progress import Progress, count, silent
 __all__ = ["run_merge"]
 
 
-def run_merge(plan: MergePlan, progress: Progress = silent, search: ScaleSearch | None = None) -> MergeResult:
+def run_merge(
+    plan: MergePlan, progress: Progress = silent, search: ScaleSearch | WeightSearch | None = None
+) -> MergeResult:
     """Merge; the output folder appears under its name only when complete and verified.
 
     Args:
         plan: From ``plan_merge`` or ``lora.plan_adapter_merge``.
         progress: In bytes; called from any thread, never from two at once.
-        search: How the plan's λ was found, for the record.
+        search: How the plan's weights or its λ were found, for the record.
 
     Raises:
         MergeError: A tensor is not finite (named, with its branch), integer tensors differ, or the result overflows.
@@ -246,7 +249,7 @@ class _Run:
             config = set_config_dtype(read_config(folder), plan.dtype)
             write_text(folder / "config.json", json.dumps(config, indent=2) + "\n", durable=False)
 
-    def result(self, seconds: float, search: ScaleSearch | None) -> MergeResult:
+    def result(self, seconds: float, search: ScaleSearch | WeightSearch | None) -> MergeResult:
         plan, base = self.plan, self.plan.base.folder
         return MergeResult(
             folder=plan.output,
@@ -266,7 +269,8 @@ class _Run:
             warnings=plan.warnings,
             merge_seconds=seconds,
             adapters=plan.adapters,
-            scale_search=search,
+            scale_search=search if isinstance(search, ScaleSearch) else None,
+            weight_search=search if isinstance(search, WeightSearch) else None,
             weights_by_pattern=plan.shares_by_pattern,
         )
 

@@ -115,7 +115,8 @@ def weigh(rule: Weights, trained: Mapping[int, Trained], total: int) -> list[Bra
         "samples": lambda part: part.samples,
         "uniform": lambda part: 1,
     }
-    return [Branch(part.model, counts[rule](part), f"branch {k}", counted=rule) for k, part in trained.items()]
+    counted = "tokens" if rule == "auto" else rule
+    return [Branch(part.model, counts[rule](part), f"branch {k}", counted=counted) for k, part in trained.items()]
 
 
 def lopsided(branches: Sequence[Branch], shares: Sequence[float]) -> list[str]:

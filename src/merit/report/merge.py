@@ -7,6 +7,7 @@ from rich.markup import escape as plain
 from rich.table import Table
 
 from merit.merge import MergeResult
+from merit.merge.searched import WeightSearch
 from merit.merge.weights import ScaleSearch, condense
 from merit.progress import count, duration
 
@@ -22,6 +23,8 @@ def render(result: MergeResult) -> list[RenderableType]:
     lines: list[RenderableType] = [table]
     if result.scale_search is not None:
         lines += _curve(result.scale_search)
+    if result.weight_search is not None:
+        lines += _searched(result.weight_search)
     lines += [f"[yellow]note:[/] {plain(text)}" for text in condense(result.warnings, len(result.branches))]
     lines.append(f"merged in {duration(result.merge_seconds)}, arithmetic: {result.arithmetic}")
     lines.append(f"Merged model: {plain(str(result.folder))}")
@@ -37,4 +40,35 @@ def _curve(search: ScaleSearch) -> list[RenderableType]:
     if search.rows_shared_with_evaluation:
         shared = count(len(search.rows_shared_with_evaluation), "dataset")
         lines.append(f"[yellow]note:[/] for {shared} λ was chosen on rows that the evaluation also reads.")
+    return lines
+
+
+def _searched(search: WeightSearch) -> list[RenderableType]:
+    """What the search found on the rows that did not choose, and the mixture that the weights stand for."""
+    said = f"objective: {search.objective}" + ("" if search.objective == "knee" else f", bound {search.bound:g}")
+    found = Table("", "learned ↓", "kept ↓", title="weight search", title_justify="left")
+    for name, losses in search.reported.items():
+        found.add_row(name, f"{losses.learned:.4f}", f"{losses.kept:.4f}")
+    mixture = Table(
+        "dataset",
+        "branch",
+        "share",
+        "implied",
+        "95 %",
+        title="mixture that the weights stand for (tokens)",
+        title_justify="left",
+    )
+    for ratio in search.ratios:
+        interval = f"{ratio.low:.2%} to {ratio.high:.2%}"
+        mixture.add_row(
+            plain(ratio.dataset), plain(ratio.branch), f"{ratio.share:.2%}", f"{ratio.implied:.2%}", interval
+        )
+    lines: list[RenderableType] = [
+        found,
+        f"{said}; {len(search.points)} points; λ = {search.scale:g}; kept: {search.kept}; chosen on "
+        f"{search.rows['choosing']} rows, figures of {search.rows['reporting']} others",
+        mixture,
+    ]
+    if search.left_out:
+        lines.append(f"[yellow]note:[/] {len(search.left_out)} datasets have too few different test rows to report on.")
     return lines

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from merit.evaluation.halves import row_digest
 from merit.evaluation.results import Evaluation
 from merit.evaluation.stage import About, Candidate, HeldOut, ModelSet, evaluate
 from merit.hf import checkpoint
-from merit.mixture import load_split
+from merit.mixture import EncodedDataset, load_split
 from merit.progress import count
 from merit.run import key
 from merit.run.branches import branch_stages
@@ -20,6 +21,7 @@ from merit.run.scope import Scope
 from merit.run.session import Session
 from merit.run.step import Step, Work, run_step
 from merit.run.store import Stage, split_of
+from merit.run.weight_search import halves_of
 
 
 def evaluate_run(session: Session) -> Evaluation:
@@ -35,6 +37,8 @@ def evaluate_run(session: Session) -> Evaluation:
     for name, why in missing.items():
         session.reporter.note(f"{name} is not measured: {why}")
     held_out = held_out_rows(session.run / "mixture")
+    if session.recipe.merge.weights == "auto":
+        held_out = reporting_rows(held_out, session.recipe.seed)
     fingerprints = {name: value for name, (_, value) in models.items()}
 
     def make(work: Work) -> Evaluation:
@@ -83,6 +87,27 @@ def held_out_rows(mixture: Path) -> HeldOut:
                 path, "its content is not what the mixture stage wrote" if path.is_file() else "it is missing"
             )
     return HeldOut(*(load_split(mixture, split) for split in ("test", "kept", "unseen")))
+
+
+def reporting_rows(held_out: HeldOut, seed: int) -> HeldOut:
+    """The rows that did not choose the merge's weights (``merge.weights: auto``)."""
+    sets = {"test": held_out.test, "kept": held_out.kept}
+    halves = halves_of(sets["test"], sets["kept"], seed)
+    chose = {
+        row_digest(sets[part][name][i], 0)
+        for part in sets
+        for name, rows in halves[part].choosing.items()
+        for i in rows
+    }
+
+    def take(part: str) -> dict[str, EncodedDataset]:
+        return {name: sets[part][name].take(rows) for name, rows in halves[part].reporting.items() if rows}
+
+    unseen = {
+        name: rows.take(i for i in range(len(rows)) if row_digest(rows[i], 0) not in chose)
+        for name, rows in held_out.unseen.items()
+    }
+    return HeldOut(take("test"), take("kept"), unseen)
 
 
 def model_set(session: Session, models: Mapping[str, tuple[Path | None, str]], missing: Mapping[str, str]) -> ModelSet:

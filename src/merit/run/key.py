@@ -172,6 +172,8 @@ def evaluation_stage(recipe: Recipe, run: Path, models: Mapping[str, str]) -> St
     outputs = Stage("mixture", run / "mixture").record().outputs
     rows = {name: facts.xxh3 for name, facts in outputs.items() if name.startswith(HELD_OUT)}
     settings = {"evaluate": evaluate, "model": {"dtype": recipe.model.dtype}, "seed": recipe.seed}
+    if recipe.merge.weights == "auto":  # the other half of the rows chose the weights
+        settings["rows"] = "reporting half"
     return Stage("evaluation", run / "evaluation", settings, {**models, "held-out rows": fingerprint(rows)})
 
 

@@ -30,6 +30,12 @@ def check_merge(recipe: Recipe) -> None:
     except MergeError as error:
         raise RecipeError(f"merge.options: {error.message}", *error.ways_out) from None
     refuse_unused_weights(operator, options, merge.weights)
+    kept = recipe.evaluate.kept or recipe.evaluate.kept_folder
+    if merge.weights == "auto" and merge.search.objective == "learned_under_kept" and not kept:
+        raise RecipeError(
+            "merge.search.objective: learned_under_kept needs kept sets, and the recipe names none.",
+            "Set evaluate.kept_folder, or use objective: learned_under_drift, which needs no data.",
+        )
     if recipe.model.trainable == "lora" and operator.kind in _FULL_ONLY:
         raise RecipeError(
             f"merge.operator {operator.name} needs whole weights and cannot work on LoRA adapters.",

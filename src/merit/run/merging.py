@@ -14,8 +14,10 @@ from pathlib import Path
 from merit.errors import MergeError
 from merit.files import write_text
 from merit.merge import MergeResult, merge_branches
-from merit.merge.curve import trade_off_svg
+from merit.merge.curve import trade_off_svg, weights_svg
+from merit.merge.stage import Judging
 from merit.merge.weights import condense, weigh
+from merit.mixture import read_counts
 from merit.progress import Progress, count
 from merit.run import key
 from merit.run.branches import branch_stages
@@ -25,6 +27,7 @@ from merit.run.scope import Scope
 from merit.run.session import Session
 from merit.run.step import Step, Work, run_step
 from merit.run.store import Stage
+from merit.run.weight_search import log_file, search_run_weights
 from merit.train.result import BranchResult
 
 MODEL = "model"
@@ -66,6 +69,7 @@ def merge_run(
         seed=recipe.seed,
         describe=lambda _result: summary,
         notes=lambda result: [*differing, *condense(result.warnings, len(taking))],
+        keep=(log_file(Path(MODEL)).name,),
     )
     return run_step(step, session)
 
@@ -108,7 +112,7 @@ def make_merge(
     output: Path,
     progress: Progress,
 ) -> MergeResult:
-    """Write the merged checkpoint into ``output``; with ``scale: auto`` the curve is next to the weights (scale.svg)."""
+    """Write the merged checkpoint into ``output``; what was searched is drawn next to it (scale.svg, weights.svg)."""
     settings = session.recipe_of(scope).merge
     if settings.dtype is None and session.recipe_of(scope).train.save_dtype == "float32":
         settings = settings.model_copy(update={"dtype": "base"})  # the branches need not have the base's dtype
@@ -123,9 +127,21 @@ def make_merge(
         output,
         settings,
         excluded=[f"branch {k}" for k in left_out],
-        judge=partial(judge_scales, session),
+        judge=Judging(
+            partial(judge_scales, session),
+            partial(search_run_weights, session, session.recipe_of(scope), _tokens(session, taking)),
+        ),
         progress=progress,
     )
     if result.scale_search is not None:
         write_text(output / "scale.svg", trade_off_svg(result.scale_search))
+    if result.weight_search is not None:
+        write_text(output / "weights.svg", weights_svg(result.weight_search))
+        log_file(output).unlink(missing_ok=True)
     return result
+
+
+def _tokens(session: Session, taking: Mapping[int, Stage]) -> list[dict[str, int]]:
+    """Tokens by dataset of every branch that is merged."""
+    counts = {item.name: item.tokens for item in read_counts(session.run / "mixture")}
+    return [{name: counts[name] for name in stage.settings["group"]} for stage in taking.values()]

@@ -85,10 +85,10 @@ def _mean_loss(session: Session, model: PreTrainedModel, datasets: Mapping[str, 
     return float(np.mean(np.bincount(owner, weights=losses) / np.bincount(owner, weights=counts)))
 
 
-def _drift_from(
+def drift_reference(
     session: Session, base: PreTrainedModel, datasets: Mapping[str, list[EncodedRow]], folder: Path
-) -> Callable[[PreTrainedModel], float]:
-    """Divergence from the base on freshly sampled answers, as a function of a model."""
+) -> drift.Reference:
+    """The base on freshly sampled answers to prompts of ``datasets``; its logits are in a temporary file in ``folder``."""
     settings = session.recipe.evaluate
     forward = Forward(session.base.batcher, session.device, settings.batch_tokens)
     sizes = {name: len(rows) for name, rows in datasets.items()}
@@ -97,7 +97,15 @@ def _drift_from(
     ends = end_tokens(datasets, session.base.tokenizer)
     answers = drift.sample_answers(base, prompts, settings.drift.tokens, ends, forward, session.recipe.seed)
     pairs = [(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True) if len(answer)]
-    reference = drift.Reference.of_base(
+    return drift.Reference.of_base(
         base, [prompt for prompt, _ in pairs], [answer for _, answer in pairs], folder, forward
     )
+
+
+def _drift_from(
+    session: Session, base: PreTrainedModel, datasets: Mapping[str, list[EncodedRow]], folder: Path
+) -> Callable[[PreTrainedModel], float]:
+    """Divergence from the base on freshly sampled answers, as a function of a model."""
+    forward = Forward(session.base.batcher, session.device, session.recipe.evaluate.batch_tokens)
+    reference = drift_reference(session, base, datasets, folder)
     return lambda model: drift.measure_drift(model, reference, forward).kl
