@@ -1,4 +1,4 @@
-"""What measuring costs: time over a bare forward and backward pass, peak memory, and the geometry of a thousand datasets.
+"""What measuring costs: time over a bare forward and backward pass, and peak memory.
 
 Times are CPU time of the process (wall time beside it), so that other work on the machine disturbs little; contestants
 take turns, and the least of several rounds counts. Memory is the peak resident set after the model stands, less what stood
@@ -175,69 +175,5 @@ def _memory_child(variant: str, datasets: int, work: Path) -> None:
     )
 
 
-# ---- Gram and PCA ----------------------------------------------------------------------------------------------------
-
-
-def gram_and_pca(count: int = 1000, size: int = 2**18) -> dict[str, dict[str, float]]:
-    """CPU and wall seconds of every step from quarter-sample sketches to a geometry, and of plain products as peers."""
-    from merit.conflict.geometry import gram_matrix
-    from merit.conflict.reliability import PARTS, SubSamples, reliability
-    from merit.conflict.spectrum import PAPER_AXES, spectral_concentration
-    from merit.split.components import cosine_matrix, principal_components
-
-    rng = np.random.default_rng(0)
-    rows = rng.standard_normal((count, size), dtype=np.float32)
-    column = rows[:, : size // 16].astype(np.float64)
-    quarters = [rows[:, part:] if part else rows for part in range(PARTS)]  # other vectors in the same memory
-    names, weights = [f"d{i:05}" for i in range(count)], rng.integers(50, 900, count).astype(float)
-    kept: dict[str, np.ndarray] = {}
-    width = size - PARTS + 1
-    vectors = [row[:width] for quarter in quarters for row in quarter]
-
-    def parts() -> SubSamples:
-        even = np.full((count, PARTS), 1.0 / PARTS)
-        one = np.ones(count)
-        return SubSamples(kept["quarters"], even, one[:, None] / 50 * np.ones(PARTS), one / 200, one / 1000)
-
-    def gram() -> np.ndarray:
-        return np.asarray(kept["quarters"].reshape(PARTS, count, PARTS, count).sum(axis=(0, 2)))
-
-    steps: dict[str, Callable[[], Any]] = {
-        "quarters": lambda: kept.update(quarters=gram_matrix(vectors, np.float32)),
-        "pca": lambda: principal_components(cosine_matrix(gram()), 6),
-        "noise": lambda: reliability(parts()),
-        "spectrum": lambda: spectral_concentration(parts(), weights, names, PAPER_AXES),
-        "numpy_float64_sixteenth": lambda: column @ column.T,
-        "numpy_float32": lambda: kept.update(single=rows @ rows.T),
-    }
-    found = {}
-    for name, step in steps.items():
-        clocks = [clocked(step) for _ in range(1 if name in ("quarters", "spectrum") else 2)]
-        found[name] = {"cpu": min(cpu for cpu, _ in clocks), "wall": min(wall for _, wall in clocks)}
-    found["peak_mib"] = {"process": _status("VmHWM")}
-    return found
-
-
-def _gram_child() -> None:
-    print(json.dumps(gram_and_pca()))
-
-
-def gram_in_own_process(threads: int) -> dict[str, dict[str, float]]:
-    import os
-
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
-    text = subprocess.run(
-        [sys.executable, "-m", "benchmarks.conflict.cost", "gram"],
-        check=True,
-        capture_output=True,
-        text=True,
-        env=environment,
-    ).stdout
-    return json.loads(text.strip().splitlines()[-1])
-
-
 if __name__ == "__main__":
-    if sys.argv[1] == "gram":
-        _gram_child()
-    else:
-        _memory_child(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    _memory_child(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))

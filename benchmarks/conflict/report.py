@@ -30,12 +30,11 @@ tokenizer represents (at most 2 % of the characters lost), rows cut at 512 token
         "fidelity": _fidelity,
         "time": _time,
         "memory": _memory,
-        "gram": _gram,
         "sensitivity": _sensitivity,
         "schemes": _schemes,
     }
     parts += [write(found[key]) for key, write in sections.items() if key in found]
-    if "time" in found and "gram" in found:
+    if "time" in found:
         parts.append(_scale(found))
     return "\n\n".join(parts) + "\n"
 
@@ -113,28 +112,6 @@ The peak still creeps up, by less and less per dataset. Nothing is kept per data
 the same over 24 datasets); fragmentation of the C allocator's heap is the likely cause, not a verified one."""
 
 
-def _gram(found: dict[str, Any]) -> str:
-    labels = {
-        "quarters": "products of all quarter-samples (4,000 × 4,000), of which the Gram matrix is a sum",
-        "pca": "cosines + principal components",
-        "noise": "noise of every gradient",
-        "spectrum": "judging three axes, with 19 mixtures without conflict",
-        "numpy_float32": "peer: NumPy float32 product of the gradients alone (1,000 × 1,000)",
-        "numpy_float64_sixteenth": "peer: NumPy float64 product of a *sixteenth* of the columns",
-    }
-    shown = [
-        [label, *(f"{run[key]['cpu']:.1f} / {run[key]['wall']:.1f}" for run in found.values())]
-        for key, label in labels.items()
-    ]
-    memory = max(run["peak_mib"]["process"] for run in found.values())
-    return f"""## Geometry of T = 1,000 datasets, sketches of 2^18
-
-CPU / wall seconds, least of two (products of quarters and the judgement: one); peak memory {memory:,.0f} MiB, of which the
-vectors themselves, which the stage reads from disk block by block, take 1,000.
-
-{table(["step", *(f"{threads} thread(s)" for threads in found)], shown)}"""
-
-
 def _sensitivity(rows: list[dict[str, Any]]) -> str:
     most = max(r["rows"] for r in rows)
     full = sorted({r["dataset"] for r in rows if r["rows"] == most})
@@ -185,7 +162,7 @@ the mean probability that a draw's own quarter-samples predict.
 
 
 def _scale(found: dict[str, Any]) -> str:
-    gram, fold = found["gram"]["1"], found["time"]["fold_ns_per_entry"]
+    fold = found["time"]["fold_ns_per_entry"]
     return f"""## On paper: 7B parameters, 1,000 datasets
 
 Not measured. 200 examples × 300 tokens per dataset are 6·10⁷ tokens; at 6 operations per parameter and token that is
@@ -194,7 +171,6 @@ min on eight (datasets are independent).
 
 - Memory: float32 weights 28 GB + activations + the largest parameter's gradient (2.2 GB for 152,064 × 3,584).
 - Disk: 1 GiB of sketches + 4 GiB of quarter-samples; one entry in five of every gradient would be 5.6 TB in float32.
-- Geometry: {sum(gram[key]["cpu"] for key in ("quarters", "pca", "noise", "spectrum")):.0f} s on one core, as above,
-  whatever the model.
+- Geometry and split: see geometry.md, whatever the model.
 - On a CPU core, folding the 7·10⁹ entries of a quarter-sample takes {7 * fold:.0f} s at the measured rate; its backward
   passes (15,000 tokens) would take 3.5 h at 50 GFLOP/s."""

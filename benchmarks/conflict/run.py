@@ -2,7 +2,7 @@
 
     python -m benchmarks.conflict.run --base CHECKPOINT --mixture FOLDER --work SCRATCH [--part NAME]...
 
-Parts: time, memory, gram, blocks (exact gradients of the mixture, by far the longest; the last two need them), fidelity,
+Parts: time, memory, blocks (exact gradients of the mixture, by far the longest; the last two need them), fidelity,
 calibration. Results go to ``benchmarks/results/conflict.json`` and, as tables, ``conflict.md``. Set
 OMP_NUM_THREADS=1.
 """
@@ -22,7 +22,7 @@ from benchmarks.conflict import blocks, calibration, cost, fidelity
 from benchmarks.conflict.report import report
 
 RESULTS = Path(__file__).parents[1] / "results"
-PARTS = ("time", "memory", "gram", "blocks", "fidelity", "calibration")
+PARTS = ("time", "memory", "blocks", "fidelity", "calibration")
 
 
 def layout_of(recipe: Any) -> dict[str, int]:
@@ -103,8 +103,6 @@ def main() -> None:
             found["time"] = time_part(recipe, given.work)
         elif part == "memory":
             found["memory"] = memory_part(given.work)
-        elif part == "gram":
-            found["gram"] = {str(threads): cost.gram_in_own_process(threads) for threads in (1, 2)}
         elif part == "blocks":
             blocks.measure_blocks(recipe, given.work, given.rows, given.jobs)
         elif part == "fidelity":

@@ -22,11 +22,13 @@ from merit.conflict.compare import compare_representations
 from merit.conflict.gradients import GradientMeter
 from merit.conflict.result import Geometry
 from merit.conflict.sample import Probe
+from merit.conflict.spectrum import spectral_concentration
 from merit.conflict.stage import measure_gradients
 from merit.errors import ConflictError, ResourceError, RunFolderError
 from merit.hf.base import open_base
 from merit.hf.rows import EncodedRow
 from merit.mixture.dataset import EncodedDataset
+from merit.recipe.schema import SplitSettings
 from merit.split.components import principal_components
 from merit.split.stage import split_mixture
 
@@ -390,3 +392,20 @@ def test_comparison_of_two_datasets_is_refused_before_anything_is_measured(make_
     few = {name: mixture[name] for name in ("d0", "d1")}
     with pytest.raises(ConflictError, match="three datasets, found 2"):
         compare_representations(few, probe(make_recipe()), tmp_path / "nowhere")
+
+
+def test_the_suggestion_is_about_the_split_that_is_asked_for(make_recipe, mixture, tmp_path):
+    asked = SplitSettings(cosine="corrected", balance="tokens")
+    geometry = run(make_recipe(), mixture, tmp_path / "asked", split=asked)
+    assert geometry.summary.suggestion.endswith("Judged with corrected cosines, balanced by tokens.")
+    assert geometry.judged_otherwise(asked) is None
+    assert "plain" not in str(geometry.judged_otherwise(SplitSettings()))
+    parts, names = geometry.parts, list(geometry.names)
+    tokens = np.array([float(mixture[name].target_counts.sum()) for name in names])
+    expected = spectral_concentration(parts, tokens, names, 3, corrected=True)
+    for found, want in zip(geometry.summary.spectral_concentration, expected, strict=True):
+        assert found.gain == pytest.approx(want.gain)
+        assert found.signal == pytest.approx(want.signal)
+    default = run(make_recipe(), mixture, tmp_path / "default")
+    assert "balanced by samples" in str(default.judged_otherwise(asked))
+    assert Geometry.load(tmp_path / "default").judged_otherwise(SplitSettings()) is None

@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from merit.conflict.reliability import SubSamples
+from merit.conflict.reliability import SubSamples, reliability
 from merit.conflict.spectrum import (
     Concentration,
     Quarters,
@@ -121,6 +121,36 @@ def test_gains_are_those_of_the_split_itself():
         assert item.gain == pytest.approx(cut_gain(cosine, groups)[0])
 
 
+def test_corrected_cosines_are_judged_as_the_split_cuts_them():
+    corners = np.array([1.0, -1.0] * 6)
+    parts = mixture(planted(12, corners), 0.15 * low_rank_noise(60), [12, 80] * 6, 3)
+    gram = parts.products().sum(axis=(0, 1))
+    unbiased = reliability(parts).unbiased_squared_norm
+    inflation = np.sqrt(np.diag(gram) / unbiased)
+    cosine = cosine_matrix(gram) * np.outer(inflation, inflation)
+    np.fill_diagonal(cosine, 1.0)
+    names = tuple(f"d{i:02}" for i in range(12))
+    for item in spectral_concentration(parts, np.ones(12), names, 2, corrected=True):
+        groups = pca.split(MixtureView(names, np.ones(12), cosine, gram), item.axis, 0)
+        assert item.gain == pytest.approx(cut_gain(cosine, groups)[0])
+        assert item.signal is not None
+        assert item.signal_null is not None
+
+
+def test_single_precision_and_iteration_give_the_same_judgement(monkeypatch):
+    """Above 200 datasets products are float32 and axes are found by iteration: here with few datasets, against float64."""
+    parts = mixture(planted(24, np.tile([1.0, -1.0], 12), np.repeat([0.5, -0.5], 12)), 0.1 * low_rank_noise(60), 40, 0)
+    exact = judged(parts)
+    monkeypatch.setattr("merit.conflict.spectrum.DOUBLE_LIMIT", 10)
+    single = judged(SubSamples(parts.gram.astype(np.float32), parts.shares, parts.q_parts, parts.q, parts.q_all))
+    assert suggest_axes(exact, 24)[0] == suggest_axes(single, 24)[0] == 2
+    for one, other in zip(exact[:2], single[:2], strict=True):
+        assert other.gain == pytest.approx(one.gain, rel=1e-3)
+        assert other.signal == pytest.approx(one.signal, rel=1e-2)
+        assert other.held_out_ratio == pytest.approx(one.held_out_ratio, rel=1e-2)
+        assert other.signal_null < other.signal
+
+
 @pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", ["even", "uneven"])
@@ -135,18 +165,25 @@ def test_no_split_is_recommended_where_there_is_no_conflict(sizes):
     assert recommended <= 1
 
 
+def between(quarters: Quarters, p: int, r: int) -> np.ndarray:
+    """Products (T, T) of quarter p with quarter r, mean over both ways round."""
+    one = np.eye(4)
+    plus, minus = quarters.squares(np.array([one[p] + one[r], one[p] - one[r]]))
+    return (plus - minus) / 4
+
+
 def test_null_mixtures_keep_the_size_of_the_noise_and_have_no_conflict():
     truth = planted(10, np.array([1.0, -1.0] * 5))
     parts = mixture(truth, 0.1 * low_rank_noise(60), 40, 0)
     shares = parts.shares.T
     means = parts.products() / (shares[:, None, :, None] * shares[None, :, None, :])
-    draws = list(null_mixtures(means, Quarters.of(means).scale(), 300, np.random.default_rng(0)))
-    cross = np.mean([draw.between(0, 1) for draw in draws], axis=0)
+    draws = list(null_mixtures(means, Quarters.of(means).norms(), 300, np.random.default_rng(0)))
+    cross = np.mean([between(draw, 0, 1) for draw in draws], axis=0)
     off = ~np.eye(10, dtype=bool)
     assert np.ptp(cross[off]) < 0.3, "all pairs alike, though half of them point apart in the mixture"
 
     def noise(quarters: Quarters) -> np.ndarray:
-        return np.mean([np.diag(quarters.between(p, p) - quarters.between(p, (p + 1) % 4)) for p in range(4)], axis=0)
+        return np.mean([np.diag(between(quarters, p, p) - between(quarters, p, (p + 1) % 4)) for p in range(4)], axis=0)
 
     measured = noise(Quarters.of(means))
     unit = np.array([np.trace(means[:, :, i, i]) for i in range(10)]) / 4 - measured
@@ -158,20 +195,18 @@ def test_sums_of_quarters_are_those_of_the_vectors_themselves():
     vectors = rng.normal(size=(4, 5, 9))
     means = np.einsum("pid,rjd->prij", vectors, vectors)
     quarters = Quarters.of(means)
-    u = np.array([1.0, -2.0, 0.0, 3.0])
-    total = np.einsum("p,pid->id", u, vectors)
-    np.testing.assert_allclose(quarters.square(u), total @ total.T)
-    np.testing.assert_allclose(quarters.between(0, 2), (means[0, 2] + means[2, 0]) / 2)
+    u = np.array([[1.0, -2.0, 0.0, 3.0], [1, 1, 0, 0]])
+    total = np.einsum("np,pid->nid", u, vectors)
+    np.testing.assert_allclose(quarters.squares(u), total @ total.transpose(0, 2, 1))
+    np.testing.assert_allclose(between(quarters, 0, 2), (means[0, 2] + means[2, 0]) / 2)
     # The same quarters, in another basis and with a part that all share.
     basis = np.linalg.qr(rng.normal(size=(4, 4)))[0]
     common = rng.normal(size=9)
     made = np.einsum("kp,kid->pid", basis, vectors) + common
-    pairs = [(k, m) for k in range(4) for m in range(k, 4)]
-    blocks = {(k, m): means[k, m] if k == m else means[k, m] + means[m, k] for k, m in pairs}
-    other = Quarters(blocks, basis, float(common @ common), (made - common) @ common)
+    other = Quarters.of(means, basis, float(common @ common), (made - common) @ common)
     again = Quarters.of(np.einsum("pid,rjd->prij", made, made))
-    np.testing.assert_allclose(other.square(u), again.square(u))
-    np.testing.assert_allclose(other.scale(), again.scale())
+    np.testing.assert_allclose(other.squares(u), again.squares(u))
+    np.testing.assert_allclose(other.norms(), again.norms())
 
 
 def test_one_dataset_against_all_others_is_no_room_for_a_balanced_cut():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -23,14 +24,46 @@ COMPONENTS = 6
 SAME = 1e-6
 """Cosines closer to 1 than this are of one gradient, measured twice."""
 
-_DOUBLE_LIMIT = 256
-"""Up to so many datasets products are computed in float64; above, blocks in float32 added in float64, quarters alone."""
+
+@dataclass(frozen=True)
+class Judged:
+    """What a split cuts along, and what it balances.
+
+    Attributes:
+        cosine: ``plain`` or ``corrected``.
+        tokens: Target tokens by dataset where they are balanced; empty where samples are.
+    """
+
+    cosine: str = "plain"
+    tokens: Mapping[str, int] = field(default_factory=dict)
+
+    def facts(self) -> dict[str, str]:
+        """The same as the split's settings."""
+        return {"cosine": self.cosine, "balance": "tokens" if self.tokens else "samples"}
+
+    def words(self) -> str:
+        """What a suggestion adds where the split is not the default one."""
+        facts = self.facts()
+        return "" if self == Judged() else f" Judged with {facts['cosine']} cosines, balanced by {facts['balance']}."
 
 
 def build_geometry(
-    measured: Sequence[Measured], left_out: Sequence[Measured], store: GradientStore, settings: ConflictSettings
+    measured: Sequence[Measured],
+    left_out: Sequence[Measured],
+    store: GradientStore,
+    settings: ConflictSettings,
+    judged: Judged | None = None,
 ) -> Geometry:
-    """Compare the gradients of ``measured``; computed in name order, so that the order of datasets changes no figure."""
+    """Compare the gradients of ``measured``; computed in name order, so that the order of datasets changes no figure.
+
+    Args:
+        measured: One per dataset.
+        left_out: Datasets without a usable gradient.
+        store: Holds the vectors.
+        settings: How they were measured.
+        judged: The split whose axes are judged. Default: plain cosines, balanced by samples.
+    """
+    judged = judged or Judged()
     order = sorted(range(len(measured)), key=lambda i: measured[i].name)
     items = [measured[i] for i in order]
     count = len(items)
@@ -40,8 +73,10 @@ def build_geometry(
     cosine = cosine_matrix(gram)
     column, double = (principal_components(cosine, COMPONENTS, centring) for centring in ("columns", "double"))
     raw = principal_components(gram, COMPONENTS)
-    heavy = np.array([item.dataset_rows for item in items], dtype=np.float64)
-    concentration = spectral_concentration(parts, heavy, [item.name for item in items], PAPER_AXES)
+    heavy = np.array([judged.tokens.get(item.name, item.dataset_rows) for item in items], dtype=np.float64)
+    concentration = spectral_concentration(
+        parts, heavy, [item.name for item in items], PAPER_AXES, corrected=judged.cosine == "corrected"
+    )
     back = np.argsort(order)
     grid = np.ix_(back, back)
     fourfold = np.concatenate([back + part * count for part in range(PARTS)])
@@ -69,30 +104,31 @@ def build_geometry(
     )
     table = [_facts(item, arrays, i) for i, item in enumerate(measured)]
     table += [DatasetFacts(item.name, item.dataset_rows, left_out=item.bad) for item in left_out]
+    summary = _summary(arrays, table, concentration, settings, _duplicates(measured, arrays.cosine))
     return Geometry(
-        arrays, table, _summary(arrays, table, concentration, settings, _duplicates(measured, arrays.cosine))
+        arrays, table, replace(summary, judged=judged.facts(), suggestion=summary.suggestion + judged.words())
     )
 
 
 def _products(items: Sequence[Measured], store: GradientStore) -> tuple[np.ndarray, np.ndarray]:
     """Inner products of the gradients (T, T) and of their quarters (4T, 4T)."""
-    count = len(items)
-    vectors = [item.vector(store, part) for part in range(PARTS) for item in items]
-    if count <= _DOUBLE_LIMIT:
+    quarters = [[item.vector(store, part) for part in range(PARTS)] for item in items]
+    if len(items) <= geometry.DOUBLE_LIMIT:
+        vectors = [item[part] for part in range(PARTS) for item in quarters]
         return geometry.gram_matrix([item.vector(store) for item in items]), geometry.gram_matrix(vectors)
-    quarters = geometry.gram_matrix(vectors, np.float32)
-    gram = quarters.reshape(PARTS, count, PARTS, count).sum(axis=(0, 2))
-    return (gram + gram.T) / 2, quarters
+    return geometry.folded_products(quarters, geometry.fold_size(PARTS * len(items)))
 
 
 def _duplicates(measured: Sequence[Measured], cosine: np.ndarray) -> list[list[str]]:
     """Datasets with the same rows, or with the same direction up to rounding, in groups."""
+    first: dict[str, int] = {}
+    pairs = np.argwhere(np.tril(cosine, -1) > 1.0 - SAME).tolist()
+    pairs += [(i, first.setdefault(item.content, i)) for i, item in enumerate(measured)]
     group = list(range(len(measured)))
-    for i, item in enumerate(measured):
-        for j in range(i):
-            if item.content == measured[j].content or cosine[i, j] > 1.0 - SAME:
-                old, new = group[i], group[j]
-                group = [new if label == old else label for label in group]
+    for i, j in pairs:
+        old, new = group[i], group[j]
+        if old != new:
+            group = [new if label == old else label for label in group]
     names: dict[int, list[str]] = {}
     for label, item in zip(group, measured, strict=True):
         names.setdefault(label, []).append(item.name)
@@ -128,8 +164,7 @@ def _summary(
     names, cosine = arrays.names, arrays.cosine
     count = len(names)
     suggested, why = suggest_axes(concentration, count)
-    pairs = sorted((float(cosine[i, j]), str(names[i]), str(names[j])) for i in range(count) for j in range(i))
-    off = np.array([pair[0] for pair in pairs])
+    off = cosine[np.tril_indices(count, -1)]
     return Summary(
         datasets=count,
         left_out={item.name: item.left_out for item in table if item.left_out},
@@ -142,8 +177,8 @@ def _summary(
         norms=dict(geometry.norm_concentration(arrays.norm)),
         cosine=Spread.of(off),
         negative_share=float((off < 0).mean()) if len(off) else None,
-        most_conflicting=[Pair(a, b, value) for value, b, a in pairs[:10]],
-        most_aligned=[Pair(a, b, value) for value, b, a in pairs[::-1][:5]],
+        most_conflicting=_extreme(names, cosine, 10),
+        most_aligned=_extreme(names, cosine, 5, highest=True),
         expected_cosine=Spread.of(arrays.expected_cosine[np.isfinite(arrays.expected_cosine)]),
         examples=Spread.of(arrays.examples.astype(float)),
         examples_in_all=int(arrays.examples.sum()),
@@ -151,6 +186,18 @@ def _summary(
         duplicates=duplicates,
         warnings=_warnings(arrays, settings, duplicates),
     )
+
+
+def _extreme(names: np.ndarray, cosine: np.ndarray, number: int, *, highest: bool = False) -> list[Pair]:
+    """The pairs of lowest, or of highest cosine; by name among equals."""
+    first, second = np.tril_indices(len(cosine), -1)
+    values = cosine[first, second]
+    if len(values) > number:
+        edge = np.partition(values, -number if highest else number - 1)[-number if highest else number - 1]
+        near = np.flatnonzero(values >= edge if highest else values <= edge)
+        first, second, values = first[near], second[near], values[near]
+    pairs = sorted((float(v), str(names[i]), str(names[j])) for v, i, j in zip(values, first, second, strict=True))
+    return [Pair(a, b, value) for value, b, a in (pairs[::-1] if highest else pairs)[:number]]
 
 
 def _warnings(arrays: Arrays, settings: ConflictSettings, duplicates: Sequence[Sequence[str]]) -> list[str]:

@@ -1,7 +1,6 @@
 """Inner products of the datasets' gradients, and how alike their norms are.
 
-Pure NumPy in float64; rows are datasets. It knows no models, no files and no sampling noise
-(:mod:`merit.conflict.reliability` does).
+Pure NumPy; rows are datasets. It knows no models, no files and no sampling noise (:mod:`merit.conflict.reliability` does).
 """
 
 from __future__ import annotations
@@ -22,6 +21,8 @@ class Sliceable(Protocol):
 
 
 _BLOCK_BYTES = 2**28
+DOUBLE_LIMIT = 200
+"""Up to so many datasets all arithmetic is float64 on whole vectors; above, see :func:`folded_products`."""
 
 
 def gram_matrix(rows: Sequence[Sliceable], dtype: type = np.float64) -> np.ndarray:
@@ -45,6 +46,58 @@ def gram_matrix(rows: Sequence[Sliceable], dtype: type = np.float64) -> np.ndarr
         gram += syrk(1.0, block.T, trans=1, lower=1)
     lower = np.tril(gram)
     return lower + np.tril(gram, -1).T
+
+
+def fold_size(vectors: int) -> int:
+    """Entries to fold each of so many vectors to, that they take 256 MiB together; at least 1,024."""
+    return 2 ** max(10, int(np.log2(_BLOCK_BYTES / (4 * vectors))))
+
+
+def folded_products(rows: Sequence[Sequence[Sliceable]], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inner products of T gradients, and of the P parts that each is the sum of: the time grows as T²(D + P² size).
+
+    Products of whole gradients are those of all D entries. The parts' contrasts, which hold noise alone, are folded to
+    ``size`` entries first (a count sketch: random signs, and a random shift for every ``size`` neighbours), which leaves
+    their products unbiased, with a variance of at most (‖a‖²‖b‖² + ⟨a, b⟩²) / size; products within one dataset are exact.
+    So whatever the parts of a gradient have in common, no fold blurs: parts add up to the gradient's own products.
+
+    Args:
+        rows: For every dataset its P parts (D,); each is read once, in slices.
+        size: Entries after folding.
+
+    Returns:
+        (T, T) float64, and (PT, PT) float32: all first parts, all second ones, ...; both exactly symmetric.
+
+    Source: Charikar, Chen & Farach-Colton 2002 (count sketch).
+    """
+    count, parts, width = len(rows), len(rows[0]), len(rows[0][0])
+    generator = np.random.Generator(np.random.PCG64(0))
+    size = min(size, width)
+    folded = np.zeros((parts, count, size), dtype=np.float32)
+    own, gram = np.zeros((parts, parts, count)), np.zeros((count, count))
+    whole: np.ndarray = np.empty((count, size), dtype=np.float32)
+    for start in range(0, width, size):
+        columns = min(size, width - start)
+        signs = generator.choice(np.float32([-1.0, 1.0]), columns)
+        shift = int(generator.integers(size))
+        ahead = min(columns, size - shift)
+        for i, vectors in enumerate(rows):
+            block = np.stack([vector[start : start + columns] for vector in vectors]).astype(np.float32, copy=False)
+            own[:, :, i] += block @ block.T
+            block.sum(axis=0, out=whole[i, :columns])
+            block *= signs
+            folded[:, i, shift : shift + ahead] += block[:, :ahead]
+            folded[:, i, : columns - ahead] += block[:, ahead:]
+        gram += ssyrk(1.0, whole[:, :columns].T, trans=1, lower=1)
+    gram = np.tril(gram) + np.tril(gram, -1).T
+    flat = folded.reshape(parts * count, size)
+    lower = ssyrk(1.0, flat.T, trans=1, lower=1)
+    del folded, flat
+    products = (np.tril(lower) + np.tril(lower, -1).T).reshape(parts, count, parts, count)
+    del lower
+    np.einsum("piri->pri", products)[:] = own
+    products += ((gram - products.sum(axis=(0, 2), dtype=np.float64)) / parts**2).astype(np.float32)[:, None, :]
+    return gram, products.reshape(parts * count, parts * count)
 
 
 def norm_concentration(norms: np.ndarray) -> dict[str, float]:

@@ -31,7 +31,7 @@ class SubSamples:
     """Inner products and weights of T datasets' quarter-sample gradients; row t everywhere is dataset t.
 
     Attributes:
-        gram: (4T, 4T) float64: ⟨S_p of i, S_r of j⟩ at row pT + i, column rT + j.
+        gram: (4T, 4T), float32 above 200 datasets: ⟨S_p of i, S_r of j⟩ at row pT + i, column rT + j.
         shares: a (T, 4): the quarters' shares of the weight; 0 where a quarter is empty.
         q_parts: q of the quarters (T, 4); infinite where empty.
         q: q of the sample (T,).
@@ -76,7 +76,7 @@ class Reliability:
 
 def reliability(parts: SubSamples) -> Reliability:
     """Noise and reliability of every dataset's gradient, from its own quarters."""
-    own = np.diagonal(parts.products(), axis1=2, axis2=3)  # (4, 4, T)
+    own = np.diagonal(parts.products(), axis1=2, axis2=3).astype(np.float64)  # (4, 4, T)
     squared = own.sum(axis=(0, 1))
     shares = np.where(parts.shares > 0, parts.shares, np.nan).T
     scaled = own / (shares[:, None] * shares[None, :])

@@ -34,13 +34,18 @@ def resampled_grams(parts: SubSamples, replicates: int, seed: int, sketch_size: 
     spare = parts.q * (1.0 - (parts.shares**2).sum(axis=1))
     scale = np.sqrt(np.divide(parts.excess(), spare, out=np.zeros(count), where=spare > 0))
     generator = np.random.Generator(np.random.PCG64(seed))
+    root = _root(products.sum(axis=(0, 1), dtype=np.float64)) if sketch_size else None
     for _ in range(replicates):
         z = generator.standard_normal((PARTS, count))
         weights = 1.0 + scale * (z - (parts.shares.T * z).sum(axis=0))
         gram: np.ndarray = np.einsum("pi,rj,prij->ij", weights, weights, products, optimize=True)
-        if sketch_size:
-            values, vectors = np.linalg.eigh((gram + gram.T) / 2)
-            root = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+        if root is not None:
             error = generator.standard_normal((count, count))
             gram = gram + root @ (error + error.T) @ root / np.sqrt(2 * sketch_size)
         yield gram
+
+
+def _root(gram: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh((gram + gram.T) / 2)
+    root: np.ndarray = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+    return root

@@ -21,6 +21,7 @@ from merit.conflict.resampling import resampled_grams
 from merit.conflict.spectrum import Concentration
 from merit.errors import RunFolderError
 from merit.files import read_as, write_bytes, write_json
+from merit.recipe.schema import SplitSettings
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ class Summary:
         representation: As set.
         duplicates: Datasets with the same rows, or the same gradient up to rounding.
         warnings: Plain sentences.
+        judged: ``split.cosine`` and ``split.balance`` of the split whose axes were judged.
     """
 
     datasets: int
@@ -128,6 +130,7 @@ class Summary:
     representation: str
     duplicates: list[list[str]]
     warnings: list[str]
+    judged: dict[str, str] = field(default_factory=lambda: {"cosine": "plain", "balance": "samples"})
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,8 @@ class Arrays:
         gram: (T, T) inner products ⟨g_i, g_j⟩.
         cosine: (T, T).
         cosine_corrected: (T, T) without the norms' noise; NaN where a dataset's noise drowns its gradient.
-        quarter_gram: (4T, 4T): all first quarters, all second ones, ..., which add up to the gradients.
+        quarter_gram: (4T, 4T): all first quarters, all second ones, ..., which add up to the gradients; float32 above 200
+            datasets.
         examples: (T,) int64 sample sizes.
         rows: (T,) int64 s_t.
         norm: (T,) ‖g‖.
@@ -266,6 +270,17 @@ class Geometry:
     def resampled(self, replicates: int, seed: int) -> Iterator[np.ndarray]:
         """Gram matrices as other calibration samples would have given (:mod:`merit.conflict.resampling`)."""
         return resampled_grams(self.parts, replicates, seed, int(self.arrays.sketch_size))
+
+    def judged_otherwise(self, split: SplitSettings) -> str | None:
+        """A note where the suggested number of axes is about cuts other than the split's; None where it is about them."""
+        judged = self.summary.judged
+        if judged == {"cosine": split.cosine, "balance": split.balance}:
+            return None
+        return (
+            f"the suggested number of axes is about {judged['cosine']} cosines balanced by {judged['balance']}, which this "
+            "split does not cut. To judge this split, remove conflict/record.json and run `merit gradients`: it measures "
+            "nothing anew."
+        )
 
     def facts(self) -> dict[str, object]:
         """What a record of the stage should say."""

@@ -7,15 +7,18 @@ and the same figures for mixtures without any conflict, made from the measured n
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 from scipy.linalg import eigh
+from scipy.sparse.linalg import ArpackError, svds
 
-from merit.conflict.reliability import PARTS, SubSamples
+from merit.conflict.geometry import DOUBLE_LIMIT
+from merit.conflict.reliability import PARTS, SubSamples, reliability
 from merit.split.balance import bisect
-from merit.split.components import cosine_matrix, doubly_centred
+from merit.split.components import doubly_centred
 from merit.split.view import Groups
 
 PAPER_AXES = 3
@@ -28,6 +31,9 @@ _HADAMARD = np.array([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 
 _PAIRS = tuple((pair, tuple(set(range(PARTS)) - set(pair))) for pair in combinations(range(PARTS), 2))
 """The six ways to choose an axis on two quarters and to judge it on the other two."""
 _ONE = np.eye(PARTS)
+_SUMS = np.array([_ONE[a] + _ONE[b] for (a, b), _ in _PAIRS])
+_DIFFERENCES = np.array([_ONE[c] - _ONE[d] for _, (c, d) in _PAIRS])
+_BLOCKS = tuple((k, m) for k in range(PARTS) for m in range(k, PARTS))
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class Concentration:
 
 
 def spectral_concentration(
-    parts: SubSamples, weights: np.ndarray, names: Sequence[str], axes: int
+    parts: SubSamples, weights: np.ndarray, names: Sequence[str], axes: int, *, corrected: bool = False
 ) -> list[Concentration]:
     """Judge the axes that the split cuts along.
 
@@ -83,14 +89,15 @@ def spectral_concentration(
     small samples do not look like gradients of another kind.
 
     *Null.* The same figures for mixtures in which every dataset has the same gradient, and its own measured noise
-    (:func:`null_mixtures`): 99 of them (39 above 200 datasets, 19 above 400, where they scatter less). An axis counts only
-    above all of them.
+    (:func:`null_mixtures`): 99 of them (39 above 200 datasets, where they scatter less). An axis counts only above all of
+    them. Above 200 datasets products are float32, and leading axes of quarters are found by iteration.
 
     Args:
         parts: The quarters of all T datasets, in name order.
         weights: (T,) what the cuts balance.
         names: (T,) sorted.
         axes: Axes to judge; as many are as T datasets can fill 2^k groups.
+        corrected: The split cuts along cosines without the noise in their norms.
 
     Source: paper Prop. F.10, F.11, Remark F.13.
     """
@@ -98,23 +105,26 @@ def spectral_concentration(
     axes = min(axes, len(names).bit_length() - 1, len(names) - 1)
     if axes < 1:
         return []
-    whole = _Seen.of(cosine_matrix(products.sum(axis=(0, 1))), weights, names, axes)
+    gram = products.sum(axis=(0, 1), dtype=np.float64)
+    whole = _Seen.of(_cosines(gram, _lengths(parts, gram) if corrected else None), weights, names, axes)
     judged = np.flatnonzero((parts.shares > 0).all(axis=1)).tolist()
     fewer = min(axes, len(judged).bit_length() - 1)
     held, nulls = None, []
     if len(judged) >= _FEWEST:
+        chosen = _Chosen(weights[judged], [names[i] for i in judged], fewer, corrected)
         places = list(range(PARTS))
-        grid = np.ix_(places, places, judged, judged)
-        shares = parts.shares[judged].T
-        means = products[grid] / (shares[:, None, :, None] * shares[None, :, None, :])
-        chosen = [names[i] for i in judged]
+        means = products[np.ix_(places, places, judged, judged)].astype(_dtype(len(judged)), copy=False)
+        shares = parts.shares[judged].T.astype(means.dtype)
+        means /= shares[:, None, :, None]
+        means /= shares[None, :, None, :]
         quarters = Quarters.of(means)
-        held = _Held.of(quarters, weights[judged], chosen, fewer)
-        draws = 99 if len(judged) <= 200 else 39 if len(judged) <= 400 else 19
-        for null in null_mixtures(means, quarters.scale(), draws, np.random.Generator(np.random.PCG64(0))):
-            cosine = cosine_matrix(null.square(np.ones(PARTS)))
-            seen = _Seen.of(cosine, weights[judged], chosen, fewer)
-            nulls.append((seen.ratio, seen.sign_ratio, _Held.of(null, weights[judged], chosen, fewer).signal))
+        held = _Held.of(quarters, chosen)
+        draws = 99 if len(judged) <= DOUBLE_LIMIT else 39
+        generator = np.random.Generator(np.random.PCG64(0))
+        for null in null_mixtures(means, quarters.norms(), draws, generator):
+            cosine = _cosines(null.squares(np.ones((1, PARTS)))[0], PARTS * null.norms() if corrected else None)
+            seen = _Seen.of(cosine, chosen.weights, chosen.names, fewer)
+            nulls.append((seen.ratio, seen.sign_ratio, _Held.of(null, chosen).signal))
     limits = np.max(nulls, axis=0) if nulls else None
     return [
         Concentration(
@@ -133,6 +143,25 @@ def spectral_concentration(
         )
         for k in range(axes)
     ]
+
+
+def _dtype(datasets: int) -> type:
+    return np.float64 if datasets <= DOUBLE_LIMIT else np.float32
+
+
+def _lengths(parts: SubSamples, gram: np.ndarray) -> np.ndarray:
+    """Norms (T,) without the noise; with it where it drowns the gradient."""
+    unbiased = reliability(parts).unbiased_squared_norm
+    return np.sqrt(np.where(unbiased > 0, unbiased, np.diag(gram)))
+
+
+def _cosines(gram: np.ndarray, lengths: np.ndarray | None) -> np.ndarray:
+    """Cosines (T, T) with a unit diagonal, in ``gram``'s memory: by its own norms, or by ``lengths`` (T,)."""
+    inverse = (1.0 / (np.sqrt(np.diag(gram)) if lengths is None else lengths)).astype(gram.dtype)
+    gram *= inverse[:, None]
+    gram *= inverse[None, :]
+    np.fill_diagonal(gram, 1.0)
+    return gram
 
 
 def _over(gain: np.ndarray, by: np.ndarray) -> np.ndarray:
@@ -160,7 +189,8 @@ class _Seen:
         centred = doubly_centred(cosine)
         signs = np.where(scores > 0, 1.0, -1.0) * scores.any(axis=0)
         halves = len(cosine) / (len(cosine) - 1) * float(np.trace(centred))
-        return cls(gains[:, 0], gains[:, 1], np.einsum("ik,ij,jk->k", signs, centred, signs, optimize=True), halves)
+        signs_gain = (signs * (centred @ signs.astype(centred.dtype))).sum(axis=0)
+        return cls(gains[:, 0], gains[:, 1], signs_gain, halves)
 
     @property
     def ratio(self) -> np.ndarray:
@@ -172,6 +202,16 @@ class _Seen:
 
 
 @dataclass(frozen=True)
+class _Chosen:
+    """What is cut on quarters: the datasets that have four, and how."""
+
+    weights: np.ndarray
+    names: Sequence[str]
+    axes: int
+    corrected: bool
+
+
+@dataclass(frozen=True)
 class _Held:
     """Cuts on quarters that did not choose them; arrays have one entry per axis."""
 
@@ -180,15 +220,19 @@ class _Held:
     seen: np.ndarray
 
     @classmethod
-    def of(cls, quarters: Quarters, weights: np.ndarray, names: Sequence[str], axes: int) -> _Held:
+    def of(cls, quarters: Quarters, chosen: _Chosen) -> _Held:
         """From products of quarter means."""
-        unit = quarters.scale()
-        gain, random, seen = np.zeros((3, axes))
-        for (a, b), (c, d) in _PAIRS:
-            cosine = cosine_matrix(quarters.square(_ONE[a] + _ONE[b]))
-            other = quarters.between(c, d) * unit
-            for k, cut in enumerate(successive_splits(leading_scores(cosine, axes), weights, names)):
-                held = cut_gain(other, cut)
+        norms = quarters.norms()
+        gain, random, seen = np.zeros((3, chosen.axes))
+        squares = quarters.squares(np.vstack([_SUMS, _DIFFERENCES]))
+        sums, differences = squares[: len(_PAIRS)], squares[len(_PAIRS) :]
+        differences -= sums[::-1]  # of the same two quarters: the last pair's other quarters are the first pair
+        differences /= -4
+        for sum_of_two, between in zip(sums, differences, strict=True):
+            cosine = _cosines(sum_of_two, 2 * norms if chosen.corrected else None)
+            scores = leading_scores(cosine, chosen.axes)
+            for k, cut in enumerate(successive_splits(scores, chosen.weights, chosen.names)):
+                held = cut_gain(between, cut, norms)
                 gain[k] += held[0]
                 random[k] += held[1]
                 seen[k] += cut_gain(cosine, cut)[0]
@@ -210,56 +254,61 @@ class Quarters:
     Quarter p of dataset i is ``common`` + Σ_k basis[k, p] v_k(i); only sums of quarters are ever formed, as (T, T).
 
     Attributes:
-        blocks: At k ≤ l: ⟨v_k of i, v_l of j⟩, plus the same with i and j exchanged where k < l; (T, T).
+        blocks: (10, T, T): at k ≤ l ⟨v_k of i, v_l of j⟩, plus the same with i and j exchanged where k < l.
         basis: (4, 4).
         common: Squared length of a vector that all quarters of all datasets share.
         drift: Its products (4, T) with the rest of every quarter.
     """
 
-    blocks: dict[tuple[int, int], np.ndarray]
+    blocks: np.ndarray
     basis: np.ndarray
     common: float
     drift: np.ndarray
 
     @classmethod
-    def of(cls, means: np.ndarray) -> Quarters:
-        """From ⟨S_p/a_p of i, S_r/a_r of j⟩, (4, 4, T, T)."""
-        blocks = {
-            (p, r): means[p, r] if p == r else means[p, r] + means[r, p] for p in range(PARTS) for r in range(p, PARTS)
-        }
-        return cls(blocks, np.eye(PARTS), 0.0, np.zeros((PARTS, means.shape[2])))
+    def of(
+        cls, products: np.ndarray, basis: np.ndarray = _ONE, common: float = 0.0, drift: np.ndarray | None = None
+    ) -> Quarters:
+        """From ⟨v_k of i, v_l of j⟩, (4, 4, T, T); by default v_k is quarter k itself."""
+        count = products.shape[2]
+        blocks = np.empty((len(_BLOCKS), count, count), dtype=products.dtype)
+        for block, (k, m) in zip(blocks, _BLOCKS, strict=True):
+            block[:] = products[k, m]
+            if k < m:
+                block += products[k, m].T
+        return cls(blocks, basis, common, np.zeros((PARTS, count)) if drift is None else drift)
 
-    def square(self, u: np.ndarray) -> np.ndarray:
-        """Products (T, T) of Σ_p u_p · quarter p."""
-        along, total = u @ self.drift, float(u.sum())
-        found: np.ndarray = total**2 * self.common + total * (along[:, None] + along[None, :])
-        weights = self.basis @ u
-        for (k, m), block in self.blocks.items():
-            if weights[k] and weights[m]:
-                found += weights[k] * weights[m] * block
+    def squares(self, u: np.ndarray) -> np.ndarray:
+        """Products (n, T, T) of Σ_p u_p · quarter p, for n combinations ``u`` (n, 4)."""
+        dtype, count = self.blocks.dtype, self.blocks.shape[1]
+        found: np.ndarray = (self._weights(u).astype(dtype) @ self.blocks.reshape(len(_BLOCKS), -1)).reshape(
+            len(u), count, count
+        )
+        total, along = u.sum(axis=1), u @ self.drift
+        for one, t, drift in zip(found, total, along, strict=True):
+            if t and self.common:
+                one += (t * t * self.common + t * drift).astype(dtype)[:, None]
+                one += (t * drift).astype(dtype)[None, :]
         return found
 
-    def between(self, p: int, r: int) -> np.ndarray:
-        """Products (T, T) of quarter p with quarter r, mean over both ways round."""
-        return np.asarray((self.square(_ONE[p] + _ONE[r]) - self.square(_ONE[p] - _ONE[r])) / 4)
+    def _weights(self, u: np.ndarray) -> np.ndarray:
+        """Factors (n, 10) of the blocks."""
+        weights = u @ self.basis.T
+        return np.stack([weights[:, k] * weights[:, m] for k, m in _BLOCKS], axis=1)
 
-    def scale(self) -> np.ndarray:
-        """1 / (‖G_i‖‖G_j‖) (T, T), norms from products of different quarters; not below a quarter of the plain norm."""
-        along = {pair: np.diag(block) for pair, block in self.blocks.items()}
-
-        def squared(u: np.ndarray) -> np.ndarray:
-            weights, total = self.basis @ u, float(u.sum())
-            own = sum(weights[k] * weights[m] * values for (k, m), values in along.items())
-            return np.asarray(total**2 * self.common + 2 * total * (u @ self.drift) + own)
-
-        trace = np.sum([squared(one) for one in _ONE], axis=0)
-        whole = squared(np.ones(PARTS))
-        norms = np.sqrt(np.maximum((whole - trace) / (PARTS * (PARTS - 1)), whole / PARTS**2 / 16))
-        return np.asarray(1.0 / np.outer(norms, norms))
+    def norms(self) -> np.ndarray:
+        """‖G_i‖ (T,), from products of different quarters; not below a quarter of the plain norm."""
+        u = np.vstack([_ONE, np.ones(PARTS)])
+        own = self._weights(u) @ np.einsum("bii->bi", self.blocks).astype(np.float64)
+        total = u.sum(axis=1)[:, None]
+        squared = own + total**2 * self.common + 2 * total * (u @ self.drift)
+        trace, whole = squared[:PARTS].sum(axis=0), squared[PARTS]
+        lengths: np.ndarray = np.sqrt(np.maximum((whole - trace) / (PARTS * (PARTS - 1)), whole / PARTS**2 / 16))
+        return lengths
 
 
 def null_mixtures(
-    means: np.ndarray, scale: np.ndarray, draws: int, generator: np.random.Generator
+    means: np.ndarray, norms: np.ndarray, draws: int, generator: np.random.Generator
 ) -> Iterator[Quarters]:
     """Mixtures whose datasets all have one gradient, with their measured noise.
 
@@ -267,19 +316,21 @@ def null_mixtures(
     mixture has quarters m + Σ_k H_kp c_k for every dataset: m the mixture's mean direction with unit length, H the
     Hadamard signs over two, c_1..c_3 the dataset's own contrasts in random order with random signs, and c_0, the noise of
     its mean, a contrast of another dataset scaled to its noise. So the noise keeps its size in every dataset and its real,
-    low-ranked shape; norms, axes, cuts and figures are then found anew.
+    low-ranked shape; norms, axes, cuts and figures are then found anew. Draws act on inner products, never on vectors.
 
     Args:
         means: ⟨S_p/a_p of i, S_r/a_r of j⟩, (4, 4, T, T).
-        scale: (T, T): what makes them products of gradients in units of their norms.
+        norms: (T,): what they are divided by to be gradients in units of their norms.
         draws: Number of null mixtures.
         generator: Of the draws.
     """
-    count = means.shape[2]
-    products = np.einsum("ka,lb,abij->kilj", _HADAMARD, _HADAMARD, means * scale, optimize=True)
-    noise = products[1:, :, 1:, :].reshape(3 * count, 3 * count)
-    length = max(float(products[0, :, 0, :].mean()) / PARTS, 1e-12)  # squared, of the mean over all quarters
-    along = products[1:, :, 0, :].mean(axis=2).reshape(3 * count) / 2 / np.sqrt(length)
+    count, dtype = means.shape[2], means.dtype
+    inverse = (1.0 / norms).astype(dtype)
+    both = np.kron(_HADAMARD, _HADAMARD).astype(dtype)
+    products = (both @ means.reshape(PARTS**2, -1)).reshape(means.shape) * inverse[:, None] * inverse[None, :]
+    noise = np.ascontiguousarray(products[1:, 1:].transpose(0, 2, 1, 3)).reshape(3 * count, 3 * count)
+    length = max(float(products[0, 0].mean()) / PARTS, 1e-12)  # squared, of the mean over all quarters
+    along = products[1:, 0].mean(axis=2).reshape(3 * count).astype(np.float64) / 2 / np.sqrt(length)
     size = np.sqrt(np.diag(noise).reshape(3, count).mean(axis=0))
     size = np.where(size > 0, size, 1e-300)
     del products
@@ -289,21 +340,30 @@ def null_mixtures(
         places = np.vstack([generator.integers(0, 3, count) * count + other, order * count + np.arange(count)])
         factors = generator.choice([-1.0, 1.0], (PARTS, count))
         factors[0] *= size / size[other]
-        blocks = {}
-        for k in range(PARTS):
-            for m in range(k, PARTS):
-                block = noise[np.ix_(places[k], places[m])] * np.outer(factors[k], factors[m])
-                blocks[k, m] = block if k == m else block + block.T
-        yield Quarters(blocks, _HADAMARD, 1.0, _HADAMARD.T @ (along[places] * factors))
+        flat, signs = places.ravel(), factors.ravel().astype(dtype)
+        drawn = noise[flat].take(flat, axis=1)
+        drawn *= signs[:, None]
+        drawn *= signs[None, :]
+        drawn = drawn.reshape(PARTS, count, PARTS, count).transpose(0, 2, 1, 3)
+        yield Quarters.of(drawn, _HADAMARD, 1.0, _HADAMARD.T @ (along[places] * factors))
 
 
 def leading_scores(cosine: np.ndarray, axes: int) -> np.ndarray:
-    """Scores (T, axes) of the column-centred cosines, as the split finds them; axes without variance are zero."""
+    """Scores (T, axes) of the column-centred cosines, as the split finds them; axes without variance are zero.
+
+    float32 cosines are not decomposed as a whole: their leading axes are found by iteration, to one part in 10,000.
+    """
     centred = cosine - cosine.mean(axis=0)
     count = len(cosine)
+    if cosine.dtype == np.float32:
+        with suppress(ArpackError):
+            start = np.cos(np.arange(count, dtype=np.float32))
+            vectors, singular, _ = svds(centred, axes, tol=1e-4, v0=start, return_singular_vectors="u")
+            best = np.argsort(-singular)
+            return np.asarray(vectors[:, best].astype(np.float64) * singular[best])
     values, vectors = eigh(centred @ centred.T, subset_by_index=(count - axes, count - 1))
     kept = np.sqrt(np.where(values > (1e-8 * count) ** 2, values, 0.0))
-    return np.asarray((vectors * kept)[:, ::-1])
+    return np.asarray((vectors * kept)[:, ::-1], dtype=np.float64)
 
 
 def successive_splits(scores: np.ndarray, weights: np.ndarray, names: Sequence[str]) -> list[Groups]:
@@ -318,12 +378,20 @@ def successive_splits(scores: np.ndarray, weights: np.ndarray, names: Sequence[s
     return [bisect(scores[:, :k], weights, names) if scores[:, k - 1].any() else [] for k in axes]
 
 
-def cut_gain(matrix: np.ndarray, groups: Groups) -> tuple[float, float]:
-    """Gain sᵀMs of the last cuts that made ``groups`` (both sides of a part in a row), and its mean over random cuts."""
-    sides = np.zeros((len(matrix), len(groups)))
+def cut_gain(matrix: np.ndarray, groups: Groups, lengths: np.ndarray | None = None) -> tuple[float, float]:
+    """Gain sᵀMs of the last cuts that made ``groups`` (both sides of a part in a row), and its mean over random cuts.
+
+    Args:
+        matrix: (T, T) symmetric.
+        groups: Places; both sides of a cut in a row.
+        lengths: (T,) of the gradients whose products ``matrix`` holds; 1 by default.
+    """
+    members = np.zeros((len(matrix), len(groups)))
     for k, group in enumerate(groups):
-        sides[group, k] = 1.0
-    sums, traces, sizes = sides.T @ (matrix @ sides), np.diag(matrix) @ sides, sides.sum(axis=0)
+        members[group, k] = 1.0
+    sides = members if lengths is None else members / lengths[:, None]
+    sums = sides.T @ (matrix @ sides.astype(matrix.dtype))
+    traces, sizes = np.diag(matrix) @ sides**2, members.sum(axis=0)
     gain = random = 0.0
     for k in range(0, len(groups), 2):
         pair = slice(k, k + 2)

@@ -14,9 +14,10 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from merit.conflict.assemble import build_geometry
+from merit.conflict.assemble import Judged, build_geometry
 from merit.conflict.measure import measure_datasets
 from merit.conflict.result import Geometry
 from merit.conflict.sample import Probe
@@ -26,7 +27,7 @@ from merit.hf.base import Base
 from merit.hf.models import pick_device
 from merit.mixture.dataset import EncodedDataset
 from merit.progress import Progress, silent
-from merit.recipe.schema import ConflictSettings
+from merit.recipe.schema import ConflictSettings, SplitSettings
 
 
 def measure_gradients(  # noqa: PLR0913 - public: each is one thing that a caller may want to set
@@ -38,6 +39,7 @@ def measure_gradients(  # noqa: PLR0913 - public: each is one thing that a calle
     *,
     device: torch.device | None = None,
     jobs: int = 1,
+    split: SplitSettings | None = None,
     progress: Progress = silent,
 ) -> Geometry:
     """Measure one gradient per dataset at the base, and compare them.
@@ -52,6 +54,7 @@ def measure_gradients(  # noqa: PLR0913 - public: each is one thing that a calle
             one.
         jobs: Processes. Workers on a CPU have one thread each; where this process has one too, results are the same bit for
             bit whatever ``jobs`` is, otherwise up to float rounding.
+        split: The split whose axes are judged (its ``cosine`` and ``balance``). Default: the recipe's defaults.
         progress: Called with datasets done, datasets in all, and the latest name.
 
     Raises:
@@ -62,7 +65,7 @@ def measure_gradients(  # noqa: PLR0913 - public: each is one thing that a calle
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="merit-gradients-") as scratch:
             return measure_gradients(
-                rows, base, settings, seed, Path(scratch), device=device, jobs=jobs, progress=progress
+                rows, base, settings, seed, Path(scratch), device=device, jobs=jobs, split=split, progress=progress
             )
     store = GradientStore(Path(settings.cache) if settings.cache else folder / "partial")
     probe = Probe(base, settings, seed, device or pick_device("auto"))
@@ -70,7 +73,10 @@ def measure_gradients(  # noqa: PLR0913 - public: each is one thing that a calle
     good = [item for item in measured if item.bad is None]
     if not good:
         raise ConflictError("conflict: no dataset is left; every gradient was zero or not finite.")
-    geometry = build_geometry(good, [item for item in measured if item.bad], store, settings)
+    split = split or SplitSettings()
+    tokens = {name: int(np.sum(item.target_counts)) for name, item in rows.items()} if split.balance == "tokens" else {}
+    bad = [item for item in measured if item.bad]
+    geometry = build_geometry(good, bad, store, settings, Judged(split.cosine, tokens))
     if settings.representation == "sketch":
         vectors = (item.vector(store)[:] for item in good)
         write_vectors(folder / "sketches.safetensors", [item.name for item in good], vectors, good[0].width)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from merit.conflict.compare import Comparison, compare_representations
@@ -188,6 +189,7 @@ def gradients(session: Session, mixture: Mixture, scope: Scope | None = None) ->
             work.folder,
             device=session.device,
             jobs=session.jobs,
+            split=recipe.split,
             progress=work.progress,
         )
         work.facts.update(geometry.facts(), device=str(session.device), jobs=session.jobs)
@@ -218,15 +220,18 @@ def split(session: Session, scope: Scope, mixture: Mixture) -> Split:
     stage = key.split_stage(recipe, scope, rows=mixture.fingerprints, geometry=content)
 
     def make(work: Work) -> Split:
+        geometry = Geometry.load(measured.path) if measured is not None else None
         result = split_mixture(
             method,
             recipe.split.axes,
             weights=mixture.rows if recipe.split.balance == "samples" else mixture.target_tokens,
-            geometry=Geometry.load(measured.path) if measured is not None else None,
+            geometry=geometry,
             balance=recipe.split.balance,
             cosine=recipe.split.cosine,
             seed=recipe.seed,
         )
+        if method == "pca" and geometry is not None and (other := geometry.judged_otherwise(recipe.split)):
+            result = replace(result, warnings=[*result.warnings, other])
         result.save(work.folder)
         work.facts["left_out"] = result.left_out
         return result

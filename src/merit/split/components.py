@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from scipy.linalg import eigh
+
+_WHOLE = 200
+"""Datasets up to which a matrix is decomposed as a whole."""
 
 Centring = Literal["columns", "double"]
 
@@ -54,11 +58,12 @@ def principal_components(matrix: np.ndarray, components: int, centring: Centring
     """
     matrix = np.asarray(matrix, dtype=np.float64)
     centred = doubly_centred(matrix) if centring == "double" else matrix - matrix.mean(axis=0)
-    left, singular, right = np.linalg.svd(centred, full_matrices=False)
     count = max(0, min(components, len(matrix) - 1))
+    left, singular, right = _leading(centred, count)
     variance = singular**2
-    total = float(variance.sum())
-    empty = singular <= np.finfo(np.float64).eps * len(matrix) * max(float(np.abs(matrix).max(initial=0.0)), 1e-300)
+    total = float((centred**2).sum())
+    rounding = np.finfo(np.float64).eps * len(matrix) * max(float(np.abs(matrix).max(initial=0.0)), 1e-300)
+    empty = singular <= max(rounding, 1e-7 * float(singular.max(initial=0.0)) if len(matrix) > _WHOLE else 0.0)
     singular = np.where(empty, 0.0, singular)
     scores = left[:, :count] * singular[:count]
     axes = right[:count].T
@@ -67,3 +72,13 @@ def principal_components(matrix: np.ndarray, components: int, centring: Centring
         scores, axes = scores * flip, axes * flip
     shares = np.where(empty, 0.0, variance)[:count] / total if total > 0 else np.zeros(count)
     return PrincipalComponents(scores, shares, axes)
+
+
+def _leading(matrix: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The largest singular triplets, at least ``count``; a large matrix is multiplied with itself first, which is faster."""
+    if len(matrix) <= _WHOLE or not count:
+        return np.linalg.svd(matrix, full_matrices=False)
+    size = len(matrix)
+    values, left = eigh(matrix @ matrix.T, subset_by_index=(size - count, size - 1))
+    left, singular = left[:, ::-1], np.sqrt(np.maximum(values[::-1], 0.0))
+    return left, singular, (left.T @ matrix) / np.maximum(singular, 1e-300)[:, None]
