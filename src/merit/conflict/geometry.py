@@ -50,7 +50,7 @@ def gram_matrix(rows: Sequence[Sliceable], dtype: type = np.float64) -> np.ndarr
 
 def fold_size(vectors: int) -> int:
     """Entries to fold each of so many vectors to, that they take 256 MiB together; at least 1,024."""
-    return 2 ** max(10, int(np.log2(_BLOCK_BYTES / (4 * vectors))))
+    return 1 << max(10, int(np.log2(_BLOCK_BYTES / (4 * vectors))))
 
 
 def folded_products(rows: Sequence[Sequence[Sliceable]], size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -78,7 +78,7 @@ def folded_products(rows: Sequence[Sequence[Sliceable]], size: int) -> tuple[np.
     whole: np.ndarray = np.empty((count, size), dtype=np.float32)
     for start in range(0, width, size):
         columns = min(size, width - start)
-        signs = generator.choice(np.float32([-1.0, 1.0]), columns)
+        signs = generator.choice(np.array([-1.0, 1.0], dtype=np.float32), columns)
         shift = int(generator.integers(size))
         ahead = min(columns, size - shift)
         for i, vectors in enumerate(rows):

@@ -113,7 +113,7 @@ def spectral_concentration(
     if len(judged) >= _FEWEST:
         chosen = _Chosen(weights[judged], [names[i] for i in judged], fewer, corrected)
         places = list(range(PARTS))
-        means = products[np.ix_(places, places, judged, judged)].astype(_dtype(len(judged)), copy=False)
+        means: np.ndarray = products[np.ix_(places, places, judged, judged)].astype(_dtype(len(judged)), copy=False)
         shares = parts.shares[judged].T.astype(means.dtype)
         means /= shares[:, None, :, None]
         means /= shares[None, :, None, :]
