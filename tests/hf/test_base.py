@@ -16,9 +16,10 @@ from tokenizers import Tokenizer
 
 import merit
 from merit.demo import base_folder
-from merit.errors import CheckpointError
+from merit.errors import CheckpointError, RecipeError
 from merit.hf.base import open_base
 from merit.hf.side_files import edit_json
+from merit.recipe.load import locate
 from merit.recipe.schema import ModelSettings
 
 HISTORIES = {
@@ -138,6 +139,17 @@ def test_settings_that_change_inputs_change_the_input_fingerprint_alone(tmp_path
     text = str(base_folder())
     limited = open_base(ModelSettings(base=text, max_pixels=1000))
     assert limited.input_fingerprint == open_base(text).input_fingerprint, "a text base has no pixels"
+
+
+def test_templates_of_the_package_are_known_by_name() -> None:
+    base = open_base(ModelSettings(base=str(base_folder()), chat_template="builtin:deepseek-r1"))
+    assert base.template.origin == "recipe"
+    assert "<think>" in base.template.text
+    with pytest.raises(
+        RecipeError, match=r"builtin:other is unknown; there are builtin:deepseek-r1, builtin:llava-1\.5"
+    ):
+        open_base(ModelSettings(base=str(base_folder()), chat_template="builtin:other")).template.text  # noqa: B018
+    assert locate("builtin:llava-1.5", Path("/anywhere")) == "builtin:llava-1.5"
 
 
 def test_the_public_name_takes_a_folder() -> None:

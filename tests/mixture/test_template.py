@@ -3,13 +3,14 @@
 import copy
 import importlib.util
 import re
+from importlib import resources
 from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken
 
 from merit.errors import MixtureError
-from merit.mixture.chat import Chat
+from merit.mixture.chat import IMAGE, Chat
 from merit.mixture.encode import ChatEncoder, encode_chat
 from merit.mixture.template import ChatTemplate
 
@@ -160,3 +161,54 @@ def test_a_training_context_that_is_not_the_generation_prompt_is_refused(byte_le
     other = LLAVA.replace("END", "<|im_end|>").replace("'ASSISTANT:'", "'Answer: '")
     with pytest.raises(MixtureError, match=r"'.*ASSISTANT: ', but its generation prompt ends in '.*Answer: '"):
         ChatTemplate(with_template(byte_level, other))
+
+
+# ---- templates that come with the package ----------------------------------------------------------------------------
+
+PUBLISHED_LLAVA = (  # llava-hf/llava-1.5-7b-hf, chat_template.json
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+    "{# Render all images first #}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\n' }}{% endfor %}{# Render all text next #}{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}{% endfor %}"
+    "{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def builtin(name):
+    return (resources.files("merit.hf") / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def test_llava_is_trained_with_an_end_of_turn_and_asked_as_published(byte_level):
+    published = with_template(byte_level, PUBLISHED_LLAVA + "{# <image> #}")
+    with pytest.raises(MixtureError, match=r"no token to stop at(.|\n)*builtin:llava-1\.5"):
+        ChatTemplate(published, "<image>")
+    ours = copy.deepcopy(published)
+    ours.chat_template = builtin("llava-1.5")
+    template = ChatTemplate(ours, "<image>")
+    messages = chat(f"{IMAGE}what is it", "cat", "and now", "dog")
+    text, spans = template.render(messages, images=1)
+    end = ours.eos_token
+    assert text == f"USER: <image>\nwhat is it ASSISTANT: cat{end}USER: and now ASSISTANT: dog{end}"
+    assert [text[a:b] for a, b in spans] == [f" cat{end}", f" dog{end}"]
+    parts = [{"type": "image"}, {"type": "text", "text": "what is it"}]
+    asked = published.apply_chat_template(
+        [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False
+    )
+    assert asked == text[: spans[0][0]]
+
+
+@pytest.mark.parametrize("reasoning", ["because", None])
+def test_deepseek_answers_close_the_thought_that_its_prompt_opens(byte_level, reasoning):
+    tokenizer = with_template(byte_level, "<｜User｜><｜Assistant｜><think></think>")
+    tokenizer.chat_template = builtin("deepseek-r1")
+    answer = {"role": "assistant", "content": "four"} | ({"reasoning_content": reasoning} if reasoning else {})
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2"}, answer]
+    template = ChatTemplate(tokenizer)
+    text, [(start, end)] = template.render(messages)
+    assert text[:start] == f"{tokenizer.bos_token}Be brief.<｜User｜>2 + 2<｜Assistant｜><think>\n"
+    assert text[start:end] == f"{reasoning or ''}\n</think>\n\nfour{tokenizer.eos_token}"
+    assert text[:start] == template.apply(messages[:2], prompt=True)[0]
+    assert template.writes("reasoning_content")
+    assert not template.writes("tools")

@@ -122,10 +122,9 @@ def _products(items: Sequence[Measured], store: GradientStore) -> tuple[np.ndarr
 def _duplicates(measured: Sequence[Measured], cosine: np.ndarray) -> list[list[str]]:
     """Datasets with the same rows, or with the same direction up to rounding, in groups."""
     first: dict[str, int] = {}
-    pairs: list[tuple[int, int]] = np.argwhere(np.tril(cosine, -1) > 1.0 - SAME).tolist()
-    pairs += [(i, first.setdefault(item.content, i)) for i, item in enumerate(measured)]
+    pairs = np.argwhere(np.tril(cosine, -1) > 1.0 - SAME).tolist()
     group = list(range(len(measured)))
-    for i, j in pairs:
+    for i, j in (*pairs, *((i, first.setdefault(item.content, i)) for i, item in enumerate(measured))):
         old, new = group[i], group[j]
         if old != new:
             group = [new if label == old else label for label in group]

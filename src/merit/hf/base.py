@@ -97,7 +97,7 @@ class Base(BaseFacts):
         """
         if self.settings.chat_template:
             try:
-                return Template(Path(self.settings.chat_template).read_text(encoding="utf-8"), "recipe")
+                return Template(_template_file(self.settings.chat_template).read_text(encoding="utf-8"), "recipe")
             except (OSError, UnicodeDecodeError) as error:
                 raise RecipeError(
                     f"model.chat_template: {self.settings.chat_template} cannot be read ({error})."
@@ -182,6 +182,21 @@ class Base(BaseFacts):
 def default_chat_template() -> str:
     """The template of a base that has none (docs/mixture.md shows what it renders)."""
     return (Path(__file__).parent / "default_chat_template.jinja").read_text(encoding="utf-8")
+
+
+def _template_file(given: str) -> Path:
+    """The file that ``model.chat_template`` names: ``builtin:NAME``, or a path.
+
+    Raises:
+        RecipeError: There is no such built-in template.
+    """
+    if not given.startswith("builtin:"):
+        return Path(given)
+    known = {f"builtin:{file.stem}": file for file in (Path(__file__).parent / "chat_templates").glob("*.jinja")}
+    if given not in known:
+        names = ", ".join(sorted(known))
+        raise RecipeError(f"model.chat_template: {given} is unknown; there are {names}.")
+    return known[given]
 
 
 def resolve_base(settings: ModelSettings) -> Path:

@@ -35,7 +35,8 @@ _PROBE: list[Message] = [{"role": "user", "content": "a question"}, {"role": "as
 _SENTINEL = "\ue000\ue001"  # private use: in nobody's text
 _WAY_OUT = (
     "Set model.chat_template to a file with a template that has {% generation %} markers around the assistant's text and "
-    "end-of-turn token, and whose generation prompt is what stands before them."
+    "end-of-turn token, and whose generation prompt is what stands before them (docs/mixture.md; ready-made: "
+    "builtin:llava-1.5, builtin:deepseek-r1)."
 )
 
 

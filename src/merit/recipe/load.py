@@ -254,7 +254,7 @@ def is_hub_id(text: str) -> bool:
 
 
 def locate(text: str, folder: Path) -> str:
-    """Absolute path for a path in the recipe: next to the recipe, else in the working directory; a hub id stays as it is.
+    """Absolute path for a path in the recipe: next to it, else in the working directory; hub ids and built-ins stay.
 
     A path that does not exist and cannot be a hub id is returned as the absolute path next to the recipe, so that the
     error that follows names it.
@@ -262,6 +262,8 @@ def locate(text: str, folder: Path) -> str:
     Raises:
         RecipeError: No path can be written like that.
     """
+    if text.startswith("builtin:"):
+        return text
     try:
         path = Path(text).expanduser()
         found = [root / path for root in (folder, Path.cwd()) if (root / path).exists()]

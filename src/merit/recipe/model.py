@@ -51,7 +51,8 @@ class ModelSettings(Settings):
     """Pixel limit (width x height) of an image as the model sees it (paper: 784 x 784); larger ones are scaled down by the
     base's own image processor. Families that scale every image to a fixed size (all but Qwen's) are not affected."""
     chat_template: str | None = None
-    """File with a Jinja chat template to use instead of the base's own. Without either, a documented default is used."""
+    """File with a Jinja chat template to use instead of the base's own, or builtin:llava-1.5, builtin:deepseek-r1
+    (docs/mixture.md). Without either, a documented default is used."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint. Off unless you have read that code."""
 
