@@ -7,12 +7,11 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from merit.conflict.quarters import Quarters, null_mixtures
 from merit.conflict.reliability import SubSamples, reliability
 from merit.conflict.spectrum import (
     Concentration,
-    Quarters,
     cut_gain,
-    null_mixtures,
     spectral_concentration,
     suggest_axes,
 )
