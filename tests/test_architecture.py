@@ -246,8 +246,11 @@ def test_modules_are_short_and_say_what_they_do() -> None:
 
 # ---- messages name what exists --------------------------------------------------------------------------------------
 
-FOREIGN_FLAGS = {"--head", "--requeue", "--parsable", "--me", "--noheader", "--array"}
-"""Options of other programs (Ray's, Slurm's) that a text may name."""
+FOREIGN_FLAGS = {
+    *("--head", "--requeue", "--parsable", "--me", "--noheader", "--array"),
+    *("--model", "--tasks", "--batch", "--limit"),
+}
+"""Options of other programs (Ray's, Slurm's; lmms-eval's) that a text may name."""
 
 
 def texts(module: str) -> Iterator[tuple[int, str]]:

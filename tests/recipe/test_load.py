@@ -44,7 +44,6 @@ def refused(*overrides: str, **blocks: object) -> str:
         ("train.micro_batch_size=5", ["multiple", "5"]),
         ("baselines=[pca]", ["pca"]),
         ("baselines=[random, random]", ["repeats"]),
-        ("evaluate.suites=[mmlu]", ["suites", "reserved"]),
         ("name=../up", ["name"]),
         ("seed=-1", ["seed"]),
     ],

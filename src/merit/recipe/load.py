@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from merit.errors import RecipeError, nearest
 from merit.recipe.methods import methods_of
 from merit.recipe.schema import DatasetSettings, MixtureSettings, PrepareSettings, Recipe, Settings
+from merit.recipe.suites import OWN_TASK
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -313,6 +314,7 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
                     "kept_folder": here(evaluate.kept_folder),
                     "kept": [dataset(item) for item in evaluate.kept],
                     "unseen_folder": here(evaluate.unseen_folder),
+                    "suites": [here(name) if name.endswith(OWN_TASK) else name for name in evaluate.suites],
                 }
             ),
         }

@@ -23,6 +23,7 @@ from merit.recipe.mixture import (
 )
 from merit.recipe.model import LoraSettings, ModelSettings
 from merit.recipe.study import StudySettings
+from merit.recipe.suites import HarnessSettings
 from merit.recipe.train import BetweenSettings, OuterSettings, Tracker, TrainSettings
 
 __all__ = [
@@ -138,16 +139,10 @@ class EvaluateSettings(Settings):
     drift: DriftSettings = DriftSettings()
     """Divergence from the base on the base's own answers; needs no data."""
     suites: list[str] = []
-    """Benchmark suites by name (lm-eval tasks). Reserved: a non-empty list is refused until adapters are available."""
-
-    @model_validator(mode="after")
-    def _no_suites_yet(self) -> Self:
-        if self.suites:
-            raise ValueError(
-                "evaluate.suites is reserved: benchmark adapters are not built yet; use heldout, kept and drift, or run "
-                "lm-eval on the merged/model folder"
-            )
-        return self
+    """Benchmarks: paper_text, paper_vision, tasks of lm-eval by name, tasks of lmms-eval as lmms/NAME, and your own as files
+    (.jsonl of rows, or an lm-eval .yaml). They need the extra ``eval``; docs/evaluation.md."""
+    harness: HarnessSettings = HarnessSettings()
+    """How the suites are run."""
 
 
 class AssembleSettings(Settings):

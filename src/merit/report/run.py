@@ -12,11 +12,12 @@ from rich.console import RenderableType
 from merit.evaluation.results import Evaluation
 from merit.files import read_json, write_text
 from merit.recipe.schema import Recipe
-from merit.report import evaluation, rounds
+from merit.report import evaluation, rounds, suites
 from merit.run.round_stages import round_lines
 from merit.run.scope import Scope
 from merit.run.status import run_status
 from merit.run.store import Stage
+from merit.run.suites import suite_scores
 
 
 def render(run: Path) -> list[RenderableType]:
@@ -28,6 +29,7 @@ def render(run: Path) -> list[RenderableType]:
         if not table.is_file() or table.read_text(encoding="utf-8", errors="replace") != text:
             write_text(table, text)
         shown += evaluation.terminal(result)
+    shown += suites.render(suite_scores(run))
     shown += rounds.table(round_lines(Scope(run)), "Rounds")
     merged = run / "merged" / "model"
     if merged.is_dir():
@@ -42,6 +44,8 @@ def result_facts(run: Path, recipe: Recipe) -> dict[str, Any]:
     result = run_status(run, recipe).facts()
     if lines := round_lines(Scope(run)):
         result["rounds"] = [asdict(line) for line in lines]
+    if found := suite_scores(run):
+        result["suites"] = {name: asdict(scores) for name, scores in found.items()}
     if Stage("evaluation", run / "evaluation").begun:
         for name in ("results", "kept", "unseen", "drift", "summary"):
             file = run / "evaluation" / f"{name}.json"

@@ -33,6 +33,7 @@ from merit.run.session import Session
 from merit.run.status import ORDER, Known, Row, run_status
 from merit.run.step import Step, Work, run_step, stands
 from merit.run.store import WAYS_OUT, Stage, claim, lock, split_of, stale
+from merit.run.suites import run_suites
 from merit.run.training import train_branches
 from merit.split.result import Split
 from merit.split.stage import split_mixture
@@ -287,6 +288,7 @@ def run_chain(session: Session, until: str = "evaluate") -> None:
             merges(session)
         if "evaluate" in wanted:
             evaluate_run(session)
+            run_suites(session)
 
 
 def merges(session: Session) -> None:
@@ -393,3 +395,4 @@ def evaluate_alone(session: Session) -> None:
     with begun(session, "evaluate"):
         mixture(session)
         evaluate_run(session)
+        run_suites(session)

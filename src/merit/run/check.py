@@ -33,6 +33,7 @@ from merit.run.preparation import planned_base
 from merit.run.session import Session
 from merit.run.status import run_status
 from merit.run.store import is_run_folder
+from merit.run.suites import check_run_suites
 from merit.train.requirements import check_requirements
 
 NOT_CHECKED = "not checked"
@@ -176,6 +177,8 @@ def _check_settings(recipe: Recipe, datasets: int, *, offline: bool) -> None:
         check_groups(recipe, datasets)
     check_requirements(recipe.train, recipe.model)
     check_merge(recipe)
+    if not offline:
+        check_run_suites(recipe)
     if recipe.train.device == "cuda" and not offline:
         pick_device("cuda")
 

@@ -167,7 +167,13 @@ def model_content(stage: Stage) -> str:
 def evaluation_stage(recipe: Recipe, run: Path, models: Mapping[str, str]) -> Stage:
     """Figures of every model in ``models`` (name → content) on held-out rows."""
     evaluate = _without(
-        recipe.evaluate.model_dump(mode="json"), "kept", "kept_folder", "unseen_folder", "batch_tokens", "suites"
+        recipe.evaluate.model_dump(mode="json"),
+        "kept",
+        "kept_folder",
+        "unseen_folder",
+        "batch_tokens",
+        "suites",
+        "harness",
     )
     outputs = Stage("mixture", run / "mixture").record().outputs
     rows = {name: facts.xxh3 for name, facts in outputs.items() if name.startswith(HELD_OUT)}
@@ -175,6 +181,14 @@ def evaluation_stage(recipe: Recipe, run: Path, models: Mapping[str, str]) -> St
     if recipe.merge.weights == "auto":  # the other half of the rows chose the weights
         settings["rows"] = "reporting half"
     return Stage("evaluation", run / "evaluation", settings, {**models, "held-out rows": fingerprint(rows)})
+
+
+def suites_stage(recipe: Recipe, run: Path, name: str, inputs: Mapping[str, str]) -> Stage:
+    """One model's scores on benchmark suites."""
+    harness = recipe.evaluate.harness.model_dump(mode="json", exclude={"lmms_python", "judge_url"})
+    suites = [Path(suite).name for suite in recipe.evaluate.suites]  # own tasks are files: their content is an input
+    settings = {"suites": suites, "harness": harness, "dtype": recipe.model.dtype}
+    return Stage("suites", run / "suites" / name, settings, inputs, f"suites of {name}")
 
 
 # ---- making the base ------------------------------------------------------------------------------------------------

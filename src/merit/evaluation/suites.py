@@ -1,0 +1,134 @@
+"""Which benchmarks a suite stands for, and what each needs from outside. Data only; nothing is loaded or run here.
+
+Source of the suites: Choi & Kim, arXiv 2606.01717, §5 and A.1: eight text benchmarks, eight vision-language ones, and the
+wider vision suite of its K-means comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from merit.errors import RecipeError, nearest
+from merit.recipe.suites import OWN_TASK, HarnessSettings
+
+__all__ = ["LMMS", "PAPER_TEXT", "PAPER_VISION", "SUITES", "Task", "check_suites", "expand", "local_tasks", "problems"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One benchmark of a harness.
+
+    Attributes:
+        name: Its name in the harness.
+        dataset: On the hub: what is downloaded when it is first used.
+        gated: The dataset's terms must be accepted on the hub, with a token.
+        judge: A judge model scores it.
+        code: It runs code that the model wrote.
+    """
+
+    name: str
+    dataset: str = ""
+    gated: bool = False
+    judge: bool = False
+    code: bool = False
+
+
+PAPER_TEXT = (
+    Task("mmlu", "cais/mmlu"),
+    Task("gpqa_main_zeroshot", "Idavidrein/gpqa", gated=True),
+    Task("hellaswag", "Rowan/hellaswag"),
+    Task("winogrande", "allenai/winogrande"),
+    Task("boolq", "aps/super_glue"),
+    Task("xnli", "facebook/xnli"),
+    Task("arc_challenge", "allenai/ai2_arc"),
+    Task("humaneval", "openai/openai_humaneval", code=True),
+)
+PAPER_VISION = (
+    Task("seedbench", "lmms-lab-encoder/SEED-Bench"),
+    Task("mmbench_en_dev", "lmms-lab-encoder/MMBench"),
+    Task("llava_in_the_wild", "lmms-lab-encoder/llava-bench-in-the-wild", judge=True),
+    Task("mmvet", "lmms-lab-encoder/MMVet", judge=True),
+    Task("textvqa_val", "lmms-lab-encoder/textvqa"),
+    Task("ai2d", "lmms-lab-encoder/ai2d"),
+    Task("mathvista_testmini", "AI4Math/MathVista", judge=True),
+    Task("mmmu_val", "lmms-lab-encoder/MMMU"),
+)
+SUITES: dict[str, tuple[Task, ...]] = {"paper_text": PAPER_TEXT, "paper_vision": PAPER_VISION}
+"""Named suites. The vision suite is lmms-eval's; other single tasks of it are named ``lmms/TASK``."""
+LMMS = "lmms/"
+_KNOWN = {task.name: task for task in PAPER_TEXT}
+
+
+def local_tasks(suites: Iterable[str]) -> list[Path]:
+    """The user's own tasks among the suites."""
+    return [Path(name) for name in suites if name.endswith(OWN_TASK)]
+
+
+def expand(suites: Sequence[str]) -> tuple[list[Task], list[Task]]:
+    """Tasks of lm-eval, and of lmms-eval; the user's own are not among them."""
+    text: list[Task] = []
+    vision: list[Task] = []
+    own = {str(path) for path in local_tasks(suites)}
+    for name in suites:
+        if name in own or str(Path(name)) in own:
+            continue
+        if name == "paper_vision":
+            vision += PAPER_VISION
+        elif name.startswith(LMMS):
+            short = name.removeprefix(LMMS)
+            vision += [task for task in PAPER_VISION if task.name == short] or [Task(short)]
+        else:
+            text += SUITES.get(name, (_KNOWN.get(name, Task(name)),))
+    return list(dict.fromkeys(text)), list(dict.fromkeys(vision))
+
+
+def problems(tasks: Iterable[Task], settings: HarnessSettings, *, network: bool, token: bool) -> list[str]:
+    """What is missing for tasks to run, one line each.
+
+    Args:
+        tasks: Of either harness.
+        settings: The recipe's ``evaluate.harness``.
+        network: Whether datasets may be downloaded.
+        token: Whether a hub token is there.
+    """
+    said = []
+    for task in tasks:
+        if task.code and not settings.run_code:
+            said.append(
+                f"{task.name} runs code that the model wrote: set evaluate.harness.run_code: true on a machine where that "
+                "may happen, or leave it out"
+            )
+        if task.gated and not token:
+            said.append(
+                f"{task.name} needs {task.dataset}, a gated dataset: accept its terms at "
+                f"https://huggingface.co/datasets/{task.dataset} and set HF_TOKEN"
+            )
+        if task.judge and not (settings.judge and settings.judge_url):
+            said.append(
+                f"{task.name} is scored by a judge: set evaluate.harness.judge and judge_url (an OpenAI-compatible URL; a "
+                "local server will do)"
+            )
+        if task.dataset and not network:
+            said.append(
+                f"{task.name} needs {task.dataset}, which is not in this machine's cache, and the network is off "
+                "(HF_HUB_OFFLINE): download it where there is one"
+            )
+    return said
+
+
+def check_suites(suites: Sequence[str]) -> None:
+    """Refuse names of files that do not exist, and misspelt suites.
+
+    Raises:
+        RecipeError: The message names the nearest suite.
+    """
+    for path in local_tasks(suites):
+        if not path.is_file():
+            raise RecipeError(
+                f"evaluate.suites: {path} does not exist.", "A task is a .jsonl of rows or an lm-eval .yaml."
+            )
+    for name in suites:
+        if name.startswith("paper") and name not in SUITES:
+            raise RecipeError(f"evaluate.suites: there is no suite {name!r}.{nearest(name, list(SUITES))}")
