@@ -10,9 +10,15 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from merit.merge import MergeResult
+from merit.merge.result import Source
+from merit.merge.searched import Ratio, WeightPoint, WeightSearch
+from merit.merge.weights import Losses
+from merit.progress import size
 from merit.report.page import charts
 from merit.report.page.document import page
 from merit.report.page.markup import Cell, Html, join, number, page_data, table, tag
+from merit.run.round_stages import RoundLine
 from report.page_cases import make_run, make_study
 
 HOSTILE = [
@@ -159,6 +165,26 @@ def test_stages_that_are_missing_are_said(names, tmp_path):
         assert words in text
 
 
+def test_the_merge_shows_searched_weights_and_rounds(names, tmp_path):
+    run = make_run(tmp_path, names)
+    points = tuple(WeightPoint(1 - k / 9, 0.1 + k / 20, (0.1 * k, 0.05 * k)) for k in range(10))
+    ratio = Ratio("<x>", "branch 0", 0.25, 0.375, 0.3, 0.45)
+    search = WeightSearch(
+        "knee", 0.0, (0.0, 1.0), 0, ("branch 0", "branch 1"), (0.5, 0.5), points[4], points, "kept loss",
+        {"base": Losses(2.0, 0.1)}, (ratio,), {"choosing": 12, "reporting": 13},
+    )  # fmt: skip
+    source = Source("branch 0", "/x", None)
+    merge = MergeResult(
+        "average", {}, 1.0, (0.6, 0.4), (6, 4), "tokens", source, (source, source), "", {}, weight_search=search
+    )
+    own = replace(run.own, merge=merge)
+    text = page(replace(run, methods=(own,), rounds=(RoundLine(1, 2, (3,), 10**6, 0, 2.0),)))
+    assert read(text).wrong == []
+    for shown in ("37.50%", "30.00% to 45.00%", "&lt;x&gt;", "On 13 rows that did not choose", size(10**6), "round 1"):
+        assert shown in text, shown
+    assert text.count("λ 0.") >= 9  # every point is named on hover
+
+
 def test_a_study_is_a_section_with_its_tables_and_lines(names, tmp_path):
     study = make_study()
     text = page(replace(make_run(tmp_path, names), evaluation=None, study=study))
@@ -199,7 +225,7 @@ def test_thinned_curve_keeps_the_mean():
 
 def test_names_next_to_points_do_not_cover_each_other():
     points = [charts.Point(f"name {i}", 0.01 * (i % 3), 0.01 * (i // 3), 0) for i in range(12)]
-    drawn = charts.scatter("s", points, "x", "y", ["group 0"])
+    drawn = charts.scatter("s", points, ("x", "y"), ["group 0"])
     shown = re.findall(r'<text x="([\d.-]+)" y="([\d.-]+)" text-anchor="start" class="name">([^<]*)', drawn)
     boxes = [(float(x), float(y), 5.4 * len(name)) for x, y, name in shown]
     for i, (x, y, wide) in enumerate(boxes):

@@ -182,7 +182,13 @@ def _mark(shape: int, x: float, y: float, kind: str) -> Html:
 
 
 def scatter(
-    title: str, points: Sequence[Point], x_title: str, y_title: str, groups: Sequence[str], cuts: Sequence[Line] = ()
+    title: str,
+    points: Sequence[Point],
+    titles: tuple[str, str],
+    groups: Sequence[str],
+    cuts: Sequence[Line] = (),
+    *,
+    named: bool = True,
 ) -> Html:
     """Points with error bars and names on hover, a shape and colour per group, and the lines that divide them."""
     xs = _Scale.over(_reach(points, 0), _LEFT, _WIDTH - _RIGHT)
@@ -214,10 +220,10 @@ def scatter(
             ]
         where = f"{p.name}: {groups[p.group]}, {p.x:.3f}, {p.y:.3f}" if groups else f"{p.name}: {p.x:.3f}, {p.y:.3f}"
         drawn.append(tag("g", tag("title", where), *marks, _mark(p.group, x, y, kind), class_="point"))
-    drawn += _names([(xs(p.x), ys(p.y), p.name) for p in points])
+    drawn += _names([(xs(p.x), ys(p.y), p.name) for p in points]) if named else []
     names = [(name, f"c{k % COLOURS}") for k, name in enumerate(groups)]
     legend, more = _legend(names, _HEIGHT, shapes=True) if len(groups) > 1 else ([], 0.0)
-    return chart(title, *_axes(xs, ys, x_title, y_title), *drawn, *legend, height=_HEIGHT + more)
+    return chart(title, *_axes(xs, ys, *titles), *drawn, *legend, height=_HEIGHT + more)
 
 
 def _names(places: Sequence[tuple[float, float, str]]) -> list[Html]:

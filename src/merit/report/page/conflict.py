@@ -101,8 +101,7 @@ def _scatter(geometry: Geometry, split: Split | None, seed: int) -> Html:
     drawing = charts.scatter(
         "Datasets on the first two conflict axes",
         points,
-        f"axis 1 ({shares[0]:.0%} of the variance)",
-        f"axis 2 ({shares[1]:.0%})",
+        (f"axis 1 ({shares[0]:.0%} of the variance)", f"axis 2 ({shares[1]:.0%})"),
         labels,
         cuts,
     )

@@ -15,6 +15,7 @@ from merit.mixture.result import DatasetCounts, read_counts
 from merit.recipe.load import load_recipe
 from merit.recipe.schema import Recipe
 from merit.run.record import Record
+from merit.run.round_stages import RoundLine, round_lines
 from merit.run.scope import Scope, scopes_of
 from merit.run.store import Stage
 from merit.split.result import Split
@@ -83,6 +84,7 @@ class RunData:
         geometry: The gradients' geometry.
         methods: The run's own, then its baselines.
         evaluation: Figures and verdict.
+        rounds: What each round of the run's own branches moved; empty for a run of one round.
         study: Methods over seeds, if a study lies in the folder.
         records: Finished stages by display name, in the order of the chain.
         seconds: Time that gathering took.
@@ -95,6 +97,7 @@ class RunData:
     methods: tuple[Method, ...]
     evaluation: Evaluation | None
     study: StudyResult | None
+    rounds: tuple[RoundLine, ...]
     records: dict[str, Record]
     seconds: float
 
@@ -146,5 +149,8 @@ def read_run(run: Path) -> RunData:
             merge = MergeResult.load(scope.root / "merged" / "model")
         methods.append(Method(scope.method or recipe.split.method, scope, split, tuple(branches), merge))
     evaluation = Evaluation.load(run / "evaluation") if done("evaluation", run / "evaluation") else None
+    rounds = tuple(round_lines(Scope(run)))
     study = StudyResult.load(run / "study") if (run / "study" / FILE).is_file() else None
-    return RunData(run, recipe, counts, geometry, tuple(methods), evaluation, study, records, time.monotonic() - began)
+    return RunData(
+        run, recipe, counts, geometry, tuple(methods), evaluation, study, rounds, records, time.monotonic() - began
+    )

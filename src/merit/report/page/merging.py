@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from merit.merge import MergeResult
+from merit.merge.searched import WeightSearch
 from merit.merge.weights import condense
+from merit.progress import duration, size
 from merit.report.page import charts
 from merit.report.page.data import RunData
 from merit.report.page.markup import Cell, Html, Row, figure, join, notes, number, paragraph, section, table
+from merit.run.round_stages import RoundLine
 
 
 def build(data: RunData) -> Html:
@@ -22,6 +27,10 @@ def build(data: RunData) -> Html:
     parts = [paragraph(text), _weights(merge)]
     if merge.scale_search is not None:
         parts.append(_scale(merge))
+    if merge.weight_search is not None:
+        parts.append(_searched(merge.weight_search))
+    if data.rounds:
+        parts.append(_rounds(data.rounds))
     return section("merge", "Merge", *parts, notes(condense(merge.warnings, len(merge.branches))))
 
 
@@ -62,3 +71,59 @@ def _scale(merge: MergeResult) -> Html:
     grid = table("scales", "Scale search: held-out loss", ("λ", "learned ↓", "kept ↓"), rows)
     words = paragraph(f"Kept is measured by {search.kept}; rule: {search.rule}.", class_="small")
     return join([figure("trade-off", "Learned against kept along the scale", drawing), grid, words])
+
+
+def _searched(search: WeightSearch) -> Html:
+    """Every measured point, learned against kept; figures of rows that did not choose; the implied mixture."""
+    points = [
+        charts.Point(f"λ {p.scale:.2f}, weights {', '.join(f'{c:.2f}' for c in p.coefficients)}", p.learned, p.kept, 0)
+        for p in search.points
+    ]
+    chosen = charts.Point("chosen", search.chosen.learned, search.chosen.kept, 1)
+    drawing = charts.scatter(
+        "Weight search: every measured point",
+        [*points, chosen],
+        ("loss on the mixture (learned: left)", "kept (less: better)"),
+        ["measured", "chosen"],
+        named=False,
+    )
+    note = f"{search.objective}; kept: {search.kept}; measured on {search.rows['choosing']} rows that chose."
+    reported: list[Row] = [
+        [name, number(losses.learned, "{:.4f}"), number(losses.kept, "{:.4f}")]
+        for name, losses in search.reported.items()
+    ]
+    title = f"On {search.rows['reporting']} rows that did not choose"
+    ratios: list[Row] = [
+        [
+            ratio.dataset,
+            ratio.branch,
+            number(ratio.share, "{:.2%}"),
+            number(ratio.implied, "{:.2%}"),
+            Cell(f"{ratio.low:.2%} to {ratio.high:.2%}", ratio.low),
+        ]
+        for ratio in search.ratios
+    ]
+    header = ("dataset", "branch", "share of tokens", "implied by the weights", "95 % interval")
+    return join(
+        [
+            figure("weight-search", "Weight search: every measured point", drawing, note),
+            table("weights-reported", title, ("model", "learned ↓", "kept ↓"), reported),
+            table("ratios", "The mixture that the weights stand for", header, ratios, most=24),
+        ]
+    )
+
+
+def _rounds(lines: Sequence[RoundLine]) -> Html:
+    rows: list[Row] = [
+        [
+            Cell(f"round {line.number}", line.number),
+            number(line.merged, "{:,}"),
+            Cell(", ".join(map(str, line.missing)) or "none"),
+            Cell(size(line.bytes_in), float(line.bytes_in)),
+            Cell(size(line.bytes_out), float(line.bytes_out)),
+            Cell(duration(line.seconds), line.seconds),
+        ]
+        for line in lines
+    ]
+    header = ("round", "merged", "missing", "to the merge", "to the branches", "time")
+    return table("rounds", "Rounds: what each moved", header, rows)
