@@ -440,7 +440,7 @@ def make_case(folder: Path, base: Path, **changes: Any) -> Case:
         "conflict": {"examples": 16, "sketch_size": 4096},
         "split": {"axes": 1},
         "train": {"learning_rate": 5e-3, "batch_size": 8, "max_length": 96, "threads": 1},
-        "evaluate": {"max_new_tokens": 8, "drift": {"prompts": 6, "tokens": 8}},
+        "evaluate": {"max_new_tokens": 4, "drift": {"prompts": 4, "tokens": 4}},
         **changes,
     }
     case = Case(folder, settings)

@@ -1,5 +1,6 @@
 """One thread per test process, set before torch is imported: two under contention are far slower, and bits depend on it."""
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Case:
     result = builders.call("run", made.recipe, "--output", made.run, "--quiet")
     assert result.code == 0, result.err
     return made
+
+
+def pytest_collection_finish() -> None:
+    """What the imports left is never searched for garbage again: a full collection takes 0.02 s instead of half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

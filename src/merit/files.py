@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -277,6 +278,11 @@ def read_json(path: Path) -> Any:  # noqa: ANN401  whatever JSON holds; read_as 
 _T = TypeVar("_T")
 
 
+@functools.cache
+def _adapter(kind: type[_T]) -> TypeAdapter[_T]:
+    return TypeAdapter(kind)
+
+
 def read_as(path: Path, kind: type[_T]) -> _T:
     """Read JSON that a stage wrote as a dataclass, or as lists and dicts of them.
 
@@ -285,7 +291,7 @@ def read_as(path: Path, kind: type[_T]) -> _T:
     """
     value = read_json(path)
     try:
-        return TypeAdapter(kind).validate_python(value)
+        return _adapter(kind).validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the whole file"

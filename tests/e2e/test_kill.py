@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 from tests.e2e.conftest import Case, make_case
 from tests.e2e.test_run import read, weights
 
@@ -59,6 +60,7 @@ def test_killed_and_stopped_at_many_points(finished: Case, tmp_path: Path, base:
     assert not left
 
 
+@pytest.mark.exhaustive  # tests/run/test_fingerprints.py compares the contents of models trained both ways
 def test_branches_side_by_side_give_the_same_bits(finished: Case, tmp_path: Path, base: Path) -> None:
     case = make_case(
         tmp_path, base, baselines=["joint", "random"], evaluate={"heldout": False, "drift": {"prompts": 0}}

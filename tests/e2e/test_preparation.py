@@ -334,7 +334,9 @@ def test_the_plan_counts_the_preparation(root: Path, prepared: Path, merit: Call
         assert word in shown
 
 
-@pytest.mark.parametrize(("family", "kind"), [("llava", "Llama"), ("idefics3", "Qwen2")])
+@pytest.mark.parametrize(
+    ("family", "kind"), [pytest.param("llava", "Llama", marks=pytest.mark.exhaustive), ("idefics3", "Qwen2")]
+)
 def test_other_families_are_prepared_in_the_same_way(
     root: Path, tmp_path: Path, merit: Callable[..., Result], family: str, kind: str
 ) -> None:

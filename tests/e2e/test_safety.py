@@ -166,8 +166,8 @@ def test_a_place_that_cannot_be_written_is_one_message(case: Case, merit) -> Non
 @pytest.mark.slow
 def test_the_demo_command_with_little_of_everything(tmp_path: Path, merit) -> None:
     little = [f"--set={text}" for text in (
-        "mixture.samples=12", "conflict.examples=4", "evaluate.max_examples=2", "evaluate.drift.prompts=2",
-        "evaluate.max_new_tokens=4", "train.threads=1", "split.axes=1",
+        "mixture.samples=4", "conflict.examples=2", "evaluate.max_examples=1", "evaluate.drift.prompts=1",
+        "evaluate.max_new_tokens=2", "train.threads=1", "split.axes=1",
     )]  # fmt: skip
     result = merit("demo", "--output", tmp_path / "demo", "--jobs", 1, *little)
     assert result.code == 0, result.err

@@ -18,8 +18,8 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_the_vision_demo_command_with_little_of_everything(tmp_path: Path, merit) -> None:
     little = [f"--set={text}" for text in (
-        "mixture.samples=12", "conflict.examples=4", "evaluate.max_examples=2", "evaluate.drift.prompts=2",
-        "evaluate.max_new_tokens=4", "train.threads=1", "split.axes=1", "baselines=[joint]",
+        "mixture.samples=4", "conflict.examples=2", "evaluate.max_examples=1", "evaluate.drift.prompts=1",
+        "evaluate.max_new_tokens=2", "train.threads=1", "split.axes=1", "baselines=[joint]",
     )]  # fmt: skip
     run = tmp_path / "demo"
     result = merit("demo", "--vision", "--output", run, "--jobs", 1, *little)
@@ -30,8 +30,8 @@ def test_the_vision_demo_command_with_little_of_everything(tmp_path: Path, merit
     datasets = {item["name"]: item for item in json.loads((run / "mixture" / "datasets.json").read_text())}
     assert set(datasets) == set(MIXTURE)
     pictures = {name: SKILLS[d.skill].pictures * (not name.startswith("text_")) for name, d in MIXTURE.items()}
-    assert {name: item["images"] for name, item in datasets.items()} == {n: 12 * count for n, count in pictures.items()}
-    assert datasets["two_colours"]["image_tokens"] == 2 * 12 * 36
+    assert {name: item["images"] for name, item in datasets.items()} == {n: 4 * count for n, count in pictures.items()}
+    assert datasets["two_colours"]["image_tokens"] == 2 * 4 * 36
     groups = json.loads((run / "split" / "split.json").read_text())["groups"]
     assert sorted(name for group in groups for name in group) == sorted(MIXTURE)
     kept = json.loads((run / "evaluation" / "kept.json").read_text())
