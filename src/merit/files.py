@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import functools
 import hashlib
 import json
 import os
@@ -278,9 +277,8 @@ def read_json(path: Path) -> Any:  # noqa: ANN401  whatever JSON holds; read_as 
 _T = TypeVar("_T")
 
 
-@functools.cache
-def _adapter(kind: type[_T]) -> TypeAdapter[_T]:
-    return TypeAdapter(kind)
+_ADAPTERS: dict[object, TypeAdapter[Any]] = {}
+"""Validators by type: building one takes longer than reading most files."""
 
 
 def read_as(path: Path, kind: type[_T]) -> _T:
@@ -291,7 +289,8 @@ def read_as(path: Path, kind: type[_T]) -> _T:
     """
     value = read_json(path)
     try:
-        return _adapter(kind).validate_python(value)
+        adapter: TypeAdapter[_T] = _ADAPTERS.get(kind) or _ADAPTERS.setdefault(kind, TypeAdapter(kind))
+        return adapter.validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the whole file"

@@ -49,7 +49,8 @@ def write_page(run: Path, output: Path | None = None) -> Written:
     """
     path = output or run / "report.html"
     text = page(read_run(run))
-    write_text(path, text)
+    if not path.is_file() or path.read_text(encoding="utf-8", errors="replace") != text:
+        write_text(path, text)
     return Written(path, len(text.encode("utf-8")))
 
 
