@@ -164,6 +164,7 @@ def test_full_disk_leaves_no_half_model(root: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_other_threads_after_a_stop_are_warned_of(root: Path) -> None:
+    """On commit f5727a1 other threads after a stop changed the bits without a warning."""
     assert train_elsewhere(root, "--stop-after-step", "3") == 75
     (warning,) = cases.train(root, "train.threads=2").warnings
     assert "threads changed from 1 to 2 between step 4" in warning

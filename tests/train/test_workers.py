@@ -19,6 +19,7 @@ def test_longest_go_to_the_least_loaded_and_nobody_is_idle() -> None:
 def test_threads_are_the_recipes_then_the_environments_then_a_share_of_the_cores(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Fails on commit f5727a1: a single branch did not ask OMP_NUM_THREADS and took its share of the cores."""
     monkeypatch.setattr("os.cpu_count", lambda: 12)
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert threads_for(TrainSettings(threads=3), 2) == 3
