@@ -121,6 +121,7 @@ def find_sources(mixture: MixtureSettings, known: dict[Path, FileFacts]) -> list
         train, test = _named(train, mixture.columns), _named(test, mixture.columns)
         sources = _from_column(train, test, mixture.split_by, mixture.format, known)
     sources = _select(sources, mixture)
+    sources += [source for item in mixture.added for source in _listed(item, "mixture.added", known)]
     _refuse_twins([source.name for source in sources])
     sources = [replace(source, images=source.images or mixture.images.folder) for source in sources]
     return [

@@ -290,6 +290,7 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
                 "path": here(mixture.path),
                 "test": here(mixture.test),
                 "datasets": mixture.datasets and [dataset(item) for item in mixture.datasets],
+                "added": [dataset(item) for item in mixture.added],
                 "images": mixture.images.model_copy(update={"folder": here(mixture.images.folder)}),
             }
         )

@@ -84,6 +84,8 @@ class MixtureSettings(Settings):
     """Column of ``path`` that names a row's dataset."""
     format: DataFormat = "auto"
     """Row format of ``folder`` or ``path``."""
+    added: list[DatasetSettings] = []
+    """Datasets besides those of ``folder``, ``datasets`` or ``path``; `merit add` lists them here."""
     include: list[str] = ["*"]
     """Shell patterns over dataset names; a dataset is used when one matches."""
     exclude: list[str] = []

@@ -98,6 +98,8 @@ class SplitSettings(Settings):
     group, the joint-training baseline."""
     axes: Annotated[int, Field(ge=1, le=6)] = 2
     """Conflict axes r; K = 2^r groups."""
+    groups: Annotated[list[Annotated[list[Name], Field(min_length=1)]], Field(min_length=1)] | None = None
+    """These groups of dataset names, instead of cutting; `merit add` and `merit remove` list them here."""
     cosine: Literal["plain", "corrected"] = "plain"
     """plain: cosines of the measured gradients (the paper's); corrected: without the sampling noise in their norms."""
     balance: Literal["samples", "tokens"] = "samples"
@@ -288,4 +290,6 @@ class Recipe(Settings):
     @property
     def group_count(self) -> int:
         """K: the number of groups that the split must make."""
+        if self.split.groups is not None:
+            return len(self.split.groups)
         return 1 if self.split.method == "joint" else 2**self.split.axes

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from merit.conflict.compare import Comparison, compare_representations
@@ -30,13 +29,14 @@ from merit.run.record import Record, shown
 from merit.run.rounds import open_round, train_rounds
 from merit.run.scope import Scope
 from merit.run.session import Session
+from merit.run.splitting import make_split
 from merit.run.status import ORDER, Known, Row, run_status
 from merit.run.step import Step, Work, run_step, stands
-from merit.run.store import WAYS_OUT, Stage, claim, lock, split_of, stale
+from merit.run.store import WAYS_OUT, Stage, claim, lock, refuse_unfinished, split_of, stale
 from merit.run.suites import run_suites
 from merit.run.training import train_branches
+from merit.split.placing import read_first
 from merit.split.result import Split
-from merit.split.stage import split_mixture
 from merit.split.view import needs_conflict
 
 STAGES = ("prepare", "mixture", "gradients", "split", "train", "merge", "evaluate")
@@ -64,6 +64,7 @@ def begun(session: Session, command: str, until: str | None = None) -> Iterator[
         RunFolderError: The folder is not a run folder, is in use, or an earlier stage is stale.
     """
     claim(session.run)
+    refuse_unfinished(session.run)
     with lock(session.run, "this run"):
         refuse_stale(session, command, until)
         session.write_recipe()
@@ -211,7 +212,8 @@ def split(session: Session, scope: Scope, mixture: Mixture) -> Split:
     """Groups of datasets of the run, or of a baseline."""
     recipe = session.recipe_of(scope)
     method = recipe.split.method
-    measured = conflict_stage(session, mixture, scope) if needs_conflict(method) else None
+    cut = recipe.split.groups is None
+    measured = conflict_stage(session, mixture, scope) if needs_conflict(method) and cut else None
     if measured is not None and not stands(measured, session):
         raise RunFolderError(
             f"split.method {method} needs the gradients, which are not measured yet ({measured.path}).",
@@ -220,20 +222,12 @@ def split(session: Session, scope: Scope, mixture: Mixture) -> Split:
     content = measured.record().outputs["geometry.npz"].xxh3 if measured is not None else None
     stage = key.split_stage(recipe, scope, rows=mixture.fingerprints, geometry=content)
 
+    first = read_first(stage.path)
+
     def make(work: Work) -> Split:
-        geometry = Geometry.load(measured.path) if measured is not None else None
-        result = split_mixture(
-            method,
-            recipe.split.axes,
-            weights=mixture.rows if recipe.split.balance == "samples" else mixture.target_tokens,
-            geometry=geometry,
-            balance=recipe.split.balance,
-            cosine=recipe.split.cosine,
-            seed=recipe.seed,
-        )
-        if method == "pca" and geometry is not None and (other := geometry.judged_otherwise(recipe.split)):
-            result = replace(result, warnings=[*result.warnings, other])
-        result.save(work.folder)
+        result = make_split(recipe, mixture, None if measured is None else Geometry.load(measured.path), work.folder)
+        if first is not None:
+            first.save(work.folder)
         work.facts["left_out"] = result.left_out
         return result
 

@@ -36,10 +36,12 @@ def _dataset(item: DatasetSettings) -> dict[str, Any]:
 
 def mixture_settings(recipe: Recipe) -> dict[str, Any]:
     """The settings that determine the rows and their tokens."""
-    mixture = _without(recipe.mixture.model_dump(mode="json"), "folder", "path", "test", "datasets")
+    mixture = _without(recipe.mixture.model_dump(mode="json"), "folder", "path", "test", "datasets", "added")
     mixture["images"] = _without(mixture["images"], "folder")
     if recipe.mixture.datasets is not None:
         mixture["datasets"] = [_dataset(item) for item in recipe.mixture.datasets]
+    if recipe.mixture.added:
+        mixture["added"] = [_dataset(item) for item in recipe.mixture.added]
     return {
         "mixture": mixture,
         "model": {"max_pixels": recipe.model.max_pixels},
@@ -90,6 +92,8 @@ def split_stage(recipe: Recipe, scope: Scope, *, rows: Mapping[str, str], geomet
     settings: dict[str, Any] = {"split": recipe.split.model_dump(mode="json")}
     if recipe.split.method == "joint":
         settings["split"] = {"method": "joint"}
+    if recipe.split.groups is None:
+        settings["split"].pop("groups", None)
     if recipe.split.method in ("random", "kmeans"):
         settings["seed"] = recipe.seed
     inputs = _rows_of(rows) | ({} if geometry is None else {"conflict": geometry})

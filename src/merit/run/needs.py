@@ -44,8 +44,7 @@ def state_bytes(optimizer: str) -> int:
 
 def branch_count(recipe: Recipe) -> int:
     """Branches to train, including baselines."""
-    groups = [1 if method == "joint" else 2**recipe.split.axes for method in (recipe.split.method, *recipe.baselines)]
-    return sum(groups)
+    return recipe.group_count + sum(1 if method == "joint" else 2**recipe.split.axes for method in recipe.baselines)
 
 
 def weigh(recipe: Recipe, base: BaseFacts, sizes: Mapping[str, int]) -> Weights:

@@ -11,10 +11,10 @@ from merit.mixture import Mixture
 from merit.run import key
 from merit.run.round_stages import RoundStages
 from merit.run.session import Session
+from merit.run.splitting import make_split
 from merit.run.step import Step, Work, run_step
 from merit.run.store import Stage
 from merit.split.result import Split
-from merit.split.stage import split_mixture
 from merit.split.view import needs_conflict
 
 
@@ -26,8 +26,9 @@ def split_again(session: Session, rounds: RoundStages, number: int, mixture: Mix
     Raises:
         UserError: A gradient cannot be measured, or the round before is not merged.
     """
-    recipe = rounds.recipe.model_copy(update={"seed": rounds.recipe.seed + number - 1})
-    scope, settings = rounds.scope, rounds.recipe.split
+    settings = rounds.recipe.split.model_copy(update={"groups": None})
+    recipe = rounds.recipe.model_copy(update={"seed": rounds.recipe.seed + number - 1, "split": settings})
+    scope = rounds.scope
     measured = _gradients(session, rounds, number, mixture) if needs_conflict(settings.method) else None
     geometry = Geometry.load(measured.path) if measured is not None else None
     content = measured.record().outputs["geometry.npz"].xxh3 if measured is not None else None
@@ -35,16 +36,7 @@ def split_again(session: Session, rounds: RoundStages, number: int, mixture: Mix
     stage = replace(stage, path=rounds.split_folder(number) / "split", title=scope.name(f"round {number} split"))
 
     def make(work: Work) -> Split:
-        result = split_mixture(
-            settings.method,
-            settings.axes,
-            weights=mixture.rows if settings.balance == "samples" else mixture.target_tokens,
-            geometry=geometry,
-            balance=settings.balance,
-            cosine=settings.cosine,
-            seed=recipe.seed,
-        )
-        result.save(work.folder)
+        result = make_split(recipe, mixture, geometry, work.folder)
         work.facts["left_out"] = result.left_out
         return result
 

@@ -46,7 +46,7 @@ class Scope:
         """The recipe with the scope's split method; a baseline has no baselines."""
         if self.method is None:
             return recipe
-        split = recipe.split.model_copy(update={"method": self.method})
+        split = recipe.split.model_copy(update={"method": self.method, "groups": None})
         return recipe.model_copy(update={"split": split, "baselines": []})
 
 
@@ -83,7 +83,8 @@ class StudyScope(Scope):
 
     def recipe(self, recipe: Recipe) -> Recipe:
         """The recipe with the method's changes and the seed."""
-        return changed(recipe, (("baselines", []), ("seed", self.seed), *self.changes))
+        cut = [("split.groups", None)] if any(key.startswith("split.") for key, _ in self.changes) else []
+        return changed(recipe, (("baselines", []), ("seed", self.seed), *cut, *self.changes))
 
 
 def scopes_of(recipe: Recipe, run: Path) -> list[Scope]:

@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from merit.errors import RunFolderError
-from merit.files import fingerprint, write_json
+from merit.files import fingerprint, read_json, write_json
 from merit.progress import count
 from merit.run.record import Output, Record, StaleStageError, damaged, now, plain, read_record, shown, write_record
 from merit.split.result import Split
@@ -223,6 +223,24 @@ def claim(folder: Path) -> None:
     if not (folder / MARKER).exists():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MARKER).touch()
+
+
+CHANGE = "change.json"
+"""What an unfinished `merit add` or `merit remove` is about."""
+
+
+def refuse_unfinished(run: Path) -> None:
+    """Refuse a run in which a dataset is being added or removed.
+
+    Raises:
+        RunFolderError: It is.
+    """
+    if (run / CHANGE).is_file():
+        change = read_json(run / CHANGE)
+        raise RunFolderError(
+            f"{run}: `merit {change['kind']}` of {change['dataset']} is not finished.",
+            f"`merit {change['kind']} {run} {change['dataset']}` goes on with it.",
+        )
 
 
 @contextlib.contextmanager
