@@ -174,7 +174,8 @@ def _plan_addition(
     Raises:
         UserError: It cannot be encoded, measured or placed.
     """
-    rows = encode_alone(session, item)
+    encoded = encode_alone(session, item)
+    rows = encoded.train[item.name]
     first, scores = None, None
     if own_branch:
         place = len(groups)

@@ -11,7 +11,7 @@ from merit.conflict.later import geometry_with
 from merit.conflict.result import Geometry
 from merit.conflict.sample import Probe
 from merit.errors import RecipeError
-from merit.mixture import EncodedDataset, find_datasets, load_split, read_counts
+from merit.mixture import EncodedDataset, Mixture, find_datasets, load_split, read_counts
 from merit.mixture.stage import encode_mixture
 from merit.recipe.schema import DatasetSettings, MixtureSettings, Recipe
 from merit.run.session import Session
@@ -19,8 +19,8 @@ from merit.split.placing import FirstSplit, read_first
 from merit.split.view import needs_conflict
 
 
-def encode_alone(session: Session, item: DatasetSettings) -> EncodedDataset:
-    """The new dataset's rows, encoded as the mixture's are; it finds what is wrong with it."""
+def encode_alone(session: Session, item: DatasetSettings) -> Mixture:
+    """The new dataset alone, encoded as the mixture's are: it finds what is wrong with it. Its files go with the result."""
     block = session.recipe.mixture.model_dump(mode="json")
     own: dict[str, Any] = {
         "folder": None,
@@ -34,8 +34,8 @@ def encode_alone(session: Session, item: DatasetSettings) -> EncodedDataset:
     own |= {"include": ["*"], "exclude": [], "datasets": [item.model_dump(mode="json")]}
     found = find_datasets(MixtureSettings.model_validate(block | own))
     found.check()
-    encoded = encode_mixture(found, session.base, max_length=session.recipe.train.max_length, seed=session.recipe.seed)
-    return encoded.train[item.name]
+    recipe = session.recipe
+    return encode_mixture(found, session.base, max_length=recipe.train.max_length, seed=recipe.seed)
 
 
 def place_by_scores(
