@@ -1,6 +1,6 @@
 """Adding and removing a dataset against doing everything again, on the text demo.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.merge.add_remove --folder WORK [--datasets NAME ...] [--seed 0]
+    OMP_NUM_THREADS=1 python -m benchmarks.merge.add_remove --folder WORK [--datasets NAME ...] [--seed 0] [--samples N]
 
 For each dataset X there are two runs from scratch, without X and with it. Then X is added to the first (`merit add`) and
 removed from the second (`merit remove`); each is compared with the other run from scratch. Learned and kept: mean held-out
@@ -81,11 +81,12 @@ def changed(run: Path, before: Path, dataset: str, others: list[str], *words: ob
     }
 
 
-def measure(folder: Path, dataset: str, seed: int) -> list[dict[str, Any]]:
+def measure(folder: Path, dataset: str, seed: int, samples: int | None) -> list[dict[str, Any]]:
     """Four rows: without, added, with, removed."""
     demo = folder / "demo"
     mixture = demo / "mixture" / dataset
-    words = [word for item in (*QUICK, f"seed={seed}") for word in ("--set", item)]
+    few = (f"mixture.samples={samples}",) if samples else ()
+    words = [word for item in (*QUICK, *few, f"seed={seed}") for word in ("--set", item)]
     runs = {kind: folder / f"{dataset}-{seed}-{kind}" for kind in ("without", "with", "added", "removed")}
     leave_out = ["--set", f"mixture.exclude=[{dataset}]"]
     walls = {}
@@ -109,17 +110,18 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--datasets", nargs="+", required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=int, help="Rows per dataset; default: the demo's.")
     options = parser.parse_args()
     if not (options.folder / "demo" / "recipe.yaml").is_file():
         write_demo(options.folder / "demo", 0)
     found = []
     for dataset in options.datasets:
-        found += measure(options.folder, dataset, options.seed)
+        found += measure(options.folder, dataset, options.seed, options.samples)
         print(json.dumps(found[-4:]), flush=True)
-        report(found)
+        report(found, options.samples)
 
 
-def report(found: list[dict[str, Any]]) -> None:
+def report(found: list[dict[str, Any]], samples: int | None) -> None:
     """Write the table."""
     names = {
         "with": "everything again with X",
@@ -151,7 +153,7 @@ def report(found: list[dict[str, Any]]) -> None:
         "",
         "Repeat: `OMP_NUM_THREADS=1 python -m benchmarks.merge.add_remove --folder WORK --datasets "
         + " ".join(dict.fromkeys(item["dataset"] for item in found))
-        + "`.",
+        + (f" --samples {samples}` (at most {samples} rows per dataset)." if samples else "`."),
     ]
     write_json(RESULTS / "merge_add_remove.json", {"machine": host, "runs": found})
     write_text(RESULTS / "merge_add_remove.md", "\n".join(lines) + "\n")

@@ -1,6 +1,6 @@
 """Rounds on the text demo: learned and kept loss for R = 1, 2, 4, with optimizers kept and reset, on two splits.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.merge.rounds --folder WORK [--seeds 0 1 2] [--rounds 2 4]
+    OMP_NUM_THREADS=1 python -m benchmarks.merge.rounds --folder WORK [--seeds 0 1 2] [--rounds 2 4] [--samples N]
 
 Every run has the demo's mixture, base, budget and schedule; only the number of rounds and what happens between them differ.
 Learned: mean over the mixture's datasets of the held-out loss (nats per target token) of the merged model; kept: the same
@@ -41,11 +41,12 @@ class Setting:
         return f"{self.split}-{self.rounds}-{self.optimizer}"
 
 
-def run(folder: Path, recipe: Path, settings: Setting, seed: int) -> dict[str, Any]:
+def run(folder: Path, recipe: Path, settings: Setting, seed: int, samples: int | None) -> dict[str, Any]:
     """Train, merge and evaluate, going on from what earlier settings share; the figures of the merged model."""
     place, shared = folder / f"{settings.name}-{seed}", folder / f"shared-{seed}"
     overrides = [*QUICK, f"seed={seed}", f"split.method={settings.split}", "baselines=[]"]
     overrides += [f"train.rounds={settings.rounds}", f"train.between.optimizer={settings.optimizer}"]
+    overrides += [f"mixture.samples={samples}"] if samples else []
     words = [word for item in overrides for word in ("--set", item)]
     if not place.exists() and shared.exists():
         shutil.copytree(shared, place)
@@ -76,6 +77,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--samples", type=int, help="Rows per dataset; default: the demo's.")
     parser.add_argument("--splits", nargs="+", default=["pca", "random"])
     options = parser.parse_args()
     demo = options.folder / "demo"
@@ -86,13 +88,13 @@ def main() -> None:
         for split in options.splits:
             several = [Setting(split, r, how) for r in options.rounds for how in ("keep", "reset")]
             for settings in (Setting(split, 1), *several):
-                found.append(run(options.folder, demo / "recipe.yaml", settings, seed))
+                found.append(run(options.folder, demo / "recipe.yaml", settings, seed, options.samples))
                 print(json.dumps(found[-1]), flush=True)
                 write_json(options.folder / "found.json", found)
-    report(found)
+    report(found, options.samples)
 
 
-def report(found: list[dict[str, Any]]) -> None:
+def report(found: list[dict[str, Any]], samples: int | None) -> None:
     """Write the tables."""
     keys = sorted({(item["split"], item["rounds"], item["optimizer"]) for item in found})
     rows = []
@@ -114,7 +116,8 @@ def report(found: list[dict[str, Any]]) -> None:
         "",
         table(("split", "R", "optimizer", "learned", "kept", "learned by seed", "kept by seed"), rows),
         "",
-        "Repeat: `OMP_NUM_THREADS=1 python -m benchmarks.merge.rounds --folder WORK`.",
+        "Repeat: `OMP_NUM_THREADS=1 python -m benchmarks.merge.rounds --folder WORK"
+        + (f" --samples {samples}` (at most {samples} rows per dataset)." if samples else "`."),
     ]
     write_json(RESULTS / "merge_rounds.json", {"machine": host, "runs": found})
     write_text(RESULTS / "merge_rounds.md", "\n".join(lines) + "\n")
