@@ -11,7 +11,7 @@ from merit.conflict.result import Geometry
 from merit.conflict.sample import Probe
 from merit.conflict.store import GradientStore
 from merit.errors import ConflictError
-from merit.mixture.encode import EncodedDataset
+from merit.mixture.dataset import EncodedDataset
 from merit.progress import Progress, silent
 
 

@@ -19,7 +19,7 @@ from merit.mixture import find_datasets, read_counts
 from merit.recipe.load import changed, dump_recipe, locate, parse_recipe
 from merit.recipe.schema import DatasetSettings, MixtureSettings, Recipe
 from merit.run import key
-from merit.run.branches import branch_stages
+from merit.run.branches import BranchId, branch_stages
 from merit.run.chain import gradients, mixture, split
 from merit.run.change import Change, Statement, checksums, load_change, sentences
 from merit.run.evaluating import evaluate_run
@@ -28,7 +28,7 @@ from merit.run.placement import encode_alone, first_split, place_by_scores
 from merit.run.session import Session
 from merit.run.status import Known, run_status
 from merit.run.store import CHANGE, Stage, lock, split_of, stale
-from merit.run.training import BranchId, train_branches
+from merit.run.training import train_branches
 from merit.split.view import needs_conflict
 
 
