@@ -41,6 +41,7 @@ def render(plan: Plan) -> list[RenderableType]:
     train = recipe.train
     steps = f"{count(train.epochs, 'epoch')}, batch {train.batch_size}, "
     steps += f"{train.scheduler} learning rate {train.learning_rate:g}"
+    steps += f", {count(recipe.rounds, 'round')} with a merge after each" if recipe.rounds > 1 else ""
     table.add_row("train", f"{branches}, each {steps}, at most {train.max_length} tokens per row")
     if plan.steps is not None:
         each = f"; about {plan.steps // recipe.group_count:,} in each of {recipe.group_count} branches"

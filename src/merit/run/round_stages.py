@@ -138,14 +138,6 @@ class RoundStages:
         stage.verify()
         return stage.path / "model"
 
-    def is_closed(self, number: int) -> bool:
-        """Whether a round that is not the last is trained and merged as requested; its branches' weights may be gone.
-
-        Raises:
-            RunFolderError: A record is damaged.
-        """
-        return self.made(number).begun and not self.changes(number)
-
     def changes(self, number: int) -> list[str]:
         """What differs between the request and the records of a merged round."""
         found = []
