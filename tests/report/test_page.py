@@ -182,7 +182,7 @@ def test_the_merge_shows_searched_weights_and_rounds(names, tmp_path):
     assert read(text).wrong == []
     for shown in ("37.50%", "30.00% to 45.00%", "&lt;x&gt;", "On 13 rows that did not choose", size(10**6), "round 1"):
         assert shown in text, shown
-    assert text.count("λ 0.") >= 9  # every point is named on hover
+    assert len(re.findall(r"λ \d\.\d\d, weights", text)) == 10  # every point is named on hover
 
 
 def test_a_study_is_a_section_with_its_tables_and_lines(names, tmp_path):
