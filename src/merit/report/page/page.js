@@ -47,6 +47,11 @@
       const { width, height } = canvas;
       return { width, height, text: `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${width} ${height}" width="${width}" height="${height}"><image width="${width}" height="${height}" href="${canvas.toDataURL("image/png")}"/></svg>` };
     }
+    const image = figure.querySelector("img");
+    if (image) {
+      const text = new TextDecoder().decode(Uint8Array.from(atob(image.src.split(",")[1]), (c) => c.charCodeAt(0)));
+      return { width: image.naturalWidth, height: image.naturalHeight, text };
+    }
     const svg = figure.querySelector("svg"), copy = svg.cloneNode(true);
     const from = svg.querySelectorAll("*"), to = copy.querySelectorAll("*");
     from.forEach((node, i) => {
