@@ -202,7 +202,7 @@ def _extreme(names: np.ndarray, cosine: np.ndarray, number: int, *, highest: boo
 def _warnings(arrays: Arrays, settings: ConflictSettings, duplicates: Sequence[Sequence[str]]) -> list[str]:
     names = arrays.names
     warnings = [
-        f"{', '.join(group)} hold the same rows or have the same gradient; a split keeps them together."
+        f"{', '.join(group)} have the same rows or the same gradient; a split keeps them together."
         for group in duplicates
     ]
     drowned = names[~(arrays.unbiased_squared_norm > 0)]

@@ -1,7 +1,7 @@
 """How true are sketches and strides? Cosines of each representation against exact ones, on the model and mixture at hand.
 
 Behind ``merit gradients --compare``. It measures exact gradients once (on disk) and compresses those, which by linearity
-gives what compressing on the way gives. It writes no stage files.
+gives the same as compressing while measuring. It writes no stage files.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def compare_representations(
 
     Raises:
         ConflictError: Too few datasets, or a gradient that cannot be used.
-        ResourceError: The disk cannot hold the exact gradients.
+        ResourceError: The disk has no room for the exact gradients.
     """
     _enough(list(rows), [])
     settings = settings or {"sketch": [probe.settings.sketch_size], "stride": [probe.settings.stride]}

@@ -22,7 +22,7 @@ class Sliceable(Protocol):
 
 _BLOCK_BYTES = 2**28
 DOUBLE_LIMIT = 200
-"""Up to so many datasets all arithmetic is float64 on whole vectors; above, see :func:`folded_products`."""
+"""Up to this many datasets all arithmetic is float64 on whole vectors; above, see :func:`folded_products`."""
 
 
 def gram_matrix(rows: Sequence[Sliceable], dtype: type = np.float64) -> np.ndarray:
@@ -49,14 +49,14 @@ def gram_matrix(rows: Sequence[Sliceable], dtype: type = np.float64) -> np.ndarr
 
 
 def fold_size(vectors: int) -> int:
-    """Entries to fold each of so many vectors to, that they take 256 MiB together; at least 1,024."""
+    """Entries to fold each vector to, so that all of them take 270 MB together; at least 1,024."""
     return 1 << max(10, int(np.log2(_BLOCK_BYTES / (4 * vectors))))
 
 
 def folded_products(rows: Sequence[Sequence[Sliceable]], size: int) -> tuple[np.ndarray, np.ndarray]:
     """Inner products of T gradients, and of the P parts that each is the sum of: the time grows as T²(D + P² size).
 
-    Products of whole gradients are those of all D entries. The parts' contrasts, which hold noise alone, are folded to
+    Products of whole gradients are those of all D entries. The parts' contrasts, which are pure noise, are folded to
     ``size`` entries first (a count sketch: random signs, and a random shift for every ``size`` neighbours), which leaves
     their products unbiased, with a variance of at most (‖a‖²‖b‖² + ⟨a, b⟩²) / size; products within one dataset are exact.
     So whatever the parts of a gradient have in common, no fold blurs: parts add up to the gradient's own products.

@@ -41,7 +41,7 @@ class Representation(Protocol):
         """Add one parameter's gradient (or a further micro-batch's share of it)."""
 
     def end(self) -> None:
-        """All was added: ``row`` holds the result."""
+        """Everything is added: ``row`` is the result."""
 
 
 class SketchRepresentation:
@@ -92,7 +92,7 @@ class StrideRepresentation:
 
 
 def vector_width(settings: ConflictSettings, parameters: int) -> int:
-    """D: float32 entries kept of one gradient of so many trainable parameters."""
+    """D: float32 entries kept of one gradient, by number of trainable parameters."""
     if settings.representation == "sketch":
         return settings.sketch_size
     return -(-parameters // (settings.stride if settings.representation == "stride" else 1))
@@ -244,7 +244,7 @@ class GradientMeter:
         gradient = parameter.grad
         assert gradient is not None
         self._representation.add(name, gradient)
-        total = gradient.sum(dtype=torch.float32)  # non-finite where some entry is; looked at once, at the end
+        total = gradient.sum(dtype=torch.float32)  # non-finite if any entry is; checked once, at the end
         self._sums[name] = self._sums[name] + total if name in self._sums else total
         parameter.grad = None
 

@@ -43,7 +43,7 @@ def measure_datasets(
         ResourceError: As :func:`merit.conflict.stage.measure_gradients`.
     """
     if not datasets:
-        raise ConflictError("conflict: the mixture holds no dataset.")
+        raise ConflictError("conflict: the mixture has no datasets.")
     skip = probe.settings.skip_bad
     done: dict[str, Measured] = {}
     missing: list[str] = []
@@ -85,7 +85,7 @@ def _usable(result: Measured, skip: bool) -> Measured:
     raise ConflictError(
         result.bad,
         "Leave such datasets out with conflict.skip_bad: true or mixture.exclude.",
-        "What was measured of other datasets stands; the next run goes on from there.",
+        "What was measured of other datasets is kept; the next run continues from there.",
     )
 
 

@@ -79,11 +79,11 @@ def null_mixtures(
 ) -> Iterator[Quarters]:
     """Mixtures whose datasets all have one gradient, with their measured noise.
 
-    In units of its own norm, a dataset's quarters span the grand mean and three contrasts, which hold noise alone. A null
+    In units of its own norm, a dataset's quarters span the grand mean and three contrasts, which are pure noise. A null
     mixture has quarters m + Σ_k H_kp c_k for every dataset: m the mixture's mean direction with unit length, H the
     Hadamard signs over two, c_1..c_3 the dataset's own contrasts in random order with random signs, and c_0, the noise of
     its mean, a contrast of another dataset scaled to its noise. So the noise keeps its size in every dataset and its real,
-    low-ranked shape; norms, axes, cuts and figures are then found anew. Draws act on inner products, never on vectors.
+    low-ranked shape; norms, axes, cuts and figures are then computed again. Draws act on inner products, never on vectors.
 
     Args:
         means: ⟨S_p/a_p of i, S_r/a_r of j⟩, (4, 4, T, T).

@@ -102,7 +102,7 @@ def reliability(parts: SubSamples) -> Reliability:
 
 
 def noise_corrected_cosine(gram: np.ndarray, found: Reliability) -> np.ndarray:
-    """Cosines between whole-data gradients, as far as samples can tell: G_ij / √(u_i u_j), u the unbiased squared norms.
+    """Cosines between whole-data gradients, estimated from samples: G_ij / √(u_i u_j), u the unbiased squared norms.
 
     Sampling noise of different datasets is independent, so it leaves ⟨g_i, g_j⟩ unbiased and only inflates the norms: plain
     cosines are too small in magnitude. The estimate can leave [−1, 1] by its own noise and is not clipped.

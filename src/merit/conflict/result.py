@@ -40,7 +40,7 @@ class DatasetFacts:
         reliability: Expected cosine of g with that of another such sample.
         expected_cosine: Expected cosine of g with the gradient of all rows.
         seconds: Time it took when it was measured.
-        reused: It was not measured anew.
+        reused: It was not measured again.
         keys: Its entries in the store of gradients.
         left_out: Why it is not in the geometry; None where it is.
     """
@@ -135,7 +135,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Arrays:
-    """What ``geometry.npz`` holds; row t = dataset t of ``names``, in the mixture's order; float64 unless said.
+    """The content of ``geometry.npz``; row t = dataset t of ``names``, in the mixture's order; float64 unless said.
 
     Attributes:
         names: (T,) text.
@@ -279,7 +279,7 @@ class Geometry:
         return (
             f"the suggested number of axes is about {judged['cosine']} cosines balanced by {judged['balance']}, which this "
             "split does not cut. To judge this split, remove conflict/record.json and run `merit gradients`: it measures "
-            "nothing anew."
+            "nothing again."
         )
 
     def facts(self) -> dict[str, object]:
@@ -295,7 +295,7 @@ class Geometry:
         }
 
     def summary_json(self) -> object:
-        """What ``summary.json`` holds."""
+        """The content of ``summary.json``."""
         return _plain(asdict(self.summary))
 
     def save(self, folder: Path) -> None:

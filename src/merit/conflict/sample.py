@@ -103,7 +103,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Measured:
-    """One dataset's gradient: which entries hold it, and its sums.
+    """One dataset's gradient: the entries it is stored in, and its sums.
 
     Attributes:
         name: The dataset's name.

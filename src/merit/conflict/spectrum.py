@@ -306,7 +306,7 @@ def suggest_axes(concentration: Sequence[Concentration], datasets: int) -> tuple
 
     An axis counts when its signal is above that of every mixture without conflict, and its balanced cut gains at least a
     tenth more than random cuts into sides of the same sizes on examples that did not choose it. r is the number of leading
-    axes that count, at most 3 (the paper's largest) and so many that the 2^r groups hold two datasets or more on average.
+    axes that count, at most 3 (the paper's largest), and such that the 2^r groups have two datasets or more on average.
     """
     room = max(1, int(np.log2(max(2, datasets // 2))))
     limit = min(PAPER_AXES, room)

@@ -4,7 +4,7 @@ Files in its folder:
 
 - ``geometry.npz``, ``datasets.json``, ``summary.json``: :class:`merit.conflict.result.Geometry`;
 - ``sketches.safetensors``: one float32 vector per dataset (representation: sketch);
-- ``partial/``: quarter-sample vectors by content key, from which a killed run goes on and a changed mixture starts; with
+- ``partial/``: quarter-sample vectors by content key, which a killed run continues from and a changed mixture reuses; with
   ``conflict.cache`` they lie there instead.
 """
 

@@ -67,7 +67,7 @@ def content_key(facts: Mapping[str, object]) -> str:
 class StoredVector:
     """A vector that lies in one or more entries: ``scale`` times the sum of the named rows, read slice by slice.
 
-    Files are opened per slice, so thousands of vectors hold neither memory nor file descriptors.
+    Files are opened per slice, so thousands of vectors take neither memory nor file descriptors.
 
     Attributes:
         files: The entries' vector files.
@@ -106,7 +106,7 @@ class GradientStore:
         return self.folder / f"{key}.npy", self.folder / f"{key}.json"
 
     def read(self, key: str) -> Sums | None:
-        """An entry's sums; None where there is no entry, or one whose checksum does not hold, which is removed."""
+        """An entry's sums; None where there is no entry, or one whose checksum does not match, which is removed."""
         vectors, facts = self._paths(key)
         try:
             entry = TypeAdapter(_Entry).validate_json(facts.read_bytes())

@@ -48,7 +48,7 @@ class Chat:
         ignored: Keys of the row and its turns that nothing reads.
         images: The row's images; the i-th ``IMAGE`` of all contents, in order, stands for the i-th. A row without images
             keeps an ``IMAGE`` that is part of its text.
-        raw: The same images before anybody looked at them: a path or bytes, as the row has them, or where the bytes lie
+        raw: The same images before decoding: a path or bytes, as the row has them, or where the bytes are
             meanwhile (:class:`merit.mixture.images.ImageFile`).
     """
 

@@ -62,7 +62,7 @@ class ChatEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, max_length: int, images: ImageInputs | None = None) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise MixtureError(
-                f"{type(tokenizer).__name__} is a slow tokenizer: it cannot say which token holds which character, so "
+                f"{type(tokenizer).__name__} is a slow tokenizer: it cannot say which token covers which character, so "
                 "targets cannot be found.",
                 "Save the base with its fast tokenizer (tokenizer.json).",
             )
@@ -153,12 +153,12 @@ class ChatEncoder:
         return "".join(pieces), [(shift(start), shift(end)) for start, end in spans]
 
     def fault(self, reason: str, chat: Chat) -> BadRow | None:
-        """What to say about a row that cannot be encoded through a fault of its own."""
+        """The message about a row that cannot be encoded because of its own content."""
         if reason == "refused_by_template":
             said = self.template.refusal(chat.messages, len(chat.images), chat.tools)
             return BadRow(reason, f"the base's chat template refuses the row: {said}")
         if reason == "image_token_in_text" and (sight := self.images) is not None:
-            return BadRow(reason, f"its text holds {sight.token}, which the base reads as a place for an image")
+            return BadRow(reason, f"its text contains {sight.token}, which the base reads as a place for an image")
         if reason == "imagefault":
             shapes = ", ".join(f"{image.width} x {image.height}" for image in chat.images)
             return BadRow(reason, f"the base's image processor refuses an image of its shape (pixels: {shapes})")
@@ -286,7 +286,7 @@ def _automatic_prefix(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 
 
 def _token_range(encoding: Encoding, start: int, end: int) -> tuple[int, int] | None:
-    """Half-open token range that holds the characters [start, end); None if no token does.
+    """Half-open token range that covers the characters [start, end); None if no token does.
 
     A last token that reaches into the next turn is the next turn's: a model ends its turn before it.
     """

@@ -1,8 +1,8 @@
 """Row formats: recognise the common ones and turn a row into one chat form, its images in their places.
 
 It covers ``messages``, ``prompt_completion``, ``alpaca``, ``flan``, ``sharegpt`` (LLaVA's form too) and ``cauldron`` rows.
-It reads no file, opens no image, knows no tokenizer, and says only what is wrong with a row (:class:`BadRow`), never where
-it stands; the caller knows that.
+It reads no file, opens no image, knows no tokenizer, and says only what is wrong with a row (:class:`BadRow`); the caller
+knows where it is.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from merit.progress import count
 
 RowFormat = Literal["messages", "prompt_completion", "alpaca", "flan", "sharegpt", "cauldron"]
 PLACEHOLDER = "<image>"
-"""Stands in the text of a row where an image stands."""
+"""Marks the place of an image in a row's text."""
 
 COLUMNS: dict[RowFormat, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -32,7 +32,7 @@ COLUMNS: dict[RowFormat, tuple[str, ...]] = {
     "alpaca": ("instruction", "output"),
     "flan": ("inputs", "targets"),
 }
-"""The columns that a format must have. Where a row fits several, the first here is taken."""
+"""The columns that a format must have. A row that fits several formats is read as the first of them."""
 
 _ROLES: dict[RowFormat, dict[str, str]] = {
     "messages": {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"},
@@ -50,7 +50,7 @@ _ROLES: dict[RowFormat, dict[str, str]] = {
 }
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-# LLaVA's own code takes placeholder and white space away and writes the placeholder and a line end of its own: the line
+# LLaVA's own code removes the placeholder and white space and writes the placeholder and its own line end: the line
 # end between a turn's text and a placeholder at its edge belongs to the placeholder, and chat templates write their own.
 _LEADING = re.compile(rf"(?:{PLACEHOLDER}\n?)+")
 _TRAILING = re.compile(rf"(?:\n?{PLACEHOLDER})+\Z")
@@ -78,8 +78,8 @@ def to_chat(row: object, row_format: RowFormat) -> Chat:
     that is a list of messages is context: only the completion's assistant turns are targets. Turns after the last
     assistant turn are cut off with their images, an empty system turn is left out.
 
-    Images stand where an image part or, in rows without such parts, a ``<image>`` in the text says; images that have no
-    place of their own go before the text of the first user turn. docs/mixture.md shows each form.
+    Images stand where an image part or, in rows without such parts, a ``<image>`` in the text says; images without a
+    place go before the text of the first user turn. docs/mixture.md shows each form.
 
     Raises:
         BadRow: no_assistant_turn, unknown_role, not_text, empty_answer, empty_prompt, turn_weight, tools, tool_calls,
@@ -134,7 +134,7 @@ def to_chat(row: object, row_format: RowFormat) -> Chat:
 
 
 def _with_system(turns: list[_Turn], system: str) -> int:
-    """Put a row's ``system`` column in front, unless its turns begin with the same; returns the turns put in."""
+    """Put a row's ``system`` column first, unless its turns already begin with it; returns the number of turns added."""
     if not turns or turns[0].role != "system":
         turns.insert(0, _Turn("system", [system]))
         return 1
@@ -182,7 +182,7 @@ class _Turn:
         return [piece for piece in self.pieces if isinstance(piece, _Slot)]
 
     def split_text(self) -> None:
-        """Make every ``<image>`` of the text a place."""
+        """Turn every ``<image>`` in the text into a place."""
         text = "".join(piece for piece in self.pieces if isinstance(piece, str))
         for pattern in (_LEADING, _TRAILING):
             if found := (pattern.match(text) if pattern is _LEADING else pattern.search(text)):
@@ -209,7 +209,7 @@ def _place(turns: list[_Turn], row: Mapping[str, Any]) -> tuple[RawImage, ...]:
         raise BadRow(
             "image_count",
             f"the row has {count(len(own), 'image')} and {count(len(free), 'place')} for them ({PLACEHOLDER} in the "
-            "text, or parts of type 'image' without an image of their own)",
+            "text, or parts of type 'image' that name no image)",
         )
     for slot, image in zip(free, own, strict=True):
         slot.image = image
@@ -217,9 +217,7 @@ def _place(turns: list[_Turn], row: Mapping[str, Any]) -> tuple[RawImage, ...]:
         return ()
     for turn in turns:
         if turn.slots() and turn.role != "user":
-            raise BadRow(
-                "image_turn", f"an image stands in the {turn.role}'s turn; only the user's turns can hold images"
-            )
+            raise BadRow("image_turn", f"an image is in the {turn.role}'s turn; only the user's turns can have images")
         turn.pieces = [piece.replace(IMAGE, "") if isinstance(piece, str) else piece for piece in turn.pieces]
     return tuple(slot.image for slot in slots if slot.image is not None)
 
@@ -237,7 +235,7 @@ def _text(value: object, where: str) -> str:
 
 
 def refuse_surrogates(text: str, where: str) -> None:
-    """Half of a surrogate pair (a cut emoji in JSON) is no character: no tokenizer and no file takes it.
+    """Half of a surrogate pair (a cut emoji in JSON) is not a character: neither tokenizers nor files accept it.
 
     Raises:
         BadRow: ``text`` has one.
@@ -245,8 +243,8 @@ def refuse_surrogates(text: str, where: str) -> None:
     if not text.isascii() and (found := _SURROGATE.search(text)):
         raise BadRow(
             "not_text",
-            f"{where} holds half of a surrogate pair ({found.group()!r} at character {found.start() + 1}), "
-            "which is no character",
+            f"{where} contains half of a surrogate pair ({found.group()!r} at character {found.start() + 1}), "
+            "which is not a character",
         )
 
 
@@ -289,7 +287,7 @@ def _pairs(value: object) -> list[_Turn]:
 
 
 def _turns(value: object, row_format: RowFormat, where: str) -> list[_Turn]:
-    if isinstance(value, str) and value.lstrip().startswith("["):  # a CSV cell holds a list as JSON
+    if isinstance(value, str) and value.lstrip().startswith("["):  # in a CSV cell a list is written as JSON
         with contextlib.suppress(ValueError):
             value = json.loads(value)
     if not isinstance(value, list):

@@ -37,7 +37,7 @@ class SourceSummary:
     format: str
     role: Role = "mixture"
     first_image: str | None = None
-    """Place of the first row with an image, among those looked at."""
+    """Place of the first row with an image, among those examined."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Found:
         return found
 
     def _may_name_images(self, file: Path, content: str, memo: MutableMapping[str, str]) -> bool:
-        """False where no row of a data file can have an image; told without parsing its rows, once per file."""
+        """False where no row of a data file can have an image; decided once per file, without parsing its rows."""
         key = json.dumps(["may name image files", content])
         if key not in memo:
             memo[key] = str(self.files[file].images if file in self.files else _has_the_words(file))
@@ -171,7 +171,7 @@ def find_datasets(mixture: MixtureSettings | str | Path, evaluate: EvaluateSetti
         evaluate: The recipe's ``evaluate`` block, for the sets that only evaluation reads.
 
     Raises:
-        MixtureError: A file or folder is missing or of no known kind, a name is impossible or stands twice, a pattern
+        MixtureError: A file or folder is missing or of an unknown kind, a name is invalid or used twice, a pattern
             matches nothing.
     """
     settings = mixture if isinstance(mixture, MixtureSettings) else MixtureSettings(folder=str(mixture))
@@ -210,7 +210,7 @@ def refuse_images(summaries: Sequence[SourceSummary]) -> None:
     """Refuse datasets with images, for a text-only base.
 
     Raises:
-        MixtureError: One of the rows looked at has an image.
+        MixtureError: One of the rows examined has an image.
     """
     for summary in summaries:
         if summary.first_image is not None:
@@ -235,7 +235,7 @@ def _image_names(part: Part, source: Source) -> Iterator[str]:
                 if isinstance(image, str) and image not in seen:
                     seen.add(image)
                     yield image
-    except MixtureError:  # it cannot be read: its bytes are in the hash, and whoever needs its rows will say so
+    except MixtureError:  # unreadable: its bytes are in the hash, and reading its rows raises the error
         return
 
 
@@ -243,7 +243,7 @@ def _has_the_words(file: Path) -> bool:
     if kind_of(file) == ".parquet":
         try:
             schema = str(pq.read_schema(file))
-        except Exception:  # not Parquet: whoever reads it says so
+        except Exception:  # not Parquet: reading it raises the error
             return False
         return "image" in schema or "path" in schema or "url" in schema
     if file.suffix in (".gz", ".zst"):

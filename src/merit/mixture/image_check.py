@@ -1,6 +1,6 @@
 """Every image of every dataset, decoded, for ``merit check --images``: what is wrong with which, and how large they are.
 
-It changes nothing and needs no model. The mixture stage does the same check on the way; this one goes on after the first
+It changes nothing and needs no model. The mixture stage makes the same check as it reads; this one continues after the first
 bad image and names them all.
 """
 
@@ -46,8 +46,8 @@ class DatasetImages:
         distinct: Different ones among them, by content.
         pixels: Quantiles of width x height over the different ones.
         widest: Largest width and largest height (pixels).
-        renamed: Image files that hold another format than their names say; they are used as what they hold.
-        renamed_first: The first of them, and what it holds.
+        renamed: Image files in another format than their names say; they are read by content.
+        renamed_first: The first of them, and its real format.
         bad: Rows that cannot be used for their images, by reason.
     """
 
@@ -149,4 +149,4 @@ def _refused(chat: Chat | BadRow, images: list[ImageRef], sight: ImageInputs) ->
         except ValueError as error:
             yield BadImage("image_refused", f"the base cannot take {image.width} x {image.height} pixels: {error}")
     if not isinstance(chat, BadRow) and any(sight.token in turn["content"] for turn in chat.messages):
-        yield BadImage("image_token_in_text", f"its text holds {sight.token}, which the base would take for an image")
+        yield BadImage("image_token_in_text", f"its text contains {sight.token}, which the base would read as an image")

@@ -1,4 +1,4 @@
-"""The images of a dataset's rows: what a row names or holds, found, decoded once by several threads, embedded ones kept.
+"""The images of a dataset's rows: found by path or in the row, decoded once by several threads; embedded ones are stored.
 
 An image file is referred to where it lies. Embedded bytes go to disk as their rows are read, each once, into one file per
 dataset and split; after the rows are chosen it keeps those of used rows. No more images than threads, times two, are looked
@@ -35,15 +35,15 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 def row_images(row: Mapping[str, Any]) -> tuple[list[RawImage], bool]:
     """The images of a row's ``images`` or ``image`` column, and whether it has such a column at all.
 
-    A column that is null, empty text or an empty list holds none.
+    A column that is null, empty text or an empty list has none.
 
     Raises:
-        BadRow: Both columns hold images, or a value is no image.
+        BadRow: Both columns have images, or a value is not an image.
     """
     found = {column: _listed(row[column]) for column in _COLUMNS if column in row}
     filled = [column for column, values in found.items() if values]
     if len(filled) > 1:
-        raise BadRow("image_count", "both columns, images and image, hold images; it is not clear which are meant")
+        raise BadRow("image_count", "both columns, images and image, have images; it is not clear which are meant")
     if not filled:
         return [], bool(found)
     [column] = filled
@@ -54,7 +54,7 @@ def row_images(row: Mapping[str, Any]) -> tuple[list[RawImage], bool]:
 
 
 def _listed(value: object) -> list[Any]:
-    if isinstance(value, str) and value.lstrip().startswith("["):  # a CSV cell holds a list as JSON
+    if isinstance(value, str) and value.lstrip().startswith("["):  # in a CSV cell a list is written as JSON
         with contextlib.suppress(ValueError):
             value = json.loads(value)
     if isinstance(value, list | tuple):
@@ -125,7 +125,7 @@ class ImageFile:
         self._end = self.size = 0
 
     def put(self, data: bytes) -> ImageRef:
-        """Write an image that nobody has looked at yet, unless its bytes are there; width and height are 0."""
+        """Write an image that has not been decoded yet, unless its bytes are stored already; width and height are 0."""
         key = digest(data)
         if key not in self._refs:
             if self._handle is None:
@@ -308,7 +308,7 @@ def _results(futures: Sequence[Future[ImageRef]]) -> Seen:
 
 
 def image_threads() -> int:
-    """Threads that read and decode images side by side."""
+    """Threads that read and decode images in parallel."""
     return min(16, os.cpu_count() or 1)
 
 

@@ -43,7 +43,7 @@ class Intake:
 
 @dataclass
 class Used:
-    """Rows used, their chats, every chat looked at, rows dropped by reason, and usable chats not looked at."""
+    """Rows used, their chats, every chat examined, rows dropped by reason, and the number of usable chats not examined."""
 
     rows: list[EncodedRow]
     chats: list[Chat]

@@ -46,7 +46,7 @@ MATTERS = {
 
 
 def ignored_columns(row: Mapping[str, Any], row_format: str) -> Iterator[str]:
-    """Columns of a row that hold something and are not used.
+    """Columns of a row that have content and are not used.
 
     Raises:
         BadRow: video_refused: it has a video or audio, without which its text means something else.
@@ -60,7 +60,7 @@ def ignored_columns(row: Mapping[str, Any], row_format: str) -> Iterator[str]:
 
 
 def ignored_in_turn(item: Mapping[str, Any], role: str) -> Iterator[str]:
-    """Keys of a turn that hold something and are not used."""
+    """Keys of a turn that have content and are not used."""
     for key in item.keys() - _TURN:
         if item[key] is not None:
             yield key

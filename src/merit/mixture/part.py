@@ -121,7 +121,7 @@ class Part:
         return place, self._renamed(row) if self.columns else row
 
     def chats(self, row_format: RowFormat, limit: int | None = None) -> Iterator[Row]:
-        """Every row in order (or the first ``limit``) as a chat; no image is looked at.
+        """Every row in order (or the first ``limit``) as a chat; images are not opened.
 
         Raises:
             MixtureError: As :meth:`read`.
@@ -153,7 +153,7 @@ class Part:
             start += len(keys)
 
     def count(self) -> int:
-        """Number of rows, as cheaply as the file's kind allows; blank lines of JSON Lines count along.
+        """Number of rows, as cheaply as the file's kind allows; blank lines of JSON Lines are counted too.
 
         Raises:
             MixtureError: As :meth:`read`.
@@ -182,7 +182,7 @@ def cut_by_column(part: Part, column: str, known: dict[Path, FileFacts]) -> dict
     Args:
         part: The whole.
         column: Its column of dataset names.
-        known: What was seen of JSON Lines files on the way is added here.
+        known: Facts about the JSON Lines files that are read are added here.
 
     Raises:
         MixtureError: A file cannot be read, or a row names no dataset.

@@ -1,9 +1,9 @@
 """Rows of one file, or of one hub dataset, each with its place.
 
-Text stays as it stands in the file: type inference would turn answers such as ``2020-01-01``, ``007`` or ``None`` into other
-things. CSV goes through Python's own reader: pandas shifts the columns without a word where rows have more fields than the
-header. Nothing is copied into anybody's cache for a local file. Images come as they are stored, paths or encoded bytes, and
-a few rows at a time. It finds no files (:mod:`merit.mixture.sources`) and does not know what a row means.
+Text is kept as it is in the file: type inference would change answers such as ``2020-01-01``, ``007`` or ``None``. CSV goes
+through Python's own reader: pandas silently shifts the columns where rows have more fields than the header. Local files are
+not copied into a cache. Images come as they are stored, as paths or encoded bytes, a few rows at a time. It finds no
+files (:mod:`merit.mixture.sources`) and does not know what a row means.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def kind_of(file: Path) -> str | None:
 def read_file(
     file: Path, indices: Sequence[int] | None = None, columns: Sequence[str] | None = None
 ) -> Iterator[tuple[Place, object]]:
-    """Rows of a file; of a Parquet file maybe some rows (rising, from 0) or columns only.
+    """Rows of a file; of a Parquet file optionally only some rows (ascending, from 0) or columns.
 
     Raises:
         MixtureError: It cannot be read or parsed; the line is named where there are lines.
@@ -74,7 +74,7 @@ def read_file(
 
 @contextlib.contextmanager
 def readable(file: Path) -> Iterator[None]:
-    """What any reader raises inside, as one error that names the file."""
+    """Turn whatever a reader raises into one error that names the file."""
     try:
         yield
     except (MixtureError, GeneratorExit):
@@ -83,7 +83,7 @@ def readable(file: Path) -> Iterator[None]:
         raise MixtureError(
             f"{file} is not UTF-8 text: {error.reason} at byte {error.start}.", "Save it as UTF-8."
         ) from None
-    except Exception as error:  # each reader has its own errors; the file is what the user can mend
+    except Exception as error:  # each reader has its own errors; the file is what the user can fix
         first = str(error).strip().split("\n", 1)[0]
         kind = (kind_of(file) or file.suffix)[1:]
         raise MixtureError(f"{file} cannot be read as {kind}: {type(error).__name__}: {first}") from error
@@ -176,7 +176,7 @@ def _excerpt(line: str, position: int) -> str:
 
 
 def _csv(file: Path) -> Iterator[tuple[Place, object]]:
-    """Rows of a CSV or TSV file: every row must have as many fields as the header; a field may hold quoted lines."""
+    """Rows of a CSV or TSV file: every row must have as many fields as the header; a quoted field may contain line ends."""
     csv.field_size_limit(2**31 - 1)
     with file.open(encoding="utf-8-sig", newline="") as handle:
         reader = csv.reader(handle, strict=True, delimiter="\t" if kind_of(file) == ".tsv" else ",")
@@ -191,15 +191,15 @@ def _csv(file: Path) -> Iterator[tuple[Place, object]]:
                 elif len(fields) != len(header):
                     raise MixtureError(
                         f"{file}, line {line}: expected {len(header)} fields, as in the header; found {len(fields)}.",
-                        'Put a text that holds a comma, a quote or a line end into quotes: "Say hi, bob".',
+                        'Put text with a comma, a quote or a line end in quotes: "Say hi, bob".',
                     )
                 else:
-                    first = int(not header[0])  # an index that somebody's export wrote along
+                    first = int(not header[0])  # an index column that an export added
                     yield f"{file}, line {line}", dict(zip(header[first:], fields[first:], strict=True))
         except csv.Error as error:
             raise MixtureError(
                 f"{file}, line {start}: malformed {file.suffix[1:].upper()}: {error}.",
-                'A text in quotes ends at its closing quote; a quote inside it is written twice: "a ""word"" here".',
+                'A quoted text ends at its closing quote; a quote inside it is doubled: "a ""word"" here".',
             ) from None
 
 
@@ -207,11 +207,11 @@ def _csv_header(file: Path, header: list[str]) -> list[str]:
     if "" in header[1:]:
         raise MixtureError(
             f"{file}: column {header.index('', 1) + 1} of {len(header)} has no name in the header.",
-            "Name it, or remove it (a comma at the end of every line makes such a column).",
+            "Name it, or remove it (a trailing comma on every line makes such a column).",
         )
     twice = sorted({column for column in header if header.count(column) > 1})
     if twice:
-        raise MixtureError(f"{file}: the column {twice[0]!r} stands twice in the header.")
+        raise MixtureError(f"{file}: the column {twice[0]!r} appears twice in the header.")
     return header
 
 
@@ -223,7 +223,7 @@ def _parquet(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """(index, row) of a Parquet file, a few rows at a time; row groups without a wanted row are not read.
 
-    The ``datasets`` library would hold a whole row group at once, images and all.
+    The ``datasets`` library would load a whole row group at once, images included.
     """
     with pq.ParquetFile(file, pre_buffer=False) as source:
         columns = [name for name in columns or () if name in source.schema_arrow.names] or None
@@ -251,15 +251,15 @@ def group_ends(metadata: pq.FileMetaData) -> np.ndarray:
 
 
 def holds_bytes(file: Path) -> bool:
-    """Whether a Parquet file has a column that may hold embedded images."""
+    """Whether a Parquet file has a column that may contain embedded images."""
     try:
         return kind_of(file) == ".parquet" and "binary" in str(pq.read_schema(file))
-    except Exception:  # not Parquet: whoever reads it says so
+    except Exception:  # not Parquet: reading it raises the error
         return False
 
 
 def count_rows(file: Path) -> int:
-    """Rows of a file, as cheaply as its kind allows; blank lines of JSON Lines count along."""
+    """Rows of a file, as cheaply as its kind allows; blank lines of JSON Lines are counted too."""
     kind = kind_of(file)
     if kind in (".jsonl", ".jsonl.gz", ".jsonl.zst"):
         with readable(file), open_plain(file) as handle:
@@ -267,7 +267,7 @@ def count_rows(file: Path) -> int:
     if kind == ".parquet":
         try:
             return int(pq.read_metadata(file).num_rows)
-        except Exception:  # not Parquet: whoever reads it says so
+        except Exception:  # not Parquet: reading it raises the error
             return 0
     return sum(1 for _ in read_file(file))
 
@@ -285,7 +285,7 @@ def _datasets() -> ModuleType:
 def read_hub(
     hub: Hub, indices: Sequence[int] | None = None, columns: Sequence[str] | None = None
 ) -> Iterator[tuple[Place, object]]:
-    """Rows of a hub dataset as they are stored: nothing decodes an image. Maybe some rows or columns only."""
+    """Rows of a hub dataset as they are stored: nothing decodes an image. Optionally only some rows or columns."""
     table = _hub_table(*hub)
     known = [column for column in columns or () if column in table.column_names]
     table = table.select_columns(known) if known else table
@@ -303,7 +303,7 @@ def count_hub(hub: Hub) -> int:
 
 @functools.lru_cache(maxsize=4)
 def _hub_table(name: str, subset: str | None, split: str) -> Dataset:
-    """A hub dataset, mapped from its files in the cache; opened once, however many datasets are cut from it."""
+    """A hub dataset, mapped from its files in the cache; opened once, however many datasets it is split into."""
     datasets = _datasets()
     if datasets.config.HF_HUB_OFFLINE:
         raise MixtureError(
@@ -317,7 +317,7 @@ def _hub_table(name: str, subset: str | None, split: str) -> Dataset:
         raise MixtureError(
             f"The hub dataset {name} (configuration {subset}, split {split}) cannot be read: "
             f"{type(error).__name__}: {first}",
-            "If a local file was meant: it does not exist.",
+            "If you meant a local file: it does not exist.",
         ) from error
 
 

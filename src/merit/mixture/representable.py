@@ -1,6 +1,6 @@
 """Which characters a tokenizer cannot represent.
 
-Some tokenizers drop a character without a word, or write ``<unk>``; a row can lose its whole answer that way. This module
+Some tokenizers silently drop a character, or write ``<unk>``; a row can lose its whole answer that way. This module
 tells which ones: character by character, or, for tokenizers of whole words, word by word. It decides nothing about
 datasets; the mixture stage applies the recipe's limit.
 """
@@ -30,7 +30,7 @@ class CharacterInventory:
     count as lost, wherever they stand.
 
     Attributes:
-        by_word: Losses are told by word.
+        by_word: Losses are located by word.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -37,13 +37,13 @@ class DatasetCounts:
         name: Dataset name.
         rows: Training rows of an epoch, repeated ones counted as often (0 for sets that only evaluation reads).
         rows_distinct: Of these, different rows of the source.
-        rows_dropped: Rows looked at and left out, by reason.
+        rows_dropped: Rows examined and left out, by reason.
         tokens: Tokens of the training rows.
         target_tokens: Of these, predicted in the loss: n_t.
         format: Row format recognised.
         path: Source of the training rows.
         source_rows: Rows in the source.
-        rows_over_budget: Usable rows that the budget left out (not looked at further).
+        rows_over_budget: Usable rows that the budget left out (not examined further).
         rows_truncated: Used rows that were cut at max_length.
         images: Images of the rows used, each as often as it stands in a row.
         image_bytes: Bytes of those images that were embedded in the rows and lie in the stage's folder, each once.
@@ -122,7 +122,7 @@ class Encoding:
     """How all rows were encoded.
 
     Attributes:
-        template_source: How the assistant's text was told apart.
+        template_source: How the assistant's text was located.
         chat_template: The template.
         template_characters_lost: Characters of the template's own text that the tokenizer cannot represent.
         max_length: Longest row (tokens).
@@ -195,7 +195,7 @@ class Mixture:
 
     @cached_property
     def unseen(self) -> Datasets:
-        """Rows of the tasks that nobody trains on."""
+        """Rows of the tasks that no branch trains on."""
         return load_split(self.folder, "unseen")
 
     @property

@@ -20,7 +20,7 @@ from merit.mixture.reading import SUFFIXES, hub_caches, kind_of
 from merit.recipe.schema import Column, DataFormat, DatasetSettings, EvaluateSettings, ImageSettings, MixtureSettings
 
 Role = Literal["mixture", "kept", "unseen"]
-"""What a dataset is for: training; or evaluation alone, since the base can do it already, or since nobody trains on it."""
+"""What a dataset is for: training; or evaluation alone, because the base can do it, or because no branch trains on it."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,119}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -37,7 +37,7 @@ class Source:
         row_format: The recipe's format, possibly ``auto``.
         samples: Sample budget (rows).
         tokens: Token budget (target tokens).
-        images: Folder that image paths start from; None: that of the data file.
+        images: Folder that image paths are relative to; None: that of the data file.
         repeat: How often each row within the budget is trained per epoch.
         role: What it is for.
     """
@@ -54,14 +54,14 @@ class Source:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """Training and test rows, as far as there are any."""
+        """Training and test rows, whichever there are."""
         return tuple(part for part in (self.train, self.test) if part is not None)
 
     def format_of(self, part: Part) -> RowFormat:
         """The format of a part's rows, from the recipe or from the first row's columns.
 
         Raises:
-            MixtureError: The part is empty or its columns fit no format.
+            MixtureError: The part is empty, or its columns match no format.
         """
         if part.first is None:
             raise MixtureError(
@@ -84,11 +84,11 @@ class Source:
         """Where the images of a part's rows are looked for.
 
         Raises:
-            MixtureError: The folder that the recipe names is not one.
+            MixtureError: The folder that the recipe names is not a folder.
         """
         if self.images is not None and not Path(self.images).is_dir():
             raise MixtureError(
-                f"{self.images} is not a folder; image paths were to start from it (images of a dataset, or "
+                f"{self.images} is not a folder; image paths are relative to it (a dataset's images, or "
                 "mixture.images.folder)."
             )
         start = Path(self.images) if self.images is not None else part.folder
@@ -101,10 +101,10 @@ def find_sources(mixture: MixtureSettings, known: dict[Path, FileFacts]) -> list
 
     Args:
         mixture: Where they are.
-        known: What was seen of files that are read on the way is added here.
+        known: Facts about the files that are read are added here.
 
     Raises:
-        MixtureError: A file or folder is missing or of no known kind, a name is impossible or stands twice, a pattern
+        MixtureError: A file or folder is missing or of an unknown kind, a name is invalid or used twice, a pattern
             matches nothing.
     """
     if mixture.datasets is not None:
@@ -144,7 +144,7 @@ def find_kept(evaluate: EvaluateSettings, known: dict[Path, FileFacts]) -> list[
 
 
 def find_unseen(evaluate: EvaluateSettings) -> list[Source]:
-    """The tasks that nobody trains on. Their rows are the ``test`` part."""
+    """The tasks that no branch trains on. Their rows are the ``test`` part."""
     if evaluate.unseen_folder is None:
         return []
     return _from_folder(Path(evaluate.unseen_folder), "auto", "evaluate.unseen_folder", role="unseen")
@@ -175,7 +175,7 @@ def _named(part: Part, columns: Mapping[Column, str]) -> Part: ...
 @overload
 def _named(part: Part | None, columns: Mapping[Column, str]) -> Part | None: ...
 def _named(part: Part | None, columns: Mapping[Column, str]) -> Part | None:
-    """A part whose rows have names of their own for a format's columns."""
+    """A part whose rows use other names for a format's columns."""
     pairs = tuple(("completion" if name == "response" else name, own) for name, own in columns.items())
     return part if part is None or not pairs else replace(part, columns=pairs)
 
@@ -183,10 +183,10 @@ def _named(part: Part | None, columns: Mapping[Column, str]) -> Part | None:
 def _part(text: str, where: str, subset: str | None, split: str, stem: str) -> Part:
     path = Path(text)
     if path.is_dir():
-        # A folder that keeps train.* and test.* apart is not read as one heap: that would train on the test rows.
+        # A folder that keeps train.* and test.* apart is not read as a whole: that would train on the test rows.
         files = _stem_files(path, stem) or ([] if _stem_files(path, "train") else _data_files(path))
         if not files:
-            raise MixtureError(f"{where}: {path} holds no data files ({', '.join(SUFFIXES)}).{_inside(path)}")
+            raise MixtureError(f"{where}: {path} contains no data files ({', '.join(SUFFIXES)}).{_inside(path)}")
         return Part(text, tuple(_confined(file, path) for file in files), folder=path)
     if path.is_file():
         if kind_of(path) is None:
@@ -220,8 +220,8 @@ def _from_folder(
             continue
         if not _NAME.fullmatch(name):
             raise MixtureError(
-                f"{key}: the sub-folder {name!r} cannot be a dataset name. A name holds the letters A-Z and a-z, the digits "
-                "0-9 and . _ + - only, at most 120 of them, and begins with a letter or digit.",
+                f"{key}: the sub-folder {name!r} cannot be a dataset name. A name may have only the letters A-Z and a-z, "
+                "the digits 0-9 and . _ + -, at most 120 characters in all, and must begin with a letter or digit.",
                 "Rename it, or move it out of the folder."
                 if not trained
                 else f"Rename it; or list every dataset under mixture.datasets, this one as {{name: my-name, path: "
@@ -271,7 +271,7 @@ def _from_column(
         if name in names:
             raise MixtureError(
                 f"{whole.where}: {column} {names[name]!r} and {value!r} would both be named {name!r}.",
-                "Names hold letters, digits and . _ + - only, other characters become _; rename one of the two.",
+                "Names may have only letters, digits and . _ + -; other characters become _. Rename one of the two.",
             )
         names[name] = value
     return [Source(name, train[value], test.get(value), row_format) for name, value in names.items()]
@@ -301,8 +301,8 @@ def _refuse_twins(names: list[str]) -> None:
     for name in names:
         twin = seen.setdefault(name.casefold(), name)
         if twin is not name:
-            text = f"stands twice: {name!r}" if twin == name else f"differs in case only: {twin!r} and {name!r}"
-            raise MixtureError(f"A dataset name {text}.", "Rename one: every dataset gets files of its own name.")
+            text = f"is used twice: {name!r}" if twin == name else f"differs in case only: {twin!r} and {name!r}"
+            raise MixtureError(f"A dataset name {text}.", "Rename one: a dataset's files carry its name.")
 
 
 def _data_files(folder: Path) -> list[Path]:
@@ -330,7 +330,7 @@ def _confined(path: Path, folder: Path) -> Path:
 
 def _inside(folder: Path) -> str:
     names = sorted(p.name for p in folder.iterdir())
-    return f" It holds: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}." if names else " It is empty."
+    return f" It contains: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}." if names else " It is empty."
 
 
 def _nearby(path: Path) -> str:
@@ -342,7 +342,7 @@ def _nearby(path: Path) -> str:
     names = sorted(p.name for p in parent.iterdir())
     hint = nearest(missing, names)
     return (
-        f"{hint} {parent} holds: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}."
+        f"{hint} {parent} contains: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}."
         if names
         else f" {parent} is empty."
     )

@@ -59,7 +59,7 @@ def encode_mixture(
         folder: Where the files go; made if absent. Default: a temporary folder that goes with the result.
         max_length: Longest row (tokens); longer ones are cut at the end.
         seed: Of the draws that sample budgets make.
-        progress: Told of datasets, and of fractions while images are looked at.
+        progress: Called per dataset, and with fractions while images are decoded.
 
     Raises:
         MixtureError: A dataset cannot be used; nothing was written then.
@@ -179,7 +179,7 @@ class _Stage:
         return counts
 
     def share(self, counts: DatasetCounts, rows: int, folder: Path) -> None:
-        """Repeat or thin out a dataset's training rows, to so many."""
+        """Repeat or thin out a dataset's training rows to ``rows``."""
         file = folder / "train" / f"{counts.name}.parquet"
         whole = EncodedDataset.load(file)
         encoded = whole.take(repeated(len(whole), rows, self.seed, counts.name))
@@ -258,7 +258,7 @@ class _Stage:
         return found, row_format
 
     def _not_written(self, chat: Chat) -> Iterator[str]:
-        """What the row has and the chat template does not write."""
+        """What the row has but the chat template does not write."""
         if chat.tools and not self.encoder.template.writes("tools"):
             yield "tools"
         if any("reasoning_content" in turn for turn in chat.messages) and not self.encoder.template.writes(
@@ -269,7 +269,7 @@ class _Stage:
     def _encode(self, source: Source, found: Intake, folder: ImageFolder) -> Used:
         """Encode chats in a seeded order until a budget is reached; without budgets all, in source order.
 
-        Images are decoded as their rows' turn comes: a budget of a few rows looks at few.
+        Images are decoded only when their rows are reached: with a budget of a few rows, few are.
         """
         chats, dropped = found.chats, Counter(found.dropped)
         samples, tokens = source.samples, source.tokens
@@ -282,7 +282,9 @@ class _Stage:
             bad_images = {}
             if any(chats[i].raw for i in chunk):
                 chunk = chunk[: min(_CHUNK_OF_IMAGES, samples - len(used) if samples is not None else _CHUNK)]
-                if any(UNREAD in chats[i].raw for i in chunk):  # so many at once that few passes over the files do
+                if any(
+                    UNREAD in chats[i].raw for i in chunk
+                ):  # many at once, so that few passes over the files are needed
                     needed = samples - len(used) if samples is not None else 0
                     found.fetch(order[looked : looked + max(needed, looked, _CHUNK_OF_IMAGES)], folder)
                 bad_images = self._open_images(source, found, chunk, folder)
@@ -307,7 +309,7 @@ class _Stage:
         return Used([row for _, row in used], [chats[i] for i, _ in used], seen, dropped, len(order) - looked)
 
     def _open_images(self, source: Source, found: Intake, indices: np.ndarray, folder: ImageFolder) -> dict[int, str]:
-        """Look at the images of some chats, in place; why a row cannot be used, by index."""
+        """Open the images of some chats, in place; returns why a row cannot be used, by index."""
         bad_images = {}
         rows: Iterator[Row] = ((found.places[i], found.chats[i]) for i in indices)
         for index, (place, chat, seen) in zip(indices, look_at_images(rows, folder), strict=True):
@@ -327,7 +329,7 @@ class _Stage:
     def _test(self, source: Source, part: Part, counts: DatasetCounts, folder: Path, train: set[int]) -> None:
         split = folder.name
         with ImageFile(folder.parent, f"images/{split}/{source.name}.bin") as store:
-            # No budget holds for test rows.
+            # Budgets do not apply to test rows.
             budgeted = source if source.train is None else replace(source, train=None, samples=None, tokens=None)
             found, row_format = self._chats(budgeted, part, store)
             counts.format, counts.test_path = counts.format or row_format, part.where
@@ -351,7 +353,7 @@ class _Stage:
         dataset.save(folder / f"{source.name}.parquet")
 
     def _read_back(self, rows: Sequence[EncodedRow]) -> list[str]:
-        """What the target tokens of every row's last answer stand for, without special tokens."""
+        """The text of every row's last answer, decoded from its target tokens without special tokens."""
         ids = [row.input_ids[row.prompt_length :][row.targets[row.prompt_length :]].tolist() for row in rows]
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
@@ -369,7 +371,7 @@ class _Stage:
         wrong = not_read_back(self.encoder.inventory, whole, self._read_back(whole)) if whole else 0
         if wrong:
             counts.warnings.append(
-                f"the targets of {wrong} of {len(whole)} rows looked at do not read back as their answers"
+                f"the targets of {wrong} of {len(whole)} rows examined do not read back as their answers"
             )
 
 

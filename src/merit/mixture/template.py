@@ -2,7 +2,7 @@
 
 Which characters are the assistant's:
 
-1. A template with ``{% generation %}`` markers says so itself.
+1. A template with ``{% generation %}`` markers marks it itself.
 2. Otherwise turn by turn: what turn i adds to ``messages[:i]`` with the generation prompt is its text, end of turn included.
    Where a template writes earlier turns in another way once later ones follow (it drops their thinking, or ends the last
    turn with another token), the text is put together of the turns as each is written when it is the last: what a model
@@ -32,7 +32,7 @@ Tools = Sequence[dict[str, Any]] | None
 
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE: list[Message] = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
-_SENTINEL = "\ue000\ue001"  # private use: in nobody's text
+_SENTINEL = "\ue000\ue001"  # private use: in no real text
 _WAY_OUT = (
     "Set model.chat_template to a file with a template that has {% generation %} markers around the assistant's text and "
     "end-of-turn token, and whose generation prompt is what stands before them (docs/mixture.md; ready-made: "
@@ -103,7 +103,7 @@ class ChatTemplate:
         spans: list[Span] = []
         for start, end in marked:
             if spans and start == spans[-1][1]:
-                spans[-1] = (spans[-1][0], end)  # text and end of turn in blocks of their own
+                spans[-1] = (spans[-1][0], end)  # text and end of turn in separate blocks
             elif end > start:
                 spans.append((start, end))
         turns = sum(turn["role"] == "assistant" for turn in messages)
@@ -283,7 +283,7 @@ class ChatTemplate:
         after = text[text.index(_PROBE[1]["content"], start) + len(_PROBE[1]["content"]) : end]
         if not self._token.search(after):
             raise MixtureError(
-                f"The base's chat template ends an answer with {after!r}, which holds no token to stop at: a model would "
+                f"The base's chat template ends an answer with {after!r}, which has no token to stop at: a model would "
                 "never learn to end its turn.",
                 _WAY_OUT,
             )

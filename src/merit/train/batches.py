@@ -121,7 +121,7 @@ class StepBatch(NamedTuple):
 
 
 class StepCollator:
-    """Makes one process's share of an optimizer step: micro-batches, longest rows first, and what the step holds.
+    """Makes one process's share of an optimizer step: micro-batches, longest rows first, and the step's totals.
 
     Rows are dealt out to processes by length, so that all have equal work and the same number of micro-batches; a process
     that is a row short gets one without targets.

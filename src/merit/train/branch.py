@@ -66,7 +66,7 @@ def train_branch(
 ) -> BranchResult:
     """Train one group from the base and write ``folder/model``.
 
-    Called again after an interruption, training goes on from the newest complete checkpoint in ``folder`` and ends in the
+    Called again after an interruption, training resumes from the newest complete checkpoint in ``folder`` and ends in the
     same bits as without the interruption (same machine kind, versions, threads and processes).
 
     Args:
@@ -81,7 +81,7 @@ def train_branch(
 
     Raises:
         TrainingError: Nothing to train on, or a loss or gradient that is not finite.
-        RunFolderError: ``folder`` holds checkpoints of other settings, another base or other data.
+        RunFolderError: ``folder`` contains checkpoints of other settings, another base or other data.
         ResourceError: Disk or device memory does not suffice, or a package that the settings need is missing.
         Interrupted: Stopped by SIGTERM or SIGINT after writing a checkpoint.
     """

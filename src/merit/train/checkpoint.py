@@ -1,7 +1,7 @@
 """Exact checkpoints of a branch in training: weights, optimizer, schedule, random state, log and counts.
 
-A checkpoint holds the trained parameters by name and whole, whatever the number of processes. ``complete.json`` is written
-last, with every file's hash and its own checksum, so that a checkpoint that was cut short or damaged is never gone on from.
+A checkpoint has the trained parameters by name and whole, whatever the number of processes. ``complete.json`` is written
+last, with every file's hash and its own checksum, so that a truncated or damaged checkpoint is never resumed from.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Marker:
         totals: Counts up to here.
         provenance: What the result depends on: settings, and fingerprints of base and data.
         resources: Threads and processes that it was trained with so far.
-        resumed_from: Steps of earlier checkpoints that training was taken up from.
+        resumed_from: Steps of the checkpoints that training was resumed from.
         files: Content hash of every file by name.
         checksum: Of all the rest.
     """
@@ -86,7 +86,7 @@ class Training:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Optimizer steps that a checkpoint folder holds, from its name."""
+    """Optimizer steps in a checkpoint folder, from its name."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
@@ -109,7 +109,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def read_marker(checkpoint: Path, provenance: Mapping[str, object]) -> Marker:
-    """The marker of a checkpoint that is gone on from.
+    """The marker of a checkpoint to resume from.
 
     Raises:
         RunFolderError: It is of other settings, another base or other data.
@@ -118,8 +118,8 @@ def read_marker(checkpoint: Path, provenance: Mapping[str, object]) -> Marker:
     changed = differences(marker.provenance, dict(provenance))
     if changed:
         raise RunFolderError(
-            f"{checkpoint.parent} holds a half-trained branch of other settings: {'; '.join(changed)}.",
-            f"Set the recipe back to go on from step {marker.step}, remove that folder to start the branch over, "
+            f"{checkpoint.parent} contains a half-trained branch of other settings: {'; '.join(changed)}.",
+            f"Set the recipe back to resume from step {marker.step}, remove that folder to start the branch over, "
             "or use another folder (for a run: --output DIR).",
             "Nothing was changed.",
         )
@@ -140,7 +140,7 @@ def save(
 ) -> None:
     """Write ``folder/checkpoint-<step>`` and remove older ones; every process has to call it, the leading one writes.
 
-    Without ``weights`` or ``optimizer`` it is what the next round goes on from (:func:`carry`).
+    Without ``weights`` or ``optimizer`` it is what the next round continues from (:func:`carry`).
     """
     team = training.team
     stored = gathered(training.model, keep=team.leads) if weights else {}
@@ -179,13 +179,13 @@ def load(checkpoint: Path, training: Training) -> None:
     """Put a checkpoint's state back into everything that :func:`save` took it from.
 
     Raises:
-        TrainingError: It holds other parameters than the model trains.
+        TrainingError: Its parameters are not those that the model trains.
     """
     stored, state = load_file(checkpoint / _WEIGHTS), _state(training.model)
     if stored.keys() != state.keys():
         odd = sorted(stored.keys() ^ state.keys())
         raise TrainingError(
-            f"{checkpoint} holds other parameters than this model trains, first {odd[0]}.",
+            f"{checkpoint} contains other parameters than this model trains, first {odd[0]}.",
             "Remove the branch's checkpoints folder to start it over.",
         )
     with torch.no_grad():

@@ -30,7 +30,7 @@ def plain_errors(folder: Path, unfinished: Path) -> Iterator[None]:
         raise ResourceError(
             f"{folder}: out of device memory: {str(error).splitlines()[0]}",
             "Lower train.micro_batch_size (the result stays the same), or set train.gradient_checkpointing: true, or "
-            "lower train.max_length, or cut the model up among several GPUs (train.processes, train.sharding).",
+            "lower train.max_length, or shard the model over several GPUs (train.processes, train.sharding).",
         ) from None
     except Exception as error:  # safetensors and torch.save wrap the system's error in their own
         if not is_disk_full(error):
@@ -43,7 +43,7 @@ def plain_errors(folder: Path, unfinished: Path) -> Iterator[None]:
 def _disk_full(folder: Path, error: Exception) -> ResourceError:
     return ResourceError(
         f"{folder}: the disk is full ({size(free_bytes(folder))} free): {str(error).splitlines()[0]}",
-        "Free some space, then run the same command again: it goes on from the last complete checkpoint.",
+        "Free some space, then run the same command again: it continues from the last complete checkpoint.",
     )
 
 
@@ -52,7 +52,7 @@ def memory_meter(device: torch.device) -> Callable[[], int]:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return lambda: torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError):  # Linux: start the process's high-water mark afresh
+    with contextlib.suppress(OSError):  # Linux: reset the process's high-water mark
         switch = os.open("/proc/self/clear_refs", os.O_WRONLY)
         os.write(switch, b"5")
         os.close(switch)

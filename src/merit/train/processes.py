@@ -1,6 +1,6 @@
 """The processes that train one branch together, through accelerate: DDP, FSDP2 or just one. It knows no data and no loss.
 
-With FSDP2 a parameter is a DTensor, of which every process holds a part; :func:`whole` and :func:`part_like` go from one
+With FSDP2 a parameter is a DTensor, of which every process has a part; :func:`whole` and :func:`part_like` go from one
 to the other, so that checkpoints look the same however many processes wrote them. DeepSpeed is :mod:`merit.train.zero`'s.
 """
 
@@ -35,7 +35,7 @@ class Team:
         size: How many processes there are.
         rank: This one's number.
         device: Where it computes.
-        sharded: Whether no process holds all of the training state.
+        sharded: Whether no process has the whole training state.
     """
 
     def __init__(self, settings: TrainSettings, model: ModelSettings, device: torch.device, trackers: Path) -> None:
@@ -129,7 +129,7 @@ class Spread(Protocol):
 
 
 class Accelerated:
-    """A model that accelerate spreads: each process holds all of it (DDP), or a part (FSDP2)."""
+    """A model that accelerate spreads: each process has all of it (DDP), or a part (FSDP2)."""
 
     def __init__(self, team: Team, model: PreTrainedModel, settings: TrainSettings, dtype: str) -> None:
         self._accelerator = team.accelerator
@@ -217,12 +217,12 @@ def tracking(team: Team, settings: TrainSettings, folder: Path) -> Iterator[None
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor that may be cut up; every process has to call it."""
+    """All of a tensor that may be sharded; every process has to call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def part_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A whole tensor, cut up as ``like`` is where it has its shape."""
+    """A whole tensor, sharded like ``like`` if it has its shape."""
     if isinstance(like, DTensor) and tensor.shape == like.shape:
         return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
     return tensor

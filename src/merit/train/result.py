@@ -48,8 +48,8 @@ class BranchResult:
         threads: CPU threads per process.
         processes: Processes that trained it together.
         device: ``cpu``, or the GPU's name.
-        resumed_from: Steps at which it was taken up again after an interruption.
-        warnings: What may change the result and was noticed on the way.
+        resumed_from: Steps at which it was resumed after an interruption.
+        warnings: What was noticed and may change the result.
         round: What this round added; None where there is only one.
     """
 

@@ -1,4 +1,4 @@
-"""Sharing branches out among worker processes: who trains what, with how many threads, and the file that says so."""
+"""Sharing branches out among worker processes: who trains what, with how many threads, and the job file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class WorkerJob:
         run: The run folder; its ``recipe.yaml`` is the resolved recipe.
         branches: The branches to train, one after another: ``3``, or ``random/3`` of a baseline.
         threads: CPU threads of each of its processes.
-        jobs: Workers side by side on this machine.
+        jobs: Workers in parallel on this machine.
         patience: Seconds to wait for a lost predecessor to let go of a branch's folder.
     """
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-2 for the processes of one branch: gradients and optimizer state are cut up, weights are whole.
+"""DeepSpeed's ZeRO-2 for the processes of one branch: gradients and optimizer state are sharded, weights are whole.
 
 The engine is called directly: accelerate's plugin for it runs on GPUs alone, and takes a step inside ``backward``. Weights
 stay float32 and the arithmetic of a GPU is torch's autocast, as without DeepSpeed, so that the result is the same up to
@@ -37,7 +37,7 @@ def engine_config(settings: TrainSettings) -> dict[str, Any]:
 
 
 class Zero2:
-    """A model whose gradients and optimizer state are cut up among the processes.
+    """A model whose gradients and optimizer state are sharded among the processes.
 
     The parameters of each of the optimizer's groups, one after another, padded at the end, make a vector of which process
     r of N updates the r-th N-th.
@@ -72,7 +72,7 @@ class Zero2:
                 )
 
     def micro_batch(self, *, last: bool) -> contextlib.AbstractContextManager[object]:
-        """Gradients travel in every micro-batch: no process holds them whole."""
+        """Gradients are communicated in every micro-batch: no process has them whole."""
         self.module.set_gradient_accumulation_boundary(last)
         return contextlib.nullcontext()
 
