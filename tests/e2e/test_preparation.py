@@ -79,7 +79,7 @@ def settings(root: Path) -> dict[str, Any]:
         return {"name": name, "mixture": {"datasets": [data]}, "trainable": trainable, "train": train}
 
     return {
-        "name": "tiny-basin",
+        "name": "tiny",
         "model": {"base": str(root / "lm"), "dtype": "float32"},
         "prepare": {
             "assemble": {"vision_from": str(root / "vlm"), "projector": "new"},
@@ -112,7 +112,7 @@ def change(root: Path, place: int, **train: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("basin")
+    folder = tmp_path_factory.mktemp("preparation")
     make_base("qwen2_5_vl", folder / "vlm", dtype="bfloat16")
     make_language_model(folder / "lm", hidden_size=48, num_attention_heads=2, dtype="float32")
     write_data(folder)
@@ -413,11 +413,11 @@ def test_the_example_of_the_documentation_runs(
     python, recipe = (text.partition(f"```{kind}\n")[2].partition("```")[0] for kind in ("python", "yaml"))
     monkeypatch.chdir(tmp_path)
     exec(python, {})
-    Path("basin/recipe.yaml").write_text(recipe)
+    Path("ready/recipe.yaml").write_text(recipe)
     words = ["--set", "prepare.stages.align.mixture.samples=8", "--set", "prepare.stages.instruct.mixture.samples=8"]
-    result = merit("prepare", "basin/recipe.yaml", *words, "--output", "run", "--quiet")
+    result = merit("prepare", "ready/recipe.yaml", *words, "--output", "run", "--quiet")
     assert result.code == 0, result.err
     facts = record(Path("run/preparation/assemble"))
     assert (facts["family"], facts["projector"]) == ("llava", "new")
-    kept = Path("basin/words/base/chat_template.jinja").read_text()
+    kept = Path("ready/words/base/chat_template.jinja").read_text()
     assert Path("run/prepared/base/chat_template.jinja").read_text() == kept
