@@ -108,7 +108,7 @@ def spectral_concentration(
     whole = _Seen.of(_cosines(gram, _lengths(parts, gram) if corrected else None), weights, names, axes)
     judged = np.flatnonzero((parts.shares > 0).all(axis=1)).tolist()
     fewer = min(axes, len(judged).bit_length() - 1)
-    held, nulls = None, []
+    confirmed, nulls = None, []
     if len(judged) >= _FEWEST:
         chosen = _Chosen(weights[judged], [names[i] for i in judged], fewer, corrected)
         places = list(range(PARTS))
@@ -117,7 +117,7 @@ def spectral_concentration(
         means /= shares[:, None, :, None]
         means /= shares[None, :, None, :]
         quarters = Quarters.of(means)
-        held = _Held.of(quarters, chosen)
+        confirmed = _Held.of(quarters, chosen)
         draws = 99 if len(judged) <= DOUBLE_LIMIT else 39
         generator = np.random.Generator(np.random.PCG64(0))
         for null in null_mixtures(means, quarters.norms(), draws, generator):
@@ -136,9 +136,9 @@ def spectral_concentration(
             sign_cut_random=whole.sign_random,
             sign_cut_ratio=float(whole.sign_ratio[k]),
             sign_cut_ratio_null=_figure(limits, 1, k),
-            signal=float(held.signal[k]) if held and k < fewer else None,
+            signal=float(confirmed.signal[k]) if confirmed and k < fewer else None,
             signal_null=_figure(limits, 2, k),
-            held_out_ratio=float(held.ratio[k]) if held and k < fewer else None,
+            held_out_ratio=float(confirmed.ratio[k]) if confirmed and k < fewer else None,
         )
         for k in range(axes)
     ]
@@ -231,9 +231,9 @@ class _Held:
             cosine = _cosines(sum_of_two, 2 * norms if chosen.corrected else None)
             scores = leading_scores(cosine, chosen.axes)
             for k, cut in enumerate(successive_splits(scores, chosen.weights, chosen.names)):
-                held = cut_gain(between, cut, norms)
-                gain[k] += held[0]
-                random[k] += held[1]
+                confirmed = cut_gain(between, cut, norms)
+                gain[k] += confirmed[0]
+                random[k] += confirmed[1]
                 seen[k] += cut_gain(cosine, cut)[0]
         return cls(gain, random, seen)
 

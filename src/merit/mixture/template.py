@@ -115,9 +115,9 @@ class ChatTemplate:
             )
         return text, [(self._start(text, start), end) for start, end in spans]
 
-    def writes(self, what: Literal["tools", "tool_calls", "tool", "reasoning_content"]) -> bool:
+    def writes(self, feature: Literal["tools", "tool_calls", "tool", "reasoning_content"]) -> bool:
         """Whether the template writes descriptions of tools, calls, their results, or reasoning."""
-        if what not in self._written:
+        if feature not in self._written:
             name = "xyzzy"
             call = {"type": "function", "id": "a1b2c3d4e", "function": {"name": name, "arguments": {"a": 1}}}
             described = {"name": name, "description": "d", "parameters": {"type": "object", "properties": {}}}
@@ -131,12 +131,12 @@ class ChatTemplate:
                 "tool": [question, plain, result, answer],
                 "reasoning_content": [question, {**answer, "reasoning_content": name}],
             }
-            tools = [{"type": "function", "function": described}] if what == "tools" else None
+            tools = [{"type": "function", "function": described}] if feature == "tools" else None
             try:
-                self._written[what] = name in self.apply(conversations[what], tools=tools)[0]
+                self._written[feature] = name in self.apply(conversations[feature], tools=tools)[0]
             except jinja2.TemplateError:
-                self._written[what] = False
-        return self._written[what]
+                self._written[feature] = False
+        return self._written[feature]
 
     def refusal(self, messages: list[Message], images: int = 0, tools: Tools = None) -> str:
         """What the template says about a conversation that it refuses (for an error message)."""

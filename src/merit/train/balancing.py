@@ -59,11 +59,11 @@ def refuse_large(settings: TrainSettings, datasets: int, parameters: int) -> Non
         raise RecipeError(
             f"train.balancing: {settings.balancing} works in one process (train.processes is {settings.processes})."
         )
-    held = 4 * min(datasets, settings.batch_size) * parameters
-    if held > ROOM:
+    needed = 4 * min(datasets, settings.batch_size) * parameters
+    if needed > ROOM:
         count = cost(datasets, parameters)
         raise RecipeError(
-            f"train.balancing: {settings.balancing} would hold {held / 1e9:,.0f} GB of gradients at every step; at most "
+            f"train.balancing: {settings.balancing} would hold {needed / 1e9:,.0f} GB of gradients at every step; at most "
             f"{ROOM / 1e9:,.0f} GB are taken.",
             f"With {datasets} datasets and {parameters:,} trained parameters, one step over all of them takes "
             f"{count.backward:,} backward passes, {count.projections:,} projections and {count.bytes / 1e9:,.0f} GB of "

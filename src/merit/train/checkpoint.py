@@ -183,9 +183,9 @@ def load(checkpoint: Path, training: Training) -> None:
     """
     stored, state = load_file(checkpoint / _WEIGHTS), _state(training.model)
     if stored.keys() != state.keys():
-        odd = sorted(stored.keys() ^ state.keys())
+        different = sorted(stored.keys() ^ state.keys())
         raise TrainingError(
-            f"{checkpoint} contains other parameters than this model trains, first {odd[0]}.",
+            f"{checkpoint} contains other parameters than this model trains, first {different[0]}.",
             "Remove the branch's checkpoints folder to start it over.",
         )
     with torch.no_grad():
