@@ -85,7 +85,8 @@ def records(run: Path) -> dict[str, Any]:
 )
 def test_histories_do_not_matter(kind: str, tmp_path: Path) -> None:
     recipe = real_files(tmp_path) if kind == "real files" else write_demo(tmp_path, vision=kind == "pictures")
-    little = [word for text in LITTLE for word in ("--set", text)]
+    some = ("mixture.include=[colour_word, two_colours, shape_word, digit_short]",) if kind == "pictures" else ()
+    little = [word for text in (*LITTLE, *some) for word in ("--set", text)]
     workers, alone = tmp_path / "workers", tmp_path / "alone"
     merit("run", recipe, "--output", workers, "--jobs", 2, "--quiet", *little)  # checks, then trains in workers
     stages = records(workers)

@@ -25,11 +25,12 @@ from merit.evaluation.fixed import FixedBatches
 from merit.evaluation.forward import Forward
 from merit.evaluation.halves import Halves, halve, row_digest
 from merit.files import appending, fingerprint, scratch, write_text
-from merit.hf.inplace import Block, Direction, Folder, Held, InPlace, TaskVector, blocks_of
+from merit.hf.inplace import Direction, Folder, Held, InPlace, TaskVector, blocks_of
 from merit.hf.models import autocast, load_model, trainable_names
 from merit.hf.rows import EncodedRow
-from merit.merge.adapter import Adapter, read_adapters
+from merit.merge.adapter import read_adapters
 from merit.merge.agreement import match_tensors
+from merit.merge.direction import AdapterDirection
 from merit.merge.search import Objective, RowLosses, evaluations_for, implied_ratios, rival_points, search_weights
 from merit.merge.searched import WeightSearch
 from merit.merge.stage import are_adapters
@@ -248,7 +249,7 @@ def _in_memory(
     values = Folder(session.base.folder)
     if are_adapters([branch.path for branch in branches]):
         adapters, _ = read_adapters(values.head, branches)
-        directions: list[Direction] = [_AdapterUpdate(adapter) for adapter in adapters]
+        directions: list[Direction] = [AdapterDirection(adapter) for adapter in adapters]
         names = {name for part in adapters for name in (*part.pairs, *part.full, *part.shifts)}
     else:
         names = trainable_names(list(values.shapes), recipe.model.trainable, session.base.family)
@@ -284,29 +285,6 @@ def _held(place: InPlace, direction: Direction) -> Held:
         if parts:
             tensors[name] = torch.cat(parts).view(tensor.shape)
     return Held(tensors)
-
-
-@dataclass(frozen=True)
-class _AdapterUpdate:
-    """δ_k of a LoRA adapter, computed block by block."""
-
-    adapter: Adapter
-
-    def change(self, block: Block, base: torch.Tensor) -> torch.Tensor | None:
-        """Its entries for some rows of one tensor."""
-        part, name, rows = self.adapter, block.name, slice(block.start, block.stop)
-        if name not in part.full and name not in part.shifts and name not in part.pairs:
-            return None
-        delta = np.zeros(tuple(base.shape))
-        if name in part.full:
-            delta += part.values(part.full[name])[rows] - base.double().numpy()
-        if name in part.shifts:
-            bias, scale = part.shifts[name]
-            delta += scale * part.values(bias)[rows]
-        if name in part.pairs:
-            left, right = part.factors(name)
-            delta += left[rows] @ right
-        return torch.from_numpy(delta.astype(np.float32))
 
 
 # ---- resuming -------------------------------------------------------------------------------------------------------
