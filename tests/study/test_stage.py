@@ -171,6 +171,26 @@ def test_a_mixture_that_is_too_small_is_refused_by_the_methods_name(tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_searched_weights_are_reported_on_rows_that_no_search_saw(tmp_path: Path, base: Path) -> None:
+    """With searched weights every method is measured on the same half, in every seed."""
+    case = small(
+        tmp_path,
+        base,
+        merge={"search": {"evaluations": 8}},
+        study={"methods": ["base", "own+weights=auto", "joint"], "seeds": 2, "scales": [0.5]},
+    )
+    result = study(case, case.run)
+    assert result is not None
+    assert set(result.methods) == {"base", "joint", "pca-1d+weights=auto", "pca-1d"}
+    record = builders.read(case.run / "study" / "evaluation" / "record.json")
+    assert record["settings"]["rows"] == "reporting half"
+    figures = builders.read(case.run / "study" / "evaluation" / "results.json")
+    counted = {name: [entry["examples"] for entry in by.values()] for name, by in figures.items()}
+    assert all(sum(counts) == 12 for counts in counted.values()), counted  # of 24 test rows
+    assert only(result, "pca-1d+weights=auto", 0).line is not None
+
+
+@pytest.mark.slow
 def test_a_study_killed_anywhere_resumes_to_the_same_table(
     done: tuple[Case, StudyResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

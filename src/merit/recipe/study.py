@@ -16,7 +16,7 @@ class StudySettings(Settings):
     """What is compared: base, joint, own (the recipe's split), pca-2d, raw_pca-1d, random-4, kmeans-8, conflict_induced,
     soup-3, wise_ft, one_budget, joint_matched, pcgrad, gradnorm; with changes of training (joint@budget=0.5,
     own@learning_rate=1e-4) and of the merge (own+ties, own+weights=uniform); or the sets paper, operators, sceptics,
-    surgery."""
+    searched, surgery."""
     seeds: (
         Annotated[int, Field(ge=1, le=1000)]
         | Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]

@@ -199,7 +199,7 @@ def _halves(
 ) -> tuple[_Half, _Half, tuple[str, ...]]:
     """Both halves, and the datasets that have no reporting rows."""
     sets = {part: load_split(session.run / "mixture", part) for part in ("test", "kept")}
-    halves = halves_of(sets["test"], sets["kept"], recipe.seed)
+    halves = halves_of(sets["test"], sets["kept"], session.recipe.seed)  # of the run: all seeds of a study report alike
     search = recipe.merge.search
     by_drift = search.objective == "learned_under_drift" or not sets["kept"]
     if search.objective == "learned_under_kept" and not sets["kept"]:

@@ -23,7 +23,7 @@ from functools import cached_property
 from merit.errors import RecipeError
 from merit.evaluation.forward import Forward
 from merit.evaluation.results import Evaluation
-from merit.evaluation.stage import Candidate, ModelSet, evaluate
+from merit.evaluation.stage import Candidate, HeldOut, ModelSet, evaluate
 from merit.mixture import EncodedDataset, Mixture, draw
 from merit.recipe.methods import Method, baseline_of, methods_of, own_of
 from merit.recipe.schema import Recipe
@@ -31,7 +31,7 @@ from merit.run import key
 from merit.run.branches import branch_stages
 from merit.run.chain import begun, gradients, mixture, run_chain, split
 from merit.run.check import make_plan
-from merit.run.evaluating import checked_model, held_out_rows, merge_as_made
+from merit.run.evaluating import checked_model, held_out_rows, merge_as_made, reporting_rows
 from merit.run.merging import merge_run
 from merit.run.needs import estimate
 from merit.run.preparation import prepare
@@ -228,9 +228,7 @@ class _Study:
 
     def _line(self, model: _Model) -> Line:
         session, name = self.session, f"{model.method.name}, seed {model.seed}"
-        asked = key.evaluation_stage(
-            self.recipe, session.run, {"base": session.base.fingerprint, "model": key.model_content(model.stage)}
-        )
+        asked = self._measuring_stage({"base": session.base.fingerprint, "model": key.model_content(model.stage)})
         scales = sorted({0.0, 1.0, *self.recipe.study.scales})
         folder = session.run / "study" / f"s{model.seed}" / "lines" / model.method.name
         stage = Stage("line", folder, {**asked.settings, "scales": scales}, asked.inputs, f"line of {name}")
@@ -246,9 +244,25 @@ class _Study:
         return run_step(step, session)
 
     @cached_property
+    def held_out(self) -> HeldOut:
+        """What all models are measured on: without the rows that chose some method's weights."""
+        rows = held_out_rows(self.session.run / "mixture")
+        return reporting_rows(rows, self.recipe.seed) if self.searches else rows
+
+    @cached_property
+    def searches(self) -> bool:
+        """Whether a method searches its weights on held-out rows (``weights: auto``)."""
+        rules = [dict(method.merge or ()).get("merge.weights") for method in self.methods]
+        return "auto" in (*rules, self.recipe.merge.weights)
+
+    @cached_property
     def rows(self) -> Rows:
-        held_out = held_out_rows(self.session.run / "mixture")
-        return rows_by_part(held_out, self.recipe.evaluate, self.recipe.seed)
+        return rows_by_part(self.held_out, self.recipe.evaluate, self.recipe.seed)
+
+    def _measuring_stage(self, models: Mapping[str, str]) -> Stage:
+        """What determines the figures of ``models`` (name → content)."""
+        stage = key.evaluation_stage(self.recipe, self.session.run, models)
+        return replace(stage, settings={**stage.settings, "rows": "reporting half"}) if self.searches else stage
 
     def _matched_scale(self, models: Mapping[str, _Model], method: Method) -> float:
         """λ at which joint training has moved as far as the own method.
@@ -289,14 +303,12 @@ class _Study:
         candidates = {"base": Candidate(None, session.base.fingerprint)}
         candidates |= {model.name: Candidate(*checked_model(model.stage)) for model in models}
         fingerprints = {name: model.fingerprint for name, model in candidates.items()}
-        stage = replace(
-            key.evaluation_stage(recipe, session.run, fingerprints), path=session.run / "study" / "evaluation"
-        )
+        stage = replace(self._measuring_stage(fingerprints), path=session.run / "study" / "evaluation")
 
         def make(work: Work) -> Evaluation:
             return evaluate(
                 ModelSet(session.base, candidates),
-                held_out_rows(session.run / "mixture"),
+                self.held_out,
                 recipe.evaluate,
                 seed=recipe.seed,
                 folder=work.folder,
