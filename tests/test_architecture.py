@@ -34,7 +34,7 @@ STAGES = {
     "launch": (),
     "merge": ("mixture",),
     "evaluation": ("mixture",),
-    "diagnostics": ("mixture", "split", "conflict", "train", "merge", "evaluation"),
+    "diagnostics": ("mixture", "split", "conflict", "train", "merge", "evaluation", "theory"),
     "prepare": ("mixture", "split", "conflict", "train", "merge", "evaluation", "launch"),
     "demo": (),
     "theory": (),

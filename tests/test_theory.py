@@ -85,6 +85,18 @@ def test_successive_cuts_add(seed: int, axes: int) -> None:
     assert gain >= theory.nested_split_gain(cuts[:-1], matrix, 0.3) - 1e-12
 
 
+@given(SEEDS, st.integers(2, 7))
+def test_groups_of_any_size_gain_what_training_them_gains(seed: int, count: int) -> None:
+    rng = np.random.default_rng(seed)
+    gradients, hessian = instance(seed, count, centred=False)
+    sizes, owner = rng.uniform(0.5, 9, count), rng.integers(0, 3, count)
+    groups = [np.flatnonzero(owner == k).tolist() for k in range(3) if (owner == k).any()]
+    moved = np.array([-0.4 * np.average(gradients[g], axis=0, weights=sizes[g]) for g in groups])
+    exact = theory.predicted_gain(moved, hessian, [sizes[g].sum() for g in groups])
+    found = theory.group_gain(groups, sizes, theory.conflict_matrix(gradients, hessian), 0.4)
+    assert found == pytest.approx(exact, rel=1e-8, abs=1e-10)
+
+
 @given(SEEDS, st.sampled_from([2, 4, 6, 8]))
 def test_a_random_split_gains_the_mean_over_all_splits(seed: int, count: int) -> None:
     """Proposition F.10, by enumeration; also without its assumption."""

@@ -19,6 +19,7 @@ __all__ = [
     "cosine_space_bound",
     "expected_random_gain",
     "four_tasks",
+    "group_gain",
     "loss",
     "measured_gain",
     "nested_split_gain",
@@ -148,6 +149,26 @@ def nested_split_gain(axes: Sequence[Sequence[int]], matrix: np.ndarray, rate: f
     cuts = [np.asarray(axis, dtype=np.float64) for axis in axes]
     chosen = (subset for size in range(1, len(cuts) + 1) for subset in combinations(cuts, size))
     return sum(two_group_gain(np.prod(np.stack(subset), axis=0), matrix, rate) for subset in chosen)
+
+
+def group_gain(groups: Sequence[Sequence[int]], sizes: np.ndarray, matrix: np.ndarray, rate: float) -> float:
+    """One step of SGD in groups of any size, then the average: ½ Σ w_k (δ_k−δ̄)ᵀH(δ_k−δ̄) by M alone.
+
+    δ_k = −η Σ_{i∈G_k} s_i g_i / S_k with S_k = Σ_{i∈G_k} s_i, and w_k = S_k / Σ_j S_j. For equal groups of equal
+    datasets it is :func:`nested_split_gain`. Source: Theorem 3.1 with the displacements of F.2.
+
+    Args:
+        groups: Indices of each group's datasets.
+        sizes: s_i (T,): how much a dataset weighs in its group.
+        matrix: M (T, T).
+        rate: η.
+    """
+    shares = np.zeros((len(groups), len(matrix)))
+    for k, group in enumerate(groups):
+        shares[k, list(group)] = sizes[list(group)] / sizes[list(group)].sum()
+    weights = np.array([sizes[list(group)].sum() for group in groups]) / sizes[[i for g in groups for i in g]].sum()
+    away = shares - weights @ shares
+    return float(0.5 * rate**2 * weights @ np.einsum("ki,ij,kj->k", away, matrix, away))
 
 
 def random_split_gain(matrix: np.ndarray, rate: float) -> float:

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from merit import __version__
-from merit.cli import changes, pages, stages, study, whole
+from merit.cli import changes, diagnose, pages, stages, study, whole
 from merit.cli.branch import branch
 from merit.errors import Interrupted, MeritError
 from merit.signals import stop_on_sigterm
@@ -77,7 +77,15 @@ app = typer.Typer(
     "communication, and merge the branches once.\n\n"
     "Start with `merit demo`, or `merit init` and then `merit run recipe.yaml`.",
 )
-for _command in (*whole.COMMANDS, *stages.COMMANDS, study.study, whole.status, *changes.COMMANDS, *pages.COMMANDS):
+for _command in (
+    *whole.COMMANDS,
+    *stages.COMMANDS,
+    *diagnose.COMMANDS,
+    study.study,
+    whole.status,
+    *changes.COMMANDS,
+    *pages.COMMANDS,
+):
     app.command()(_command)
 app.add_typer(branch, name="branch")
 

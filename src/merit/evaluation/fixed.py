@@ -110,11 +110,15 @@ class FixedBatches:
         """Losses of a model in eval mode, as it stands."""
         sums, counts = np.zeros(len(self.rows)), np.zeros(len(self.rows), dtype=np.int64)
         with torch.inference_mode():
-            for group, batch in self.batches():
-                loss, count = target_losses(model, batch)
+            for group, loss, count in self.terms(model):
                 sums[group], counts[group] = loss.double().cpu().numpy(), count.cpu().numpy()
                 self._forward.on_batch(len(group))
         return FixedLosses(sums, counts, self.owners, self.names)
+
+    def terms(self, model: PreTrainedModel) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
+        """(row numbers, their summed losses, their target tokens) of every batch, for a model that may be differentiated."""
+        for group, batch in self.batches():
+            yield group, *target_losses(model, batch)
 
     def batches(self) -> Iterator[tuple[np.ndarray, dict[str, torch.Tensor]]]:
         """(row numbers, batch on the device), the kept ones first."""

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from merit.recipe.base import Name, Settings, refuse_adapters_in_list
+from merit.recipe.diagnose import DiagnoseSettings
 from merit.recipe.launch import LaunchSettings
 from merit.recipe.merge import MergeSettings, SearchSettings
 from merit.recipe.mixture import (
@@ -33,6 +34,7 @@ __all__ = [
     "ConflictSettings",
     "DataFormat",
     "DatasetSettings",
+    "DiagnoseSettings",
     "DriftSettings",
     "EvaluateSettings",
     "ImageSettings",
@@ -225,6 +227,7 @@ class Recipe(Settings):
     launch: LaunchSettings = LaunchSettings()
     merge: MergeSettings = MergeSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    diagnose: DiagnoseSettings = DiagnoseSettings()
     baselines: list[SplitMethod] = []
     """Other split methods to train and merge at the same budget, for comparison: joint and random are the usual two."""
     study: StudySettings = StudySettings()

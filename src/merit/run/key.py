@@ -195,6 +195,19 @@ def suites_stage(recipe: Recipe, run: Path, name: str, inputs: Mapping[str, str]
     return Stage("suites", run / "suites" / name, settings, inputs, f"suites of {name}")
 
 
+def diagnostic_stage(recipe: Recipe, run: Path, name: str, inputs: Mapping[str, str]) -> Stage:
+    """One diagnostic; ``inputs`` are the content of models, rows, split and geometry."""
+    diagnose = _without(recipe.diagnose.model_dump(mode="json"), "batch_tokens")
+    settings = {"diagnose": diagnose, "model": _model(recipe), "seed": recipe.seed}
+    return Stage("diagnostic", run / "diagnostics" / name, settings, inputs, f"diagnostic {name}")
+
+
+def probe_stage(recipe: Recipe, run: Path, inputs: Mapping[str, str]) -> Stage:
+    """The pre-flight of a recipe; ``inputs`` are the content of base, rows and split."""
+    stage = diagnostic_stage(recipe, run, "probe", inputs)
+    return Stage(stage.kind, stage.path, {**stage.settings, "train": recipe.train.deciding()}, inputs, stage.title)
+
+
 # ---- making the base ------------------------------------------------------------------------------------------------
 
 
