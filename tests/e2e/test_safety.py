@@ -145,7 +145,7 @@ def test_a_damaged_cache_of_hashes_is_made_anew(finished: Case, merit, tmp_path:
         ("model.trainable=[nothing*]", "nothing*"),
         ("model.trainable=vision", "vision"),
         ("train.device=cuda", "cuda"),
-        ("train.report_to=[wandb]", "wandb is not installed"),
+        ("train.report_to=[aim]", "aim is not installed"),
     ],
 )
 def test_what_later_stages_would_refuse_is_refused_by_the_check(case: Case, merit, override: str, said: str) -> None:
