@@ -165,7 +165,7 @@ def make_run(folder: Path, names: list[str], steps: int = 60) -> RunData:
     counts = tuple(DatasetCounts(n, rows=200, tokens=4000, target_tokens=800) for n in names)
     own = Method("pca", Scope(folder), split, tuple(branches), None)
     records = {"mixture": make_record("mixture"), "gradients": make_record("gradients")}
-    return RunData(folder, recipe, counts, geometry, (own,), Evaluation(sets, {}, summary), None, (), records, 0.0)
+    return RunData(folder, recipe, counts, geometry, (own,), Evaluation(sets, {}, summary), {}, None, (), records)
 
 
 def make_study(methods: tuple[str, ...] = ("base", "joint", "random-4", "own"), seeds: int = 3) -> StudyResult:

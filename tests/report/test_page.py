@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
+from base64 import b64decode
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
+from merit.diagnostics.result import Diagnosis
 from merit.merge import MergeResult
 from merit.merge.result import Source
 from merit.merge.searched import Ratio, WeightPoint, WeightSearch
@@ -183,6 +185,26 @@ def test_the_merge_shows_searched_weights_and_rounds(names, tmp_path):
     for shown in ("37.50%", "30.00% to 45.00%", "&lt;x&gt;", "On 13 rows that did not choose", size(10**6), "round 1"):
         assert shown in text, shown
     assert len(re.findall(r"λ \d\.\d\d, weights", text)) == 10  # every point is named on hover
+
+
+def test_diagnostics_are_a_section_and_nothing_in_their_drawings_can_run(names, tmp_path):
+    @dataclass(frozen=True)
+    class Found(Diagnosis):
+        name, title, rule, units = "found", "a title", "ready up to 1, doubtful up to 2", {}
+
+    (tmp_path / "diagnostics").mkdir()
+    drawing = '<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'
+    (tmp_path / "diagnostics" / "found.svg").write_text(drawing)
+    diagnoses = {"found": Found("not ready", "2.5 <nats>"), "other": Found("ready", "0.5")}
+    text = page(replace(make_run(tmp_path, names), diagnoses=diagnoses))
+    found = read(text)
+    assert found.wrong == []
+    assert "2.5 &lt;nats&gt;" in text
+    assert "ready up to 1" in text
+    assert drawing not in text
+    pictures = [a["src"] for e, a in found.elements if e == "img"]
+    assert [b64decode(src.partition(",")[2]).decode() for src in pictures] == [drawing]
+    assert 'href="#diagnostics"' not in page(make_run(tmp_path, names))
 
 
 def test_a_study_is_a_section_with_its_tables_and_lines(names, tmp_path):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from merit.conflict.result import Geometry
+from merit.diagnostics.registry import DIAGNOSTICS
+from merit.diagnostics.result import Diagnosis
 from merit.evaluation.results import MODELS, Evaluation, answers_file
 from merit.merge import MergeResult
 from merit.mixture.result import DatasetCounts, read_counts
@@ -84,10 +85,10 @@ class RunData:
         geometry: The gradients' geometry.
         methods: The run's own, then its baselines.
         evaluation: Figures and verdict.
+        diagnoses: Finished diagnostics by name, in the registry's order.
         rounds: What each round of the run's own branches moved; empty for a run of one round.
         study: Methods over seeds, if a study lies in the folder.
         records: Finished stages by display name, in the order of the chain.
-        seconds: Time that gathering took.
     """
 
     run: Path
@@ -96,10 +97,10 @@ class RunData:
     geometry: Geometry | None
     methods: tuple[Method, ...]
     evaluation: Evaluation | None
+    diagnoses: dict[str, Diagnosis]
     study: StudyResult | None
     rounds: tuple[RoundLine, ...]
     records: dict[str, Record]
-    seconds: float
 
     @property
     def own(self) -> Method:
@@ -122,7 +123,6 @@ def read_run(run: Path) -> RunData:
         RunFolderError: A finished stage's file is damaged.
         RecipeError: The recipe in the folder cannot be read.
     """
-    began = time.monotonic()
     recipe = load_recipe(run / "recipe.yaml")
     records: dict[str, Record] = {}
 
@@ -149,8 +149,12 @@ def read_run(run: Path) -> RunData:
             merge = MergeResult.load(scope.root / "merged" / "model")
         methods.append(Method(scope.method or recipe.split.method, scope, split, tuple(branches), merge))
     evaluation = Evaluation.load(run / "evaluation") if done("evaluation", run / "evaluation") else None
+    diagnoses = {
+        name: entry.result.load(run / "diagnostics" / name)
+        for name, entry in DIAGNOSTICS.items()
+        if done("diagnostic", run / "diagnostics" / name, f"diagnostic {name}")
+    }
     rounds = tuple(round_lines(Scope(run)))
     study = StudyResult.load(run / "study") if (run / "study" / FILE).is_file() else None
-    return RunData(
-        run, recipe, counts, geometry, tuple(methods), evaluation, study, rounds, records, time.monotonic() - began
-    )
+    own = (evaluation, diagnoses, study, rounds)
+    return RunData(run, recipe, counts, geometry, tuple(methods), *own, records)

@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 
 from merit.files import write_text
-from merit.report.page import conflict, groups, merging, provenance, results, studied, training, verdict
+from merit.report.page import conflict, diagnosed, groups, merging, provenance, results, studied, training, verdict
 from merit.report.page.data import RunData, read_run
 from merit.report.page.markup import Html, join, tag
 
@@ -19,6 +19,7 @@ SECTIONS = (
     ("groups", "Groups", groups.build),
     ("training", "Training", training.build),
     ("merge", "Merge", merging.build),
+    ("diagnostics", "Merge-readiness", diagnosed.build),
     ("evaluation", "Evaluation", results.build),
     ("study", "Study", studied.build),
     ("provenance", "Provenance", provenance.build),
