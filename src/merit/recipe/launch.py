@@ -63,5 +63,8 @@ class LaunchSettings(Settings):
     where: Where = "local"
     """local: worker processes of this machine (--jobs); ray: tasks of a Ray cluster; slurm: a Slurm job array; detached:
     every branch is exported to a folder of its own, to be trained anywhere."""
+    stages: list[Literal["gradients", "train", "evaluate"]] = ["train"]
+    """For ray and slurm: what is done there. Besides training that can be the gradients, by dataset, and the evaluation, by
+    model; everything else is done where the command is given."""
     ray: RaySettings = RaySettings()
     slurm: SlurmSettings = SlurmSettings()

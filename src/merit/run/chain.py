@@ -30,6 +30,7 @@ from merit.run.rounds import open_round, train_rounds
 from merit.run.scope import Scope
 from merit.run.session import Session
 from merit.run.splitting import make_split
+from merit.run.spreading import spread
 from merit.run.status import ORDER, Known, Row, run_status
 from merit.run.step import Step, Work, run_step, stands
 from merit.run.store import WAYS_OUT, Stage, claim, lock, refuse_unfinished, split_of, stale
@@ -183,6 +184,7 @@ def gradients(session: Session, mixture: Mixture, scope: Scope | None = None) ->
     datasets = count(len(mixture.counts), "dataset")
 
     def make(work: Work) -> Geometry:
+        spread(session, "gradients", [list(mixture.train)], work.folder, work.progress)
         geometry = measure_gradients(
             mixture.train,
             session.base,

@@ -19,6 +19,7 @@ from merit.run.branches import branch_stages
 from merit.run.record import Output, damaged
 from merit.run.scope import Scope
 from merit.run.session import Session
+from merit.run.spreading import spread
 from merit.run.step import Step, Work, run_step
 from merit.run.store import Stage, split_of
 from merit.run.weight_search import halves_of
@@ -42,6 +43,8 @@ def evaluate_run(session: Session) -> Evaluation:
     fingerprints = {name: value for name, (_, value) in models.items()}
 
     def make(work: Work) -> Evaluation:
+        others = [name for name in models if name != "base"]
+        spread(session, "evaluate", [["base"], others], work.folder, work.progress)
         found = evaluate(
             model_set(session, models, missing),
             held_out,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from merit.errors import Interrupted, MeritError
@@ -21,17 +22,22 @@ from merit.signals import ignore_from_now_on, stop_on_sigterm
 from merit.train.workers import WorkerJob
 
 
-def main(job_file: Path, outcome_file: Path) -> int:
-    """Do the job; returns the exit code."""
+def train(file: Path) -> None:
+    """Train the branches of a job file."""
+    job = WorkerJob.load(file)
+    recipe = load_recipe(job.run / "recipe.yaml", [f"train.threads={job.threads}"])
+    session = Session(recipe, job.run, Silent(), jobs=job.jobs)
+    for branch in map(BranchId.parse, job.branches):
+        wait_for(stage_of(session, branch).path, job.patience)
+        if not stage_of(session, branch).is_done():  # else a predecessor was lost just after it finished
+            train_here(session, branch)
+
+
+def run_job(work: Callable[[], None], outcome_file: Path) -> int:
+    """Do a worker's work and write how it ended; returns the exit code."""
     stop_on_sigterm()
     try:
-        job = WorkerJob.load(job_file)
-        recipe = load_recipe(job.run / "recipe.yaml", [f"train.threads={job.threads}"])
-        session = Session(recipe, job.run, Silent(), jobs=job.jobs)
-        for branch in map(BranchId.parse, job.branches):
-            wait_for(stage_of(session, branch).path, job.patience)
-            if not stage_of(session, branch).is_done():  # else a predecessor was lost just after it finished
-                train_here(session, branch)
+        work()
         outcome = Outcome()
     except MeritError as error:
         outcome = Outcome.of(error)
@@ -47,6 +53,6 @@ def main(job_file: Path, outcome_file: Path) -> int:
 
 
 if __name__ == "__main__":
-    code = main(Path(sys.argv[1]), Path(sys.argv[2]))
+    code = run_job(lambda: train(Path(sys.argv[1])), Path(sys.argv[2]))
     ignore_from_now_on()
     sys.exit(code)
