@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ class Nodes:
         """Lose a node, with all that runs on it, and get another."""
         node = rng.choice(sorted(self.cluster.worker_nodes, key=lambda node: node.node_id))
         self.cluster.remove_node(node, allow_graceful=False)
-        self.cluster.add_node(num_cpus=1)
+        patiently(lambda: self.cluster.add_node(num_cpus=1))
 
     def kill_worker(self, rng: random.Random, trainers: list[psutil.Process]) -> bool:
         """Kill the Ray worker that watches a trainer."""
@@ -45,6 +45,17 @@ class Nodes:
         return False
 
 
+def patiently(make: Callable[[], Any]) -> Any:
+    """Start a node; on a busy machine one may take longer than the half minute that Ray gives it."""
+    for attempt in range(6):
+        try:
+            return make()
+        except Exception:
+            if attempt == 5:
+                raise
+    return None
+
+
 @contextlib.contextmanager
 def cluster(folder: Path) -> Iterator[Nodes]:
     """Three nodes: one that only keeps house, and two of one CPU."""
@@ -52,10 +63,10 @@ def cluster(folder: Path) -> Iterator[Nodes]:
     from ray.cluster_utils import Cluster
 
     folder.mkdir(parents=True, exist_ok=True)
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    made = patiently(lambda: Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}))
     try:
         for _ in range(2):
-            made.add_node(num_cpus=1)
+            patiently(lambda: made.add_node(num_cpus=1))
         yield Nodes(made, made.address)
     finally:
         made.shutdown()

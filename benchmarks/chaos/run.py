@@ -402,6 +402,18 @@ def summary(findings: list[Finding]) -> str:
     )
 
 
+def sum_up(file: Path) -> None:
+    """Write benchmarks/results/chaos.md from findings that were kept with ``--to``."""
+    from benchmarks.report import write
+
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    findings = [Finding(**{**item, "moments": [Moment(**moment) for moment in item["moments"]]}) for item in found]
+    text = f"{summary(findings)}\n\n{sum(item.seconds for item in findings) / 60:.0f} minutes in all."
+    command = "python -m benchmarks.chaos.run --moments 100 --launchers chain local ray slurm --to FILE"
+    write("chaos", "Runs that were killed at random moments", command, text, {"findings": found})
+    print(text)
+
+
 def main() -> None:
     """Parse, break, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -410,7 +422,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=600.0, help="No new run is begun after this.")
     parser.add_argument("--to", type=Path, help="Add the findings to this JSON Lines file; nothing else is written.")
+    parser.add_argument("--sum-up", type=Path, help="Break nothing: write the table of the findings in this file.")
     given = parser.parse_args()
+    if given.sum_up is not None:
+        sum_up(given.sum_up)
+        return
     os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
     load_libraries()
     until = time.time() + 60 * given.minutes

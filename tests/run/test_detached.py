@@ -192,6 +192,7 @@ def test_another_base_or_changed_rows_are_refused_before_training(home: Case, ou
     assert not (there / "branch").exists()
 
 
+@pytest.mark.exhaustive
 def test_a_killed_export_goes_on(home: Case, out: Path, tmp_path: Path) -> None:
     there = tmp_path / "b"
     assert call("branch", "export", home.run, 1, "--to", there).code == 0

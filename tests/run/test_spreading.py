@@ -31,7 +31,7 @@ class Here:
         run_branches(jobs, 2, progress)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_tasks_measure_what_the_stage_then_finds(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = builders.make_case(tmp_path, base, conflict={"examples": 8, "sketch_size": 256})
     for task in list(builders.TASKS)[2:]:
