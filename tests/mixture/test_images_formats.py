@@ -285,7 +285,7 @@ def test_pil_images_become_files_with_the_same_pixels():
             },
             "messages",
             "image_url",
-            "part 0, is an address (http://example.org/x): images are read from files only",
+            "part 0, is a URL (http://example.org/x): images are read only from files",
         ),
         (llava("q", "a", image={"bytes": None, "path": None}), "sharegpt", "image_missing", "neither bytes nor a path"),
         (llava("<image><image>q", "a", image=[A, None]), "sharegpt", "image_missing", "image[1] is null"),

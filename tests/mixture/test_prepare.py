@@ -208,7 +208,7 @@ def test_unrepresentable_datasets_are_left_out_or_refused(recipe, dropping, tmp_
     with pytest.raises(MixtureError, match=r"Dataset mixed: .*17\.6%.*limit 2\.0%"):
         prepare_mixture(recipe({**korean(tmp_path), "unrepresentable": {"action": "error"}}), dropping, tmp_path / "e")
     only = {"datasets": korean(tmp_path)["datasets"][:1], **out}
-    with pytest.raises(MixtureError, match="No dataset is left"):
+    with pytest.raises(MixtureError, match="All datasets are left out"):
         prepare_mixture(recipe(only), dropping, tmp_path / "n")
 
 

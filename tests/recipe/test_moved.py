@@ -54,7 +54,7 @@ def test_an_empty_trainer_and_old_optimizer_names_are_still_read() -> None:
         ({"sharding": "fsdp2"}, "needs processes: 2"),
         ({"sharding": "fsdp2", "processes": 2, "optimizer": "adafactor"}, "cannot be sharded"),
         ({"sharding": "deepspeed", "processes": 2, "optimizer": "adamw_8bit"}, "cannot be sharded"),
-        ({"sharding": "deepspeed", "processes": 2, "compile": True}, "does not go with"),
+        ({"sharding": "deepspeed", "processes": 2, "compile": True}, "cannot be combined with"),
     ],
 )
 def test_impossible_values_are_refused_by_name(settings: dict[str, Any], key: str) -> None:

@@ -177,8 +177,8 @@ def test_what_is_not_here_is_listed_whatever_it_is_for(merit: Callable[..., Resu
     plan = check(merit, "flan-text-3b", *words)
     assert [(item["name"], item["format"]) for item in plan["datasets"]] == [
         ("a", "flan"),
-        ("b", plans.UNSEEN),
-        ("c", plans.UNSEEN),
+        ("b", plans.NOT_CHECKED),
+        ("c", plans.NOT_CHECKED),
     ]
     assert plan["kept"] == ["k"]
     assert any("not checked: 3 datasets, b, c, k." in note for note in plan["notes"])

@@ -276,7 +276,7 @@ def test_what_deepspeed_cannot_train_is_refused(
     root: Path, settings: list[str], key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("merit.train.requirements.find_spec", lambda _: True)
-    with pytest.raises(RecipeError, match=f"deepspeed does not go with {key}"):
+    with pytest.raises(RecipeError, match=f"deepspeed cannot be combined with {key}"):
         cases.train(root, "train.sharding=deepspeed", "train.processes=2", *settings)
 
 

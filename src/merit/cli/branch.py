@@ -52,7 +52,7 @@ def export(
     if form == "merit":
         made = export_branch(session, which, to, with_base=with_base, refer_to_data=refer_to_data)
     elif with_base or refer_to_data:
-        raise RecipeError(f"--with-base and --refer-to-data do not go with --format {form}.")
+        raise RecipeError(f"--with-base and --refer-to-data cannot be combined with --format {form}.")
     else:
         made = export_for_tool(session, which, to, form)
     if as_json:

@@ -37,5 +37,5 @@ def geometry_with(
     measured = measure_datasets(rows, probe, store, progress=progress)
     bad = next((item.bad for item in measured if item.name == later and item.bad), None)
     if bad is not None:
-        raise ConflictError(bad, "Such a dataset has no direction to be placed by. Nothing was changed.")
+        raise ConflictError(bad, "Such a dataset has no direction to place it by. Nothing was changed.")
     return build_geometry([item for item in measured if item.bad is None], [], store, settings)

@@ -209,8 +209,8 @@ class Arrays:
         except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
             raise RunFolderError(
                 f"{file} is missing or damaged ({str(error).splitlines()[0] if str(error) else type(error).__name__}).",
-                f"Remove {file.parent / 'record.json'} and run `merit gradients` again: gradients that are measured already "
-                "(partial/) are used again.",
+                f"Remove {file.parent / 'record.json'} and run `merit gradients` again: gradients already measured "
+                "(partial/) are reused.",
             ) from None
         return arrays
 

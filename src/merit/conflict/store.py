@@ -138,7 +138,7 @@ class GradientStore:
             write_text(facts, canonical(asdict(_Entry(sums, checksum))))
         except OSError as error:
             raise ResourceError(
-                f"{self.folder} cannot be written: {error}.", "What was measured before stands."
+                f"{self.folder} cannot be written: {error}.", "What was measured before is kept."
             ) from None
         finally:
             unfinished.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """Vision-language benchmarks through lmms-eval, as a process in an environment of its own; its JSON is read back.
 
-lmms-eval has some fifty hard requirements that do not go with ours, so it is never imported here.
+lmms-eval has some fifty hard requirements that conflict with ours, so it is never imported here.
 """
 
 from __future__ import annotations

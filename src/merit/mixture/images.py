@@ -96,13 +96,13 @@ def _from_text(text: str, where: str) -> RawImage:
         try:
             return base64.b64decode(text[found.end() :], validate=True)
         except binascii.Error as error:
-            raise BadRow("image_damaged", f"{where} is no valid base64 text: {error}") from None
+            raise BadRow("image_damaged", f"{where} is not valid base64: {error}") from None
     if text.startswith("file://"):
         return text.removeprefix("file://")
     if _SCHEME.match(text):
         raise BadRow(
             "image_url",
-            f"{where} is an address ({text[:80]}): images are read from files only; fetch it and name the file",
+            f"{where} is a URL ({text[:80]}): images are read only from files; download it and name the file",
         )
     return text
 

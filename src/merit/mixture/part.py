@@ -323,7 +323,8 @@ class _Scratch:
             if error.errno != errno.ENOSPC:
                 raise
             raise ResourceError(
-                f"{tempfile.gettempdir()} is full: the rows of a file that mixture.split_by cuts are kept there meanwhile.",
+                f"{tempfile.gettempdir()} is full: the rows of a file that is cut by mixture.split_by are kept there "
+                "temporarily.",
                 "Set the environment variable TMPDIR to a folder on a larger disk, or convert the file to JSON Lines.",
             ) from None
         self._end += 8 + len(data)

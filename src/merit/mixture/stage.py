@@ -88,7 +88,7 @@ def encode_mixture(
                 left_out.append(entry)
         if not counts:
             raise MixtureError(
-                f"No dataset is left of {len(left_out)}. The first: {left_out[0].reason}.",
+                f"All datasets are left out ({len(left_out)}). The first: {left_out[0].reason}.",
                 "Use a base with another tokenizer, raise mixture.unrepresentable.max_share, or lower mixture.min_rows.",
             )
         for place, rows in shares(found, counts).items():

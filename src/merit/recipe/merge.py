@@ -77,7 +77,7 @@ class MergeSettings(Settings):
         if self.weights == "auto" and self.scale not in (1.0, "auto"):
             low = f"merge.search.scale_range: [{self.scale}, {self.scale}]"
             raise ValueError(
-                f"scale {self.scale:g} does not go with weights: auto, which searches λ; fix it with {low}"
+                f"scale {self.scale:g} cannot be combined with weights: auto, which searches λ; fix it with {low}"
             )
         if isinstance(self.weights, dict) and not self.weights:
             raise ValueError("weights lists no pattern; leave it out for the default, tokens")

@@ -273,8 +273,8 @@ class Recipe(Settings):
             return self
         if self.model.trainable == "lora":
             raise ValueError(
-                "train.rounds above 1 does not go with model.trainable: lora: after a round, adapters would belong to the "
-                "merged model and no longer to model.base; use full fine-tuning, or rounds: 1"
+                "train.rounds above 1 cannot be combined with model.trainable: lora: after a round, adapters would belong "
+                "to the merged model and no longer to model.base; use full fine-tuning, or rounds: 1"
             )
         if self.merge.operator not in ("average", "uniform", "task_arithmetic") or not self.merge.options.get(
             "normalize", True

@@ -45,7 +45,9 @@ class BetweenSettings(Settings):
     @model_validator(mode="after")
     def _state_has_a_group(self) -> Self:
         if self.resplit and self.optimizer == "keep":
-            raise ValueError("optimizer: keep does not go with resplit: true, which changes the branches' groups")
+            raise ValueError(
+                "optimizer: keep cannot be combined with resplit: true, which changes the branches' groups"
+            )
         return self
 
     @property
@@ -154,7 +156,7 @@ class TrainSettings(Settings):
                 f"optimizer: {self.optimizer} cannot be sharded by {self.sharding}; use adamw, adamw_fused or sgd"
             )
         if self.sharding == "deepspeed" and self.compile:
-            raise ValueError("compile: true does not go with sharding: deepspeed; leave one of them out")
+            raise ValueError("compile: true cannot be combined with sharding: deepspeed; leave one of them out")
         if self.save_second_moments and self.optimizer not in ("adamw", "adamw_fused"):
             raise ValueError(
                 f"save_second_moments needs optimizer: adamw or adamw_fused; {self.optimizer} has none that can be read"

@@ -21,7 +21,7 @@ def check_merge(recipe: Recipe) -> None:
     """Operator, options and weights.
 
     Raises:
-        RecipeError: An option is unknown or invalid, or the operator does not go with what the recipe trains.
+        RecipeError: An option is unknown or invalid, or the operator cannot be combined with what the recipe trains.
         MergeError: The operator would ignore the weights.
     """
     merge = recipe.merge

@@ -27,7 +27,7 @@ def given_split(method: str, groups: Sequence[Sequence[str]], weights: Mapping[s
         problem = f"{twice[0]} is in two groups" if twice else "a group is empty"
         problem = f"the mixture has no dataset {unknown[0]}" if unknown else problem
         raise RecipeError(
-            f"split.groups: {problem}.", "List every dataset once, or leave split.groups out to have it cut."
+            f"split.groups: {problem}.", "List every dataset once, or remove split.groups and let split.method decide."
         )
     left_out = sorted(set(weights) - set(named))
     return Split(

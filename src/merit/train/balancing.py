@@ -64,7 +64,7 @@ def refuse_large(settings: TrainSettings, datasets: int, parameters: int) -> Non
         count = cost(datasets, parameters)
         raise RecipeError(
             f"train.balancing: {settings.balancing} would hold {needed / 1e9:,.0f} GB of gradients at every step; at most "
-            f"{ROOM / 1e9:,.0f} GB are taken.",
+            f"{ROOM / 1e9:,.0f} GB are allowed.",
             f"With {datasets} datasets and {parameters:,} trained parameters, one step over all of them takes "
             f"{count.backward:,} backward passes, {count.projections:,} projections and {count.bytes / 1e9:,.0f} GB of "
             "fp16 gradients.",

@@ -157,7 +157,7 @@ class StepLog:
             f"(learning rate {step.rate:g}).",
             "Ways out: a lower train.learning_rate, a longer train.warmup_ratio, a smaller train.max_grad_norm; with "
             "model.dtype float16, use bfloat16 or float32.",
-            f"No model was written. The checkpoint of step {step_of(kept)}, from before, is kept."
+            f"No model was written. The checkpoint of step {step_of(kept)} is kept."
             if kept
             else "No model and no checkpoint was written.",
         )

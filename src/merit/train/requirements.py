@@ -32,8 +32,8 @@ def check_requirements(train: TrainSettings, model: ModelSettings) -> None:
         _check_deepspeed(model)
     if train.save_second_moments and model.trainable == "lora":
         raise RecipeError(
-            "train.save_second_moments does not go with model.trainable: lora: an adapter's moments are not those of the "
-            "weights that are merged.",
+            "train.save_second_moments cannot be combined with model.trainable: lora: an adapter's moments are not those "
+            "of the weights that are merged.",
             "Leave it out, or train full weights.",
         )
 
@@ -49,12 +49,12 @@ def _need_bitsandbytes(setting: str, instead: str) -> None:
 def _check_deepspeed(model: ModelSettings) -> None:
     if model.dtype == "float16":
         raise RecipeError(
-            "train.sharding: deepspeed does not go with model.dtype: float16.",
-            "Its loss scaling wants weights in float16, and ours stay float32. Use bfloat16 or float32, or sharding: fsdp2.",
+            "train.sharding: deepspeed cannot be combined with model.dtype: float16.",
+            "Its loss scaling needs weights in float16, and ours stay float32. Use bfloat16 or float32, or sharding: fsdp2.",
         )
     if model.quantize != "none":
         raise RecipeError(
-            f"train.sharding: deepspeed does not go with model.quantize: {model.quantize}.",
+            f"train.sharding: deepspeed cannot be combined with model.quantize: {model.quantize}.",
             "Adapters are small: use train.sharding: none.",
         )
     if find_spec("deepspeed") is None:

@@ -67,7 +67,7 @@ class Zero2:
         for parameters, part in zip(self._parameters, self._parts(), strict=True):
             if not torch.equal(part, self._cut(parameters, part)):
                 raise TrainingError(
-                    f"DeepSpeed {deepspeed.__version__} cuts parameters up in a way that is not known here.",
+                    f"DeepSpeed {deepspeed.__version__} shards parameters in a way that MERIT does not know.",
                     "Install another version (0.19), or use train.sharding: fsdp2.",
                 )
 
