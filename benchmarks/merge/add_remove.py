@@ -5,7 +5,8 @@
 For each dataset X there are two runs from scratch, without X and with it. Then X is added to the first (`merit add`) and
 removed from the second (`merit remove`); each is compared with the other run from scratch. Learned and kept: mean held-out
 loss (nats per target token) of the merged model over the mixture's datasets and the kept sets; X: its loss on X. Seconds and
-target tokens are those of training. What is done is kept in WORK. Writes benchmarks/results/merge_add_remove.md and .json.
+target tokens are those of training; gradients are shared between the runs (conflict.cache). What is done is kept in WORK.
+Writes benchmarks/results/merge_add_remove.md and .json.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -34,14 +34,12 @@ QUICK = (
 )
 
 
-def call(*words: object) -> float:
-    """Run a command; its wall time in seconds."""
+def call(*words: object) -> None:
+    """Run a command."""
     command = [sys.executable, "-m", "merit", *map(str, words), "--quiet", "--json"]
-    start = time.monotonic()
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         raise SystemExit(f"{' '.join(command)}\n{result.stderr[-2000:]}")
-    return time.monotonic() - start
 
 
 def losses(datasets: dict[str, Any]) -> float:
@@ -69,14 +67,12 @@ def changed(run: Path, before: Path, dataset: str, others: list[str], *words: ob
     if not (run / "changes").is_dir():
         shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(before, run)
-        wall = call(words[0], run, *words[1:], "--evaluate")
-        (run / "wall").write_text(str(wall))
+        call(words[0], run, *words[1:], "--evaluate")
     (statement,) = (json.loads(path.read_text()) for path in (run / "changes").glob("*.json"))
     found = figures(run, dataset, others)
     return found | {
         "tokens": statement["target_tokens"],
         "seconds": statement["seconds"],
-        "wall": float((run / "wall").read_text()),
         "branch": statement["branch"],
     }
 
@@ -85,20 +81,14 @@ def measure(folder: Path, dataset: str, seed: int, samples: int | None) -> list[
     """Four rows: without, added, with, removed."""
     demo = folder / "demo"
     mixture = demo / "mixture" / dataset
-    few = (f"mixture.samples={samples}",) if samples else ()
+    few = (f"conflict.cache={folder / 'gradients'}", *((f"mixture.samples={samples}",) if samples else ()))
     words = [word for item in (*QUICK, *few, f"seed={seed}") for word in ("--set", item)]
     runs = {kind: folder / f"{dataset}-{seed}-{kind}" for kind in ("without", "with", "added", "removed")}
     leave_out = ["--set", f"mixture.exclude=[{dataset}]"]
-    walls = {}
     for kind, extra in (("without", leave_out), ("with", [])):
-        first = not (runs[kind] / "evaluation" / "record.json").is_file()
-        wall = call("run", demo / "recipe.yaml", "--output", runs[kind], *words, *extra)
-        file = runs[kind] / "wall"
-        if first:
-            file.write_text(str(wall))
-        walls[kind] = float(file.read_text())
+        call("run", demo / "recipe.yaml", "--output", runs[kind], *words, *extra)
     others = [path.name for path in sorted((demo / "mixture").iterdir()) if path.is_dir() and path.name != dataset]
-    rows = {kind: figures(runs[kind], dataset, others) | {"wall": walls[kind]} for kind in ("without", "with")}
+    rows = {kind: figures(runs[kind], dataset, others) for kind in ("without", "with")}
     rows["added"] = changed(runs["added"], runs["without"], dataset, others, "add", mixture)
     rows["removed"] = changed(runs["removed"], runs["with"], dataset, others, "remove", dataset)
     order = ("with", "added", "without", "removed")
@@ -136,12 +126,11 @@ def report(found: list[dict[str, Any]], samples: int | None) -> None:
             *(f"{item[key]:.3f}" if item[key] is not None else "" for key in ("learned", "kept", "x")),
             f"{item['tokens']:,}",
             f"{item['seconds']:.0f}",
-            f"{item['wall']:.0f}",
         )
         for item in found
     ]
     host = machine()
-    header = ("X", "", "learned (others)", "kept", "X", "target tokens trained", "training (s)", "whole command (s)")
+    header = ("X", "", "learned (others)", "kept", "X", "target tokens trained", "training (s)")
     lines = [
         "# A dataset more or less: one branch again, or everything again",
         "",

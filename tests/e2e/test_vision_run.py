@@ -243,3 +243,19 @@ def test_a_template_without_a_place_for_images_is_refused_by_check(tmp_path: Pat
     assert result.code == 2
     assert "chat template" in result.err
     assert "Traceback" not in result.err
+
+
+def test_rounds_with_new_splits_and_an_outer_step(tmp_path: Path, merit: Any) -> None:
+    between = {"resplit": True, "outer": {"scale": 0.7, "momentum": 0.9}}
+    made = make_case(tmp_path, "qwen2_5_vl", 1)
+    made.write(train={**made.settings["train"], "rounds": 2, "between": between}, baselines=["random", "joint"])
+    for _ in range(2):  # made, then found done
+        result = merit("run", str(made.recipe), "--output", str(made.run), "--until", "merge")
+        assert result.code == 0, result.err
+    joint = read(made.run / "baselines/joint/branches/0/record.json")
+    for root in (made.run, made.run / "baselines/random"):
+        branches = [read(root / f"branches/{k}/record.json") for k in (0, 1)]
+        assert sum(item["target_tokens"] for item in branches) == joint["target_tokens"]
+        start = load_file(root / "rounds/1/merged/model/model.safetensors")
+        assert {tensor.dtype for tensor in start.values()} == {torch.float32}
+        assert (root / "rounds/1/merged/momentum/model.safetensors").is_file()
