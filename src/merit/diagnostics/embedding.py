@@ -16,7 +16,7 @@ __all__ = ["Embedding", "measure", "silhouette"]
 
 READY, DOUBTFUL = 0.05, 0.25
 """Share of random groupings of the same sizes whose silhouette is at least as large."""
-PERMUTATIONS = 1000
+PERMUTATIONS = 500
 
 
 @dataclass(frozen=True)
