@@ -175,6 +175,12 @@ def report(found: list[dict[str, object]], args: argparse.Namespace, seconds: fl
         "merged gain of the probe → merged gain of the run": correlation(
             [(i["merged_gain"], i["outcome"]) for i in found]
         ),
+        **{
+            f"the same, base {name} alone": correlation(
+                [(i["merged_gain"], i["outcome"]) for i in found if i["base"] == name]
+            )
+            for name in args.bases
+        },
         "carried share of the probe → merged gain of the run": correlation(
             [(i["carried"], i["outcome"]) for i in found]
         ),
@@ -198,6 +204,14 @@ def report(found: list[dict[str, object]], args: argparse.Namespace, seconds: fl
     head = ["base", "rate", "split", "verdict", "probe: merged gain", "carried", "barrier", "percentile", "over random"]
     head += ["run: merged gain", "over random"]
     rhos = [[name, f["settings"], _shown(f["rho"], "+.2f"), _shown(f["p"], ".3f")] for name, f in figures.items()]
+    bad = [i for i in found if i["outcome"] <= 0]
+    called = (
+        f"The merged model ended no better than the base in {len(bad)} settings; the verdict was not ready in "
+        f"{sum(i['verdict'] == 'not ready' for i in bad)} of them, doubtful in "
+        f"{sum(i['verdict'] == 'doubtful' for i in bad)}; and "
+        f"not ready in {sum(i['verdict'] == 'not ready' for i in found if i['outcome'] > 0)} of the other "
+        f"{len(found) - len(bad)}."
+    )
     facts = machine()
     lines = [
         "# Does the probe foresee the outcome?",
@@ -208,6 +222,8 @@ def report(found: list[dict[str, object]], args: argparse.Namespace, seconds: fl
         "models.",
         "",
         table(["forecast → outcome", "settings", "Spearman's ρ", "p (permutation)"], rhos),
+        "",
+        called,
         "",
         table(head, shown),
         "",

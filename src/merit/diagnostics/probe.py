@@ -280,5 +280,9 @@ def _split(predicted: Predicted | None, over: float | None, ci: tuple[float, flo
             first,
             f"its predicted gain is {predicted.ratio:.2f} × that of random splits, above {predicted.percentile:.0%} of them",
         ),
-        Answer(questions[1], second, f"{over:+.4f} nats per token so far ({ci[0]:+.4f} to {ci[1]:+.4f})"),
+        Answer(
+            questions[1],
+            second,
+            f"{over:+.4f} nats per token so far ({ci[0]:+.4f} to {ci[1]:+.4f}); in our trials this did not rank outcomes",
+        ),
     )
