@@ -471,3 +471,15 @@ def test_leftovers_of_killed_adapter_merges_are_swept(tmp_path):
     (tmp_path / f".out.{socket.gethostname()}.{dead.pid}.partial").mkdir()
     merge_into_adapter(tmp_path / "base", branches, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a0", "base", "out"]
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_merged_adapter_has_the_pixel_limit_that_its_branches_were_trained_with(tmp_path, alike):
+    tiny(tmp_path)
+    branches, _ = adapters(tmp_path, min(KINDS), count=2)
+    name = "preprocessor_config.json"
+    (tmp_path / "base" / name).write_text('{"max_pixels": 1000}')
+    for k, branch in enumerate(branches):
+        (branch.path / name).write_text(json.dumps({"max_pixels": 500 if alike else 500 + k}))
+    merge_into_adapter(tmp_path / "base", branches, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / name).read_text()) == {"max_pixels": 500 if alike else 1000}

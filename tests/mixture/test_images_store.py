@@ -7,6 +7,7 @@ import json
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,7 @@ from PIL import Image
 
 from merit.errors import MixtureError
 from merit.hf.images import digest, read_image
-from merit.mixture import load_split
+from merit.mixture import load_split, part
 from merit.mixture.formats import to_chat
 from merit.mixture.found import refuse_images
 from merit.mixture.images import ImageFile, ImageFolder, image_threads, look_at_images
@@ -294,6 +295,29 @@ def test_one_file_with_embedded_images_is_cut_by_a_column(recipe, seeing, tmp_pa
     ]
     with pytest.raises(MixtureError, match=r"no column 'dta_source'.*data_source"):
         discover(recipe({"path": str(path), "split_by": "dta_source"}).mixture)
+
+
+@pytest.mark.parametrize("free", [2**40, 2**20])
+def test_a_file_whose_datasets_lie_all_over_it_is_read_once_if_there_is_room(
+    recipe, seeing, tmp_path, monkeypatch, free
+):
+    count, datasets = 90, 6
+    datas = [picture(i, (10 + i, 10)) for i in range(count)]
+    source = [f"d{i % datasets}" for i in range(count)]
+    path = parquet(tmp_path / "x.parquet", datas, data_source=source, rows_per_group=30)
+    reads: list[object] = []
+    inner = part.read_file
+    monkeypatch.setattr(
+        part, "read_file", lambda file, *rest, **more: (reads.append(rest or more), inner(file, *rest, **more))[1]
+    )
+    monkeypatch.setattr(part.shutil, "disk_usage", lambda _folder: SimpleNamespace(free=free))
+    prepare_mixture(recipe({"path": str(path), "split_by": "data_source"}), seeing, tmp_path / "out")
+    for k in range(datasets):
+        widths = [row.images[0].width for row in used(tmp_path / "out", name=f"d{k}")]
+        assert widths == [10 + i for i in range(k, count, datasets)]
+    whole = [given for given in reads if not given]
+    assert len(whole) == (1 if free > 2**30 else 0)
+    assert len(reads) <= 4 if whole else len(reads) > datasets
 
 
 def test_images_are_never_all_in_memory(recipe, seeing, tmp_path):

@@ -23,8 +23,9 @@ from safetensors.numpy import save
 from merit.errors import CheckpointError, MergeError
 from merit.files import building, write_bytes, write_text
 from merit.hf.checkpoint import TensorInfo, fingerprint, read_headers, read_tensor, weights_digest
-from merit.hf.side_files import copy_files, input_files
+from merit.hf.side_files import copy_files, input_files, processor_files
 from merit.merge.adapter import Adapter, module_of, rank_of, read_adapters
+from merit.merge.agreement import common_processor
 from merit.merge.coefficients import check_branches, exact_coefficients, exact_scale
 from merit.merge.operators import operator_and_options
 from merit.merge.plan import (
@@ -165,7 +166,10 @@ def merge_into_adapter(
     shares = [c / sum(counts, Fraction(0)) for c in counts]
     joint = _join(parts, [float(factor * w) for w in shares], rank, progress)
     with building(output) as temporary:
-        _write_adapter(temporary, joint.tensors, _joint_config(parts[0].config, joint.ranks), parts[0].branch.path)
+        _write_adapter(temporary, joint.tensors, _joint_config(parts[0].config, joint.ranks))
+        folders = [part.branch.path for part in parts]
+        images = {**processor_files(head.folder), **common_processor(head.folder, folders)}
+        copy_files({**input_files(folders[0]), **images}, temporary)
         written = read_headers(temporary, "adapter_model")
         result = MergeResult(
             folder=output,
@@ -265,7 +269,7 @@ def _joint_config(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[s
     }
 
 
-def _write_adapter(folder: Path, tensors: Mapping[str, np.ndarray], config: Mapping[str, object], source: Path) -> None:
+def _write_adapter(folder: Path, tensors: Mapping[str, np.ndarray], config: Mapping[str, object]) -> None:
     """Write the adapter's files and read the tensors back."""
     values = {name: np.ascontiguousarray(value, np.float32) for name, value in tensors.items()}
     if not all(np.isfinite(v).all() for v in values.values()):
@@ -274,5 +278,4 @@ def _write_adapter(folder: Path, tensors: Mapping[str, np.ndarray], config: Mapp
     head = read_headers(folder, "adapter_model")
     if not all(np.array_equal(read_tensor(head, name), value) for name, value in values.items()):
         raise CheckpointError(f"{folder}: the disk returned different bytes from those written.")
-    copy_files(input_files(source), folder)
     write_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n", durable=False)

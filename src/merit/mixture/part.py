@@ -11,6 +11,7 @@ import errno
 import hashlib
 import os
 import pickle
+import shutil
 import tempfile
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -198,7 +199,7 @@ def cut_by_column(part: Part, column: str, known: dict[Path, FileFacts]) -> dict
         elif kind_of(file) == ".parquet":
             store = _Numbered(file)
             _index_numbers(read_file(file, columns=[own]), own, keys)
-            if not holds_bytes(file) and _mixed(file, keys):
+            if _mixed(file, keys) and (not holds_bytes(file) or _fits(file)):
                 store.heads = np.unique(np.concatenate([np.frombuffer(k, np.int64)[:_FEW] for k in keys.values()]))
         elif kind_of(file) == ".jsonl":
             store = _Lines(file)
@@ -248,6 +249,11 @@ def _mixed(file: Path, keys: Mapping[str, array[int]]) -> bool:
     ends = group_ends(pq.read_metadata(file))
     touched = sum(len(np.unique(np.searchsorted(ends, np.frombuffer(k, np.int64), "right"))) for k in keys.values())
     return touched > 2 * len(ends)
+
+
+def _fits(file: Path) -> bool:
+    """Whether a file's rows with their images can be kept next to other temporary files meanwhile."""
+    return shutil.disk_usage(tempfile.gettempdir()).free > 1.5 * file.stat().st_size + 2**30
 
 
 class _Lines:
