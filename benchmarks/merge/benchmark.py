@@ -181,6 +181,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--layers", type=int, default=LAYERS, help="fewer for a quick trial")
     given = parser.parse_args()
+    if given.workdir is not None:
+        given.workdir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=given.workdir) as scratch:
         measure(Path(scratch), given)
 

@@ -20,6 +20,7 @@ Any other exception is our bug: it keeps its traceback and exits with 1.
 from __future__ import annotations
 
 import difflib
+from unicodedata import category
 
 __all__ = [
     "CheckpointError",
@@ -34,6 +35,7 @@ __all__ = [
     "TrainingError",
     "UserError",
     "nearest",
+    "visible",
 ]
 
 
@@ -104,3 +106,8 @@ def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
     """Return `` Did you mean 'x'?`` for the known word closest to ``word``, or an empty string."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def visible(text: str) -> str:
+    """A message whose control characters, from the names of files, say themselves instead of acting on the terminal."""
+    return "".join(repr(c)[1:-1] if category(c) in ("Cc", "Cs") and c not in "\n\t" else c for c in text)

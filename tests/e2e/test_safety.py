@@ -202,3 +202,11 @@ def test_init_schema_and_check_as_commands(tmp_path: Path, merit, monkeypatch: p
     assert result.code == 2
     assert "model.base and mixture.folder still have the starter recipe's placeholder" in result.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml"]
+
+
+def test_names_of_files_cannot_steer_the_terminal(tmp_path: Path, merit) -> None:
+    """On commit f5727a1 an escape sequence in a folder's name reached the terminal as it was."""
+    result = merit("run", str(tmp_path / "\x1b[31mred\x07" / "recipe.yaml"))
+    assert result.code == 2
+    assert "\x1b" not in result.err
+    assert "\\x1b[31mred\\x07" in result.err

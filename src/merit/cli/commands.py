@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from merit import __version__
 from merit.cli import changes, diagnose, pages, stages, study, whole
 from merit.cli.branch import branch
-from merit.errors import Interrupted, MeritError
+from merit.errors import Interrupted, MeritError, visible
 from merit.signals import stop_on_sigterm
 
 _PLACES = {
@@ -40,7 +40,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except MeritError as error:
-            print(f"merit: {error}", file=sys.stderr)
+            print(f"merit: {visible(str(error))}", file=sys.stderr)
             if isinstance(error, Interrupted):
                 print("Run the same command again to resume.", file=sys.stderr)
             code = error.exit_code
@@ -60,7 +60,7 @@ def _place_error(error: OSError) -> int:
     if error.errno not in _PLACES:
         raise error
     place = error.filename2 or error.filename
-    where = f"{place}: " if place else ""
+    where = f"{visible(os.fsdecode(place))}: " if place else ""
     print(f"merit: {where}{error.strerror}.", file=sys.stderr)
     print("  Check its permissions and free space, or write elsewhere (--output DIR).", file=sys.stderr)
     return 2
