@@ -7,7 +7,6 @@ import json
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -310,7 +309,7 @@ def test_a_file_whose_datasets_lie_all_over_it_is_read_once_if_there_is_room(
     monkeypatch.setattr(
         part, "read_file", lambda file, *rest, **more: (reads.append(rest or more), inner(file, *rest, **more))[1]
     )
-    monkeypatch.setattr(part.shutil, "disk_usage", lambda _folder: SimpleNamespace(free=free))
+    monkeypatch.setattr(part, "free_bytes", lambda _folder: free)
     prepare_mixture(recipe({"path": str(path), "split_by": "data_source"}), seeing, tmp_path / "out")
     for k in range(datasets):
         widths = [row.images[0].width for row in used(tmp_path / "out", name=f"d{k}")]

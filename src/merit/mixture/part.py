@@ -11,7 +11,6 @@ import errno
 import hashlib
 import os
 import pickle
-import shutil
 import tempfile
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from merit.errors import MixtureError, ResourceError, nearest
+from merit.files import free_bytes
 from merit.mixture.chat import BadRow, Row
 from merit.mixture.formats import RowFormat, refuse_surrogates, to_chat
 from merit.mixture.reading import (
@@ -253,7 +253,7 @@ def _mixed(file: Path, keys: Mapping[str, array[int]]) -> bool:
 
 def _fits(file: Path) -> bool:
     """Whether a file's rows with their images can be kept next to other temporary files meanwhile."""
-    return shutil.disk_usage(tempfile.gettempdir()).free > 1.5 * file.stat().st_size + 2**30
+    return free_bytes(Path(tempfile.gettempdir())) > 1.5 * file.stat().st_size + 2**30
 
 
 class _Lines:
