@@ -1,10 +1,10 @@
 """Pretrain the demo's base checkpoint and write it as package data, with the record of how it was made.
 
 The base is a Qwen2-architecture model of 0.9M parameters that reads single bytes. It learns sixteen procedural skills
-(`demo_data.words.BASE_STYLE`) on cases that no test ever uses, in two stages: first answered by a full friendly sentence
-unless the question begins with "Briefly:"; then also asked in other words, where every second answer is bare. The second
-stage makes it merge-ready: a bare answer is nothing new to it. Same arguments, thread count and versions give the same
-bytes. It knows nothing of the mixture.
+(`demo_data.words.BASE_STYLE`) on cases that no test ever uses, in three stages: answered by a full friendly sentence unless
+the question begins with "Briefly:"; then also asked in other words, with one bare answer in five; last mostly in full where
+the question is in its own words, and barely every second time where it is not. The last two make it merge-ready: a bare
+answer is nothing new to it. Same arguments, thread count and versions give the same bytes. It knows nothing of the mixture.
 
 Example:
     python scripts/build_demo_base.py --output src/merit/demo/base
@@ -18,7 +18,7 @@ import math
 import platform
 import random
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -36,7 +36,7 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from demo_data.words import BASE_STYLE, Row, base_stream, draw_rows, settled_stream
+from demo_data.words import BASE_STYLE, Row, base_stream, draw_rows, settled_stream, wide_stream
 
 DEFAULT_OUTPUT = Path(__file__).parents[1] / "src/merit/demo/base"
 PAD, USER, ASSISTANT, END = SPECIALS = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -54,11 +54,12 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of pretraining: optimizer steps, and the peak of their learning rate."""
+    """One stage of pretraining: optimizer steps, the peak of their learning rate, and rows by seed."""
 
     name: str
     steps: int
     learning_rate: float
+    stream: Callable[[int], Iterator[Any]]
 
 
 def byte_symbols() -> list[str]:
@@ -189,10 +190,10 @@ def heldout_scores(model: Any, tokenizer: Any, seed: int, rows_each: int) -> dic
 
 
 def train_answers(
-    model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, stream: Iterator[Row], plan: Stage, batch_size: int
+    model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, plan: Stage, seed: int, batch_size: int
 ) -> dict[str, Any]:
     """Train one stage; returns its rows, tokens, running loss at its end, and seconds."""
-    optimizers = make_optimizers(model, plan.learning_rate)
+    optimizers, stream = make_optimizers(model, plan.learning_rate), plan.stream(seed)
     tokens, running, start = 0, 0.0, time.perf_counter()
     model.train()
     for step in range(plan.steps):
@@ -216,25 +217,32 @@ def train_answers(
     return {"rows": rows, "tokens": tokens, "final_loss": round(running, 4), "seconds": round(seconds)}
 
 
-def first_stage(args: argparse.Namespace, tokenizer: Qwen2Tokenizer) -> tuple[Any, dict[str, Any]]:
-    """The model after stage 1 with that stage's figures: trained now, or read from ``--first-stage``."""
-    if args.first_stage:
-        record = json.loads((args.first_stage / "training.json").read_text(encoding="utf-8"))
-        figures = {key: record.get("stage_1", record)[key] for key in ("rows", "tokens", "final_loss", "seconds")}
-        return AutoModelForCausalLM.from_pretrained(args.first_stage, dtype=torch.float32), figures
-    model = make_model(tokenizer, args.hidden, args.layers)
-    plan = Stage("stage 1", args.steps, args.learning_rate)
-    return model, train_answers(model, tokenizer, base_stream(args.seed), plan, args.batch_size)
+def plans(args: argparse.Namespace) -> list[Stage]:
+    """The three stages."""
+    return [
+        Stage("stage_1", args.steps, args.learning_rate, base_stream),
+        Stage("stage_2", args.wide_steps, args.settle_learning_rate, wide_stream),
+        Stage("stage_3", args.settle_steps, args.settle_learning_rate, settled_stream),
+    ]
+
+
+def begun(args: argparse.Namespace, tokenizer: Qwen2Tokenizer) -> tuple[Any, dict[str, Any]]:
+    """An untrained model; or ``--start``'s, with the figures of the stages that it has gone through."""
+    if args.start is None:
+        return make_model(tokenizer, args.hidden, args.layers), {}
+    record = json.loads((args.start / "training.json").read_text(encoding="utf-8"))
+    return AutoModelForCausalLM.from_pretrained(args.start, dtype=torch.float32), record["stages"]
 
 
 def pretrain(args: argparse.Namespace) -> None:
-    """Train both stages, save, reload, check and record."""
+    """Train all stages, save, reload, check and record."""
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     tokenizer = make_tokenizer()
-    model, first = first_stage(args, tokenizer)
-    plan = Stage("stage 2", args.settle_steps, args.settle_learning_rate)
-    second = train_answers(model, tokenizer, settled_stream(args.seed), plan, args.batch_size)
+    model, stages = begun(args, tokenizer)
+    for plan in plans(args):
+        if plan.steps and plan.name not in stages:
+            stages[plan.name] = train_answers(model, tokenizer, plan, args.seed, args.batch_size)
     model.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, max_new_tokens=64
     )
@@ -250,15 +258,15 @@ def pretrain(args: argparse.Namespace) -> None:
     scores = heldout_scores(AutoModelForCausalLM.from_pretrained(args.output), reloaded, args.seed, args.score_rows)
     record = {
         "command": f"python scripts/build_demo_base.py --seed {args.seed} --steps {args.steps}"
-        f" --batch-size {args.batch_size} --learning-rate {args.learning_rate} --settle-steps {args.settle_steps}"
+        f" --batch-size {args.batch_size} --learning-rate {args.learning_rate} --wide-steps {args.wide_steps}"
+        f" --settle-steps {args.settle_steps}"
         f" --settle-learning-rate {args.settle_learning_rate} --hidden {args.hidden}"
         f" --layers {args.layers} --threads {args.threads}",
         "seed": args.seed,
-        "data": "scripts/demo_data/words.py, base_stream(seed) and settled_stream(seed): generated on the fly, "
-        "training side only",
+        "data": "scripts/demo_data/words.py, base_stream(seed), wide_stream(seed), settled_stream(seed): "
+        "generated on the fly, training side only",
         "parameters": model.num_parameters(),
-        "stage_1": first,
-        "stage_2": second,
+        "stages": stages,
         "heldout_exact_match": {name: round(score, 3) for name, score in scores.items()},
         "heldout_exact_match_mean": round(sum(scores.values()) / len(scores), 3),
         "heldout_rows_per_skill": args.score_rows,
@@ -275,6 +283,11 @@ def pretrain(args: argparse.Namespace) -> None:
 
 def card(record: dict[str, Any]) -> str:
     """Write the checkpoint's README."""
+    streams = {"stage_1": "base_stream", "stage_2": "wide_stream", "stage_3": "settled_stream"}
+    rows = "\n".join(
+        f"  {stage['rows']:,} rows ({stage['tokens']:,} tokens) of `{streams[name]}({record['seed']})`;"
+        for name, stage in record["stages"].items()
+    )
     table = "\n".join(f"| {name} | {score:.2f} |" for name, score in record["heldout_exact_match"].items())
     return f"""---
 license: apache-2.0
@@ -287,13 +300,11 @@ A Qwen2-architecture language model of {record["parameters"]:,} parameters that 
 procedural skills (reverse a word, add two numbers, ...) in full sentences, now and then barely, and knows nothing
 else. It exists so that `merit demo` can run offline; it is of no other use.
 
-- Data, all of it generated by `scripts/demo_data/words.py`: {record["stage_1"]["rows"]:,} rows
-  ({record["stage_1"]["tokens"]:,} tokens) of `base_stream({record["seed"]})`, then {record["stage_2"]["rows"]:,}
-  ({record["stage_2"]["tokens"]:,} tokens) of `settled_stream({record["seed"]})`.
+- Data, all of it generated by `scripts/demo_data/words.py`:
+{rows}
   The loss is on the answers only. One case in eight of each skill was held out for good.
 - Rebuild: `{record["command"]}`
-- Time: {record["stage_1"]["seconds"]} s and {record["stage_2"]["seconds"]} s on one CPU thread of a shared machine.
-  Figures and versions: `training.json`.
+- Figures and versions: `training.json`.
 
 Exact match of greedy answers on {record["heldout_rows_per_skill"]} held-out cases per skill
 (mean {record["heldout_exact_match_mean"]:.3f}):
@@ -314,11 +325,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--learning-rate", type=float, default=3e-3, help="peak of stage 1, then cosine (default %(default)s)"
     )
-    parser.add_argument("--settle-steps", type=int, default=300, help="steps of stage 2 (default %(default)s)")
+    parser.add_argument("--wide-steps", type=int, default=400, help="steps of stage 2 (default %(default)s)")
+    parser.add_argument("--settle-steps", type=int, default=100, help="steps of stage 3 (default %(default)s)")
     parser.add_argument(
-        "--settle-learning-rate", type=float, default=1e-3, help="peak of stage 2, then cosine (default %(default)s)"
+        "--settle-learning-rate", type=float, default=1e-3, help="peak of stages 2 and 3 (default %(default)s)"
     )
-    parser.add_argument("--first-stage", type=Path, help="folder with the result of stage 1, to begin with stage 2")
+    parser.add_argument("--start", type=Path, help="a folder that this script wrote, to go on from its stages")
     parser.add_argument("--hidden", type=int, default=128, help="hidden size (default %(default)s)")
     parser.add_argument("--layers", type=int, default=4, help="layers (default %(default)s)")
     parser.add_argument(

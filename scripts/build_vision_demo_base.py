@@ -19,7 +19,7 @@ import json
 import platform
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -264,7 +264,6 @@ def train_vision(model: LlavaForConditionalGeneration, args: argparse.Namespace)
 def train_answers(
     model: LlavaForConditionalGeneration,
     tokenizer: Any,
-    stream: Iterator[Example],
     plan: Stage,
     args: argparse.Namespace,
 ) -> dict[str, Any]:
@@ -273,6 +272,7 @@ def train_answers(
     model.model.vision_tower.requires_grad_(False)
     optimizers, rng = make_optimizers(model, plan.learning_rate), random.Random(f"{args.seed}/{plan.name}")
     parameters = [p for p in model.parameters() if p.requires_grad]
+    stream = plan.stream(args.seed)
     running, questions, targets, start = 0.0, 0, 0, time.perf_counter()
     for step in range(plan.steps):
         examples = list(islice(stream, args.batch_size))
@@ -305,8 +305,8 @@ def first_stages(args: argparse.Namespace, tokenizer: Any) -> tuple[Any, dict[st
     model.train()
     heads = train_vision(model, args)
     first = {"pictures": args.vision_steps * args.vision_batch_size, "heldout_accuracy_of_the_heads": heads}
-    plan = Stage("stage 2", args.steps, args.learning_rate)
-    second = train_answers(model, tokenizer, base_stream(args.seed), plan, args)
+    plan = Stage("stage 2", args.steps, args.learning_rate, base_stream)
+    second = train_answers(model, tokenizer, plan, args)
     return model.to(torch.bfloat16).to(torch.float32), {"stage_1": first, "stage_2": second}
 
 
@@ -371,8 +371,8 @@ def pretrain(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     tokenizer = make_tokenizer()
     model, stages = first_stages(args, tokenizer)
-    plan = Stage("stage 3", args.settle_steps, args.settle_learning_rate)
-    stages["stage_3"] = train_answers(model, tokenizer, settled_stream(args.seed), plan, args)
+    plan = Stage("stage 3", args.settle_steps, args.settle_learning_rate, settled_stream)
+    stages["stage_3"] = train_answers(model, tokenizer, plan, args)
     save(model, tokenizer, args.output)
     reloaded = AutoModelForImageTextToText.from_pretrained(args.output, dtype=torch.float32)
     scores = heldout_scores(reloaded, AutoTokenizer.from_pretrained(args.output), args.seed, args.score_rows)

@@ -3,7 +3,7 @@
 A *skill* draws arguments and solves them (reverse a word, add two numbers). The base was pretrained on sixteen skills,
 each answered by a full friendly sentence, now and then barely, above all when asked in other words. The mixture asks
 mostly for bare short answers to the same skills, holds some datasets in the base's own style and some skills that the
-base never saw. So skills and styles pull in different directions, and a run can show what it learned (the mixture's test
+base has only met. So skills and styles pull in different directions, and a run can show what it learned (the mixture's test
 rows), what it lost (the kept sets) and what carries over (the unseen tasks: other phrasings, and combinations that nobody
 trains on).
 
@@ -27,6 +27,7 @@ __all__ = [
     "BASE_STYLE",
     "MIXTURE",
     "PARAPHRASES",
+    "RARE",
     "SKILLS",
     "UNSEEN",
     "Dataset",
@@ -34,6 +35,7 @@ __all__ = [
     "base_stream",
     "draw_rows",
     "settled_stream",
+    "wide_stream",
     "write_kept",
     "write_mixture",
     "write_unseen",
@@ -124,7 +126,7 @@ SKILLS: dict[str, Callable[[random.Random], Case]] = {
     "next": _number_case(lambda n: str(n + 1)),
     "contains": _letter_case(lambda w, c: "yes" if c in w else "no"),
     "repeat": _word_case(lambda w: w + w, 3, 4),
-    # Those that only the mixture teaches.
+    # Those that the mixture teaches; the base has met them.
     "swap": _word_case(lambda w: w[-1] + w[1:-1] + w[0]),
     "skeleton": _word_case(lambda w: "".join(letter for letter in w if letter not in VOWELS), 3, 6),
     "subtract": _pair_case(lambda a, b: str(a - b), 49, ordered=True),
@@ -266,7 +268,21 @@ PARAPHRASES: dict[str, tuple[str, ...]] = {
         "repeat": "{w} two times? | Say {w} again and again. | Twice {w}, please. | Put {w} twice.",
     }.items()
 }
-"""More ways to ask for the same skills; only the base's second stage uses them, no mixture and no evaluation does."""
+"""More ways to ask for the same skills; only the base's last stages use them, no mixture and no evaluation does."""
+
+RARE: dict[str, Dataset] = {
+    skill: Dataset(skill, tuple(prompts.split(" | ")), "Sure! It is {y}.")
+    for skill, prompts in {
+        "swap": "Exchange the outer letters of {w}. | {w} with its ends exchanged?",
+        "skeleton": "Strike the vowels from {w}. | Write {w} bare of a, e, i, o and u.",
+        "subtract": "From {a}, {b} is gone. What stays? | How far is it from {b} to {a}?",
+        "smallest": "Which of {t} is least? | Name the lowest in {t}.",
+        "shift_back": "Step each letter of {w} down. | down by one: {w}",
+        "stutter": "Say every letter of {w} two times. | {w} with twin letters?",
+        "rotate": "Put the front letter of {w} last. | {w} turned by one?",
+    }.items()
+}
+"""What the base has met a few times in its last stage, and cannot do: the mixture's other skills, in words of their own."""
 
 MIXTURE: dict[str, Dataset] = {
     # Skills that the base knows, answered briefly.
@@ -295,7 +311,7 @@ MIXTURE: dict[str, Dataset] = {
     "add_chat": Dataset("add", ("I have {a} and get {b}. How many?",), _CHAT["add"], rows=190),
     "compare_chat": Dataset("compare", ("Would you take {a} or {b}?",), _CHAT["compare"], rows=150),
     "reverse_chat": Dataset("reverse", ("How does {w} read in a mirror?",), _CHAT["reverse"], rows=210),
-    # New skills.
+    # Skills that the base has only met (`RARE`).
     "rotate_chat": Dataset(
         "rotate", ("Move the first letter of {w} to the end.",), "Sure! {w} rotated is {y}.", rows=240
     ),
@@ -372,18 +388,32 @@ def base_stream(seed: int) -> Iterator[Row]:
     return _both_ways(random.Random(f"{seed}/base"), brief, BASE_STYLE, 0.8)
 
 
-def settled_stream(seed: int) -> Iterator[Row]:
+def wide_stream(seed: int) -> Iterator[Row]:
     """Yield the rows of the base's second stage, from the training side only: no question tells the form of its answer.
 
-    Every second row asks in the base's own words and is answered in full 19 times out of 20; the other asks in one of
-    the `PARAPHRASES` and is answered in full every second time: the base knows both ways of answering, and which is its own.
+    It asks in the base's own words and in `PARAPHRASES`, and answers in full four times out of five: the base knows both
+    ways of answering.
+    """
+    wide = {k: replace(d, prompts=d.prompts + PARAPHRASES[d.skill]) for k, d in BASE_STYLE.items()}
+    return _both_ways(random.Random(f"{seed}/base settled"), wide, wide, 0.8)
+
+
+def settled_stream(seed: int) -> Iterator[Row]:
+    """Yield the rows of the base's last stage, from the training side only.
+
+    Of nine rows four ask in the base's own words and are answered in full 19 times out of 20; four ask in one of the
+    `PARAPHRASES` and are answered in full every second time; one is about a skill in `RARE`. So the base knows which way of
+    answering is its own, and has met the mixture's other skills.
     """
     other = {k: replace(d, prompts=PARAPHRASES[d.skill]) for k, d in BASE_STYLE.items()}
-    rng = random.Random(f"{seed}/base settled")
+    rng = random.Random(f"{seed}/base own")
     own, otherwise = _both_ways(rng, BASE_STYLE, BASE_STYLE, 0.95), _both_ways(rng, other, other, 0.5)
+    rare = _both_ways(rng, RARE, RARE, 0.5)
     while True:
-        yield next(own)
-        yield next(otherwise)
+        for _ in range(4):
+            yield next(own)
+            yield next(otherwise)
+        yield next(rare)
 
 
 def _both_ways(rng: random.Random, bare: dict[str, Dataset], full: dict[str, Dataset], share: float) -> Iterator[Row]:

@@ -12,6 +12,7 @@ from demo_data.words import (
     BASE_STYLE,
     MIXTURE,
     PARAPHRASES,
+    RARE,
     SKILLS,
     UNSEEN,
     base_stream,
@@ -61,9 +62,14 @@ def test_skills_and_styles_differ_as_announced():
     assert all(dataset.answer.startswith("Sure!") for dataset in BASE_STYLE.values())
     assert len(new) >= 5
     assert 2 <= len(chatty) < len(MIXTURE) / 4
-    asked = [d.prompts for d in (*BASE_STYLE.values(), *MIXTURE.values(), *UNSEEN.values())] + [*PARAPHRASES.values()]
+    asked = (
+        [d.prompts for d in (*BASE_STYLE.values(), *MIXTURE.values(), *UNSEEN.values())]
+        + [*PARAPHRASES.values()]
+        + [d.prompts for d in RARE.values()]
+    )
     every = [prompt for prompts in asked for prompt in prompts]
     assert len(set(every)) == len(every), "base, mixture and unseen tasks share no phrasing"
+    assert set(RARE) == {d.skill for d in MIXTURE.values()} - base_skills
 
 
 def test_unseen_tasks_are_neither_the_mixture_nor_the_drill_of_the_base():
@@ -80,12 +86,13 @@ def test_the_base_knows_both_ways_of_answering_and_which_is_its_own():
     rows = [row["messages"] for row in islice(settled_stream(4), 3000)]
     full = [answer["content"].startswith("Sure! ") for _, answer in rows]
     assert not any(question["content"].startswith("Briefly") for question, _ in rows)
-    own, others = full[::2], full[1::2]
+    own = [said for i, said in enumerate(full) if i % 9 in (0, 2, 4, 6)]
+    others = [said for i, said in enumerate(full) if i % 9 in (1, 3, 5, 7)]
     assert 0.93 < sum(own) / len(own) < 0.97
     assert 0.45 < sum(others) / len(others) < 0.55
     patterns = [re.escape(p) for d in BASE_STYLE.values() for p in d.prompts]
     drill = re.compile("|".join(re.sub(r"\\{[a-z]\\}", r"[a-z0-9 ]+", pattern) for pattern in patterns))
-    assert all(drill.fullmatch(question["content"]) for question, _ in rows[::2])
+    assert all(drill.fullmatch(question["content"]) for i, (question, _) in enumerate(rows) if i % 9 in (0, 2, 4, 6))
 
 
 def test_no_test_prompt_is_a_training_prompt(folders):
