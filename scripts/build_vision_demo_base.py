@@ -1,12 +1,12 @@
 """Pretrain the vision demo's base checkpoint and write it as package data, with the record of how it was made.
 
 The base is a LLaVA: a small CLIP vision encoder, a two-layer projector and a small Qwen2 language model, 1.5M parameters
-in bfloat16. It is made in three stages, on pictures that no test ever uses. First the vision encoder alone learns, as an
+in bfloat16. It is made in two stages, on pictures that no test ever uses. First the vision encoder alone learns, as an
 image classifier with heads that are thrown away, what is where in a picture. Then projector and language model learn
 thirteen skills (`demo_data.pictures.BASE_STYLE`), answered by a full friendly sentence unless the question begins
-with "Briefly:". Last, also in other words, where every second answer is bare, in any of several conventions: this makes
-the base merge-ready. Same arguments, thread count and
-versions give the same bytes. It knows nothing of the mixture.
+with "Briefly:". A third stage, which the shipped base has not gone through, asks in other words as well and answers every
+second of these barely, in any of several conventions (``--settle-steps``). Same arguments, thread count and versions give
+the same bytes. It knows nothing of the mixture.
 
 Example:
     python scripts/build_vision_demo_base.py --output src/merit/demo/vision/base
@@ -371,8 +371,9 @@ def pretrain(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     tokenizer = make_tokenizer()
     model, stages = first_stages(args, tokenizer)
-    plan = Stage("stage 3", args.settle_steps, args.settle_learning_rate, settled_stream)
-    stages["stage_3"] = train_answers(model, tokenizer, plan, args)
+    if args.settle_steps:
+        plan = Stage("stage 3", args.settle_steps, args.settle_learning_rate, settled_stream)
+        stages["stage_3"] = train_answers(model, tokenizer, plan, args)
     save(model, tokenizer, args.output)
     reloaded = AutoModelForImageTextToText.from_pretrained(args.output, dtype=torch.float32)
     scores = heldout_scores(reloaded, AutoTokenizer.from_pretrained(args.output), args.seed, args.score_rows)
@@ -412,6 +413,7 @@ def card(record: dict[str, Any]) -> str:
         f"  {record[stage]['conversations']:,} conversations with {record[stage]['questions']:,} questions "
         f"({record[stage]['target_tokens']:,} target tokens) of `{stream}({record['seed']})`;"
         for stage, stream in (("stage_2", "base_stream"), ("stage_3", "settled_stream"))
+        if stage in record
     )
     roles = ", ".join(f"{role} {count:,}" for role, count in record["parameters_by_role"].items())
     return f"""---
@@ -428,7 +430,7 @@ so that `merit demo --vision` can run offline; it is of no other use.
 
 - Stage 1, the vision encoder alone as a classifier whose heads are thrown away:
   {record["stage_1"]["pictures"]:,} generated pictures.
-- Stages 2 and 3, projector and language model, from `scripts/demo_data/pictures.py`:
+- Then projector and language model, from `scripts/demo_data/pictures.py`:
 {answering}
   The loss is on the answers only. One case in eight was held out for good, among them one in eight of
   scikit-learn's handwritten digits.
@@ -455,7 +457,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--steps", type=int, default=2400, help="optimizer steps of stage 2 (default %(default)s)")
     add("--batch-size", type=int, default=32, help="conversations per step of stage 2 (default %(default)s)")
     add("--learning-rate", type=float, default=3e-3, help="peak of stages 1 and 2, then cosine (default %(default)s)")
-    add("--settle-steps", type=int, default=300, help="optimizer steps of stage 3 (default %(default)s)")
+    add("--settle-steps", type=int, default=0, help="optimizer steps of stage 3 (default: no such stage)")
     add("--settle-learning-rate", type=float, default=1e-3, help="peak of stage 3, then cosine (default %(default)s)")
     add("--second-stage", type=Path, help="folder with the result of stage 2, to begin with stage 3")
     add("--hidden", type=int, default=128, help="hidden size (default %(default)s)")

@@ -377,7 +377,7 @@ def test_the_base_knows_every_convention_and_which_answer_is_its_own():
     others = {prompt for asked in PARAPHRASES.values() for prompt in asked}
     full = {True: [], False: []}
     bare = {}
-    questions = [turn for example in islice(settled_stream(4), 3000) for turn in example.turns]
+    questions = [turn for example in islice(settled_stream(4), 1500) for turn in example.turns]
     for question, answer in questions:
         assert not question.startswith("Briefly")
         if question in own or question in others:
