@@ -8,6 +8,10 @@ ones; the joint model gets WiSE-FT's α by the same search with the same number 
 that chose nothing. Seeds that are done are kept in the output, so that a run can be stopped and gone on with. Writes
 benchmarks/results/merge_weights_and_rounds.json, .md and .png (matplotlib: extra plots).
 
+Everything happens in one process and in memory: gradients, split, row order, learning rates, loss, optimizer and search are
+the package's own; the loop around them is written here, without checkpoints and files, which would take most of the time for
+budgets as small as these. For the first seed one branch is also trained by ``merit.train_branch`` and compared.
+
 Kept at equal learned: along the line θ0 + λ τ of every model, the kept loss where the learned loss has fallen by 50, 75 and
 90 % of what joint training learns (α = 1); interpolated between measured λ, never where the line does not get there.
 """
@@ -17,11 +21,11 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,42 +33,145 @@ from typing import Any
 import numpy as np
 import torch
 from benchmark import RESULTS, machine
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from merit.conflict.stage import measure_gradients
 from merit.demo import write_demo
 from merit.evaluation import drift
 from merit.evaluation.fixed import FixedBatches
 from merit.evaluation.forward import Forward
-from merit.hf.inplace import Direction, Folder, InPlace, TaskVector
-from merit.hf.models import load_model
+from merit.evaluation.heldout import end_tokens
+from merit.hf.base import Base, open_base
+from merit.hf.batches import target_losses
+from merit.hf.inplace import Direction, Held, InPlace, floating_tensors
+from merit.hf.models import load_model, trainable_parameters
 from merit.merge.search import search_weights
-from merit.merge.weights import Losses, weigh
-from merit.mixture import load_split
-from merit.progress import Silent
+from merit.merge.weights import Losses
+from merit.mixture import EncodedDataset, Mixture, draw, find_datasets
+from merit.mixture.stage import encode_mixture
 from merit.recipe.load import load_recipe
-from merit.run.chain import run_chain
-from merit.run.scale_search import drift_reference
-from merit.run.session import Session
-from merit.run.store import split_of
-from merit.run.weight_search import halves_of, hold
-from merit.train.result import BranchResult
+from merit.recipe.schema import Recipe
+from merit.run.weight_search import halves_of
+from merit.split.stage import split_mixture
+from merit.train.batches import GroupRows, StepOrder
+from merit.train.branch import train_branch
+from merit.train.optimizers import make_optimizer, make_schedule
+from merit.train.rounds import Round
 
 OUT = RESULTS / "merge_weights_and_rounds"
+SETTINGS = ("rows", "batch", "rate", "measured", "evaluations", "examples")
 ROUNDS = (1, 2, 4, 8)
-SCALES = (0.25, 0.5, 0.75, 1.0, 1.25)
+SCALES = (0.25, 0.5, 0.75, 1.0)
 LEVELS = (0.5, 0.75, 0.9)
 FIXED = ("tokens", "target_tokens", "samples", "uniform")
+State = dict[str, torch.Tensor]
+
+
+# ---- training in memory ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Branch:
+    """One group in training: its rows, its optimizer's state between rounds, what it has been trained on."""
+
+    rows: GroupRows
+    optimizer: dict[str, Any] | None = None
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FIXED, 0))
+    state: State = field(default_factory=dict)
+
+
+class Trainer:
+    """One loaded model, on which all branches are trained one after another."""
+
+    def __init__(self, base: Base, recipe: Recipe) -> None:
+        self.base, self.recipe, self.settings = base, recipe, recipe.train
+        self.model = load_model(base, torch.device("cpu"), trainable=True)
+        self.start = {name: p.detach().clone() for name, p in trainable_parameters(self.model).items()}
+
+    @torch.no_grad()
+    def put(self, state: State) -> None:
+        for name, parameter in trainable_parameters(self.model).items():
+            parameter.copy_(state[name])
+
+    def rounds(self, groups: Sequence[Mapping[str, EncodedDataset]], count: int) -> tuple[State, list[Branch]]:
+        """The merge after the last round (weighted by all tokens), and the branches as they went into it."""
+        branches = [Branch(GroupRows(group)) for group in groups]
+        start = self.start
+        for number in range(1, count + 1):
+            shares = [self.part(branch, start, Round(number, count)) for branch in branches]
+            if number == count:
+                shares = [branch.counts["tokens"] for branch in branches]
+            weights = [share / sum(shares) for share in shares]
+            pairs = list(zip(weights, branches, strict=True))
+            start = {name: sum(w * b.state[name].double() for w, b in pairs).float() for name in start}  # type: ignore[union-attr]
+        return start, branches
+
+    def part(self, branch: Branch, start: State, one: Round) -> int:
+        """One round of one branch; the tokens that it took."""
+        settings, rows = self.settings, branch.rows
+        self.put(start)
+        self.model.train()
+        optimizer = make_optimizer(self.model, settings)
+        first, last, total = one.span(len(rows), settings.batch_size, settings.epochs)
+        rates = self.rates(total)
+        if branch.optimizer is not None:
+            optimizer.load_state_dict(branch.optimizer)
+        order = list(StepOrder(len(rows), settings.batch_size, self.recipe.seed, total))
+        before = branch.counts["tokens"]
+        for step in range(first, last):
+            for group in optimizer.param_groups:
+                group["lr"] = rates[step]
+            batch = self.base.batcher([rows[i] for i in order[step]])
+            losses, counts = target_losses(self.model, batch)
+            (losses.sum() / counts.sum()).backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            taken = {"tokens": int(batch["attention_mask"].sum()), "target_tokens": int(counts.sum())}
+            for name, value in {**taken, "samples": len(order[step])}.items():
+                branch.counts[name] += value
+        branch.counts["uniform"] = 1
+        branch.optimizer = optimizer.state_dict()
+        branch.state = {name: p.detach().clone() for name, p in trainable_parameters(self.model).items()}
+        self.model.eval()
+        return branch.counts["tokens"] - before
+
+    def rates(self, total: int) -> list[float]:
+        optimizer = make_optimizer(self.model, self.settings)
+        schedule, rates = make_schedule(optimizer, self.settings, total), []
+        for _ in range(total):
+            rates.append(float(schedule.get_last_lr()[0]))
+            optimizer.step()
+            schedule.step()
+        return rates
+
+
+def agreement(trainer: Trainer, group: Mapping[str, EncodedDataset], branch: Branch) -> float:
+    """Largest difference between the loop here and ``train_branch``, over the largest change of a weight."""
+    with tempfile.TemporaryDirectory() as folder:
+        train_branch(group, trainer.base, Path(folder) / "b", trainer.settings, seed=trainer.recipe.seed)
+        theirs = load_file(Path(folder) / "b" / "model" / "model.safetensors")
+    moved = max(float((branch.state[n] - trainer.start[n]).abs().max()) for n in branch.state)
+    return max(float((branch.state[n] - theirs[n].float()).abs().max()) for n in branch.state) / moved
+
+
+# ---- measuring ------------------------------------------------------------------------------------------------------
 
 
 class Measures:
     """One seed's rows in halves, and a model that moves."""
 
-    def __init__(self, session: Session, rows: int) -> None:
-        recipe, mixture = session.recipe, session.run / "mixture"
-        sets = {part: load_split(mixture, part) for part in ("test", "kept", "unseen")}
+    def __init__(self, trainer: Trainer, mixture: Mixture, rows: int) -> None:
+        recipe, base = trainer.recipe, trainer.base
+        sets: dict[str, Mapping[str, EncodedDataset]] = {
+            "test": mixture.test,
+            "kept": mixture.kept,
+            "unseen": mixture.unseen,
+        }
         halves = halves_of(sets["test"], sets["kept"], recipe.seed)
-        self.model = load_model(session.base, session.device)
-        self._forward = Forward(session.base.batcher, session.device, recipe.evaluate.batch_tokens)
+        self.model = load_model(base, torch.device("cpu"))
+        self._forward = Forward(base.batcher, torch.device("cpu"), recipe.evaluate.batch_tokens)
 
         def batches(part: str, half: str) -> FixedBatches:
             chosen = {}
@@ -79,26 +186,33 @@ class Measures:
             self.reporting["unseen"] = batches("unseen", "reporting")
         prompts = {name: [dataset[i] for i in halves["test"].reporting[name]] for name, dataset in sets["test"].items()}
         self._scratch = tempfile.TemporaryDirectory()
-        self._reference = drift_reference(session, self.model, prompts, Path(self._scratch.name))
-        self._held = self._place = InPlace(self.model, Folder(session.base.folder))
+        self._reference = self._sample(prompts, base, recipe.seed)
+        tensors = floating_tensors(self.model)
+        self.place = InPlace(self.model, Held({name: tensor.clone() for name, tensor in tensors.items()}))
+        self._start = trainer.start
 
-    def directions(self, folders: Sequence[Path]) -> list[Direction]:
-        """Task vectors in memory."""
-        found: list[Direction] = [TaskVector(Folder(folder)) for folder in folders]
-        self._held, held = hold(self._place, found)
-        return list(held)
+    def _sample(self, rows: Mapping[str, list[Any]], base: Base, seed: int) -> drift.Reference:
+        chosen = drift.choose_prompts({name: len(part) for name, part in rows.items()}, 16, seed)
+        prompts = [rows[name][i].prompt() for name, i in chosen]
+        answers = drift.sample_answers(self.model, prompts, 24, end_tokens(rows, base.tokenizer), self._forward, seed)
+        pairs = [(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True) if len(answer)]
+        return drift.Reference.of_base(
+            self.model, [p for p, _ in pairs], [a for _, a in pairs], Path(self._scratch.name), self._forward
+        )
 
-    def at(self, terms: Sequence[tuple[float, Direction]]) -> Any:
-        return self._held.at(*terms)
+    def direction(self, state: State) -> Direction:
+        """δ of a state, in memory."""
+        return Held({name: state[name] - start for name, start in self._start.items()})
 
     def choose(self, terms: Sequence[tuple[float, Direction]]) -> Losses:
-        with self.at(terms) as model:
+        with self.place.at(*terms) as model:
             return Losses(*(part.losses(model).macro for part in self.choosing))
 
-    def report(self, terms: Sequence[tuple[float, Direction]], *, with_drift: bool = True) -> dict[str, float]:
-        with self.at(terms) as model:
-            found = {name: part.losses(model).macro for name, part in self.reporting.items()}
-            if with_drift:
+    def report(self, terms: Sequence[tuple[float, Direction]], *, all_of_them: bool = True) -> dict[str, float]:
+        names = list(self.reporting) if all_of_them else ["learned", "kept"]
+        with self.place.at(*terms) as model:
+            found = {name: self.reporting[name].losses(model).macro for name in names}
+            if all_of_them:
                 found["drift"] = self._drift(model)
         return found
 
@@ -106,94 +220,85 @@ class Measures:
         return drift.measure_drift(model, self._reference, self._forward).kl
 
 
-def one_seed(seed: int, words: argparse.Namespace) -> dict[str, Any]:
-    """Train everything for one seed, measure it, and throw the models away."""
+@dataclass(frozen=True)
+class Data:
+    """The demo's base and rows, encoded once for all seeds."""
+
+    recipe: Path
+    base: Base
+    mixture: Mixture
+
+    @classmethod
+    def of(cls, folder: Path) -> Data:
+        file = write_demo(folder / "demo")
+        recipe = load_recipe(file)
+        base, found = open_base(recipe.model), find_datasets(recipe.mixture, recipe.evaluate)
+        return cls(file, base, encode_mixture(found, base, folder / "mixture", max_length=recipe.train.max_length))
+
+
+def say(what: str) -> None:
+    print(f"  {time.process_time():.0f} CPU s: {what}", flush=True)
+
+
+def one_seed(data: Data, seed: int, words: argparse.Namespace) -> dict[str, Any]:
+    """Train everything for one seed and measure it."""
     with tempfile.TemporaryDirectory() as place:
-        root = Path(place)
-        recipe = write_demo(root / "demo", seed)
-        common = [f"mixture.samples={words.rows}", f"conflict.examples={words.examples}", "baselines=[]"]
-        common += ["train.threads=1", "evaluate.drift={prompts: 16, tokens: 24}"]
+        changes = [f"seed={seed}", f"train.batch_size={words.batch}", f"train.learning_rate={words.rate}"]
+        changes += [f"conflict.examples={words.examples}", "train.threads=1", "train.save_dtype=float32"]
+        recipe, base, mixture = load_recipe(data.recipe, changes), data.base, data.mixture
+        train = {
+            name: rows.take(np.sort(draw(len(rows), words.rows, seed, name, purpose="show")))
+            for name, rows in mixture.train.items()
+        }
+        sizes = {name: len(rows) for name, rows in train.items()}
+        geometry = measure_gradients(train, base, recipe.conflict, seed, Path(place) / "conflict")
+        say(f"seed {seed}: gradients")
+        trainer = Trainer(base, recipe)
+        measures = Measures(trainer, mixture, words.measured)
+        models = {"base": measures.report([])}
+        lines: dict[str, list[dict[str, float]]] = {}
+        searches: dict[str, Any] = {}
+        agreed = None
 
-        def run(name: str, like: str | None, *settings: str) -> Session:
-            if like is not None:
-                for part in ("mixture", "conflict", "split"):
-                    if (root / like / part).is_dir() and not (part == "split" and like == "mixture"):
-                        shutil.copytree(root / like / part, root / name / part)
-                (root / name / ".merit").touch()
-            session = Session(load_recipe(recipe, [*common, *settings]), root / name, Silent())
-            started = time.process_time()
-            run_chain(session, "merge")
-            cpu[name] = round(time.process_time() - started, 2)
-            return session
+        def measure(name: str, direction: Direction) -> None:
+            models[name] = measures.report([(1.0, direction)])
+            ends = {0.0: models["base"], 1.0: models[name]}
+            lines[name] = [
+                {"scale": scale, **(ends.get(scale) or measures.report([(scale, direction)], all_of_them=False))}
+                for scale in (0.0, *SCALES)
+            ]
 
-        cpu: dict[str, float] = {}
-        sessions = {"pca-1": run("pca-1", None, "split.method=pca")}
-        shutil.copytree(root / "pca-1" / "mixture", root / "only" / "mixture")
-        sessions["joint"] = run("joint", "only", "split.method=joint")
-        sessions["random-1"] = run("random-1", "only", "split.method=random")
+        def search(name: str, directions: Sequence[Direction], start: Sequence[float]) -> None:
+            settings = recipe.merge.search.model_copy(update={"evaluations": words.evaluations})
+            result = search_weights(
+                lambda c: measures.choose(list(zip(c, directions, strict=True))), start, settings, seed
+            )
+            searches[name] = {"scale": result.scale, "weights": list(result.weights), "points": len(result.points)}
+            models[name] = measures.report(list(zip(result.chosen.coefficients, directions, strict=True)))
+
+        joint, _ = trainer.rounds([train], 1)
+        measure("joint", measures.direction(joint))
+        say("joint")
+        search("joint wise-ft", [measures.direction(joint)], [1.0])
         for method in ("pca", "random"):
-            for rounds in ROUNDS[1:]:
-                name = f"{method}-{rounds}"
-                more = [f"split.method={method}", f"train.rounds={rounds}"]
-                sessions[name] = run(name, f"{method}-1", *more)
-        found = measured(sessions, words)
-        tokens = {name: trained(session.run) for name, session in sessions.items()}
-        return {"seed": seed, "cpu_seconds": cpu, "target_tokens": tokens, **found}
-
-
-def trained(run: Path) -> int:
-    return sum(BranchResult.load(path.parent).target_tokens for path in run.glob("branches/*/result.json"))
-
-
-def model_of(session: Session) -> Path:
-    joint = session.recipe.split.method == "joint"
-    return session.run / ("branches/0/model" if joint else "merged/model")
-
-
-def measured(sessions: dict[str, Session], words: argparse.Namespace) -> dict[str, Any]:
-    """All figures of one seed."""
-    measures = Measures(sessions["pca-1"], words.measured)
-    models: dict[str, dict[str, float]] = {}
-    lines: dict[str, list[dict[str, float]]] = {}
-    searches: dict[str, Any] = {}
-    for name, session in sessions.items():
-        (direction,) = measures.directions([model_of(session)])
-        if "base" not in models:
-            models["base"] = measures.report([])
-        models[name] = measures.report([(1.0, direction)])
-        line = [{"scale": 0.0, **models["base"]}]
-        for scale in SCALES:
-            line.append({"scale": scale, **measures.report([(scale, direction)], with_drift=False)})
-        lines[name] = line
-        if name == "joint":
-            searches["joint wise-ft"] = searched(measures, [direction], [1.0], session, words)
-            models["joint wise-ft"] = searches["joint wise-ft"].pop("reported")
-    for method in ("pca", "random"):
-        session = sessions[f"{method}-1"]
-        branches = range(len(split_of(session.run).groups))
-        trained_branches = {k: BranchResult.load(session.run / "branches" / str(k)) for k in branches}
-        directions = measures.directions([part.model for part in trained_branches.values()])
-        for rule in FIXED:
-            counts = [float(branch.weight) for branch in weigh(rule, trained_branches, len(branches))]  # type: ignore[arg-type]
-            shares = [count / sum(counts) for count in counts]
-            models[f"{method} {rule}"] = measures.report(list(zip(shares, directions, strict=True)))
-            if rule == "tokens":
-                searches[f"{method} auto"] = searched(measures, directions, shares, session, words)
-                models[f"{method} auto"] = searches[f"{method} auto"].pop("reported")
-    return {"models": models, "lines": lines, "searches": searches}
-
-
-def searched(
-    measures: Measures, directions: list[Direction], start: list[float], session: Session, words: argparse.Namespace
-) -> dict[str, Any]:
-    """The knee of the search, on the choosing rows; its figures on the reporting rows."""
-    settings = session.recipe.merge.search.model_copy(update={"evaluations": words.evaluations})
-    found = search_weights(
-        lambda c: measures.choose(list(zip(c, directions, strict=True))), start, settings, session.recipe.seed
-    )
-    chosen = found.chosen.coefficients
-    reported = measures.report(list(zip(chosen, directions, strict=True)))
-    return {"scale": found.scale, "weights": list(found.weights), "points": len(found.points), "reported": reported}
+            split = split_mixture(method, 2, weights=sizes, geometry=geometry if method == "pca" else None, seed=seed)
+            groups = [{name: train[name] for name in group} for group in split.groups]
+            for rounds in ROUNDS:
+                merged, branches = trainer.rounds(groups, rounds)
+                measure(f"{method}-{rounds}", measures.direction(merged))
+                say(f"{method}, {rounds} rounds")
+                if rounds > 1:
+                    continue
+                if seed == 0 and method == "pca":
+                    agreed = agreement(trainer, groups[0], branches[0])
+                directions = [measures.direction(branch.state) for branch in branches]
+                for rule in FIXED:
+                    total = sum(branch.counts[rule] for branch in branches)
+                    shares = [branch.counts[rule] / total for branch in branches]
+                    models[f"{method} {rule}"] = measures.report(list(zip(shares, directions, strict=True)))
+                    if rule == "tokens":
+                        search(f"{method} auto", directions, shares)
+        return {"seed": seed, "agreement": agreed, "models": models, "lines": lines, "searches": searches}
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -228,12 +333,14 @@ def write(seeds: list[dict[str, Any]], words: argparse.Namespace) -> None:
     lines = [
         "# Merge weights and rounds on the text demo's mixture",
         "",
-        f"`OMP_NUM_THREADS=1 python benchmarks/merge/weights_and_rounds.py --seeds {len(seeds)} --rows {words.rows} "
-        f"--measured {words.measured} --evaluations {words.evaluations} --examples {words.examples}`",
+        f"`OMP_NUM_THREADS=1 python benchmarks/merge/weights_and_rounds.py --seeds {len(seeds)} "
+        + " ".join(f"--{name} {getattr(words, name):g}" for name in SETTINGS)
+        + "`",
         "",
-        f"{len(seeds)} seeds; {words.rows} training rows per dataset (of the demo's own number), one epoch, K = 4; every",
-        f"figure on up to {words.measured} rows per dataset that chose nothing; {words.evaluations} points per search. "
-        "Means ± standard deviation over seeds; nats per target token, means over datasets; lower is better everywhere.",
+        f"{len(seeds)} seeds; {words.rows} training rows per dataset, one epoch in batches of {words.batch}, peak rate "
+        f"{words.rate:g}, K = 4; every figure on up to {words.measured} rows per dataset that chose nothing; "
+        f"{words.evaluations} points per search. Means ± standard deviation over seeds; nats per target token, means over "
+        "datasets; lower is better everywhere.",
         "",
         "| model | " + " | ".join(columns) + " |",
         "|---|" + "---|" * len(columns),
@@ -246,7 +353,7 @@ def write(seeds: list[dict[str, Any]], words: argparse.Namespace) -> None:
         "`pca tokens`, `random tokens` are the paper's merge (R = 1); `-2`, `-4`, `-8` are rounds; `auto`, `wise-ft`: the",
         "knee, searched on the other half of the rows.",
         "",
-        "Kept loss at equal learned loss, along each model's line θ0 + λ τ (λ from 0 to 1.25): where the learned loss has",
+        "Kept loss at equal learned loss, along each model's line θ0 + λ τ (λ from 0 to 1): where the learned loss has",
         "fallen by that part of what joint training learns.",
         "",
         "| model | " + " | ".join(f"{level:.0%}" for level in LEVELS) + " |",
@@ -268,7 +375,7 @@ def write(seeds: list[dict[str, Any]], words: argparse.Namespace) -> None:
         lines.append(f"- {name}: {'; '.join(found)}")
     lines += ["", f"{host['cores']} cores ({host['cpu']}), {host['memory_gib']} GiB; {datetime.date.today()}.", ""]
     OUT.with_suffix(".md").write_text("\n".join(lines))
-    settings = {name: getattr(words, name) for name in ("rows", "measured", "evaluations", "examples")}
+    settings = {name: getattr(words, name) for name in SETTINGS}
     values = {"date": str(datetime.date.today()), "machine": host, "settings": settings, "seeds": seeds}
     OUT.with_suffix(".json").write_text(json.dumps(values, indent=2) + "\n")
     plot(seeds)
@@ -298,7 +405,7 @@ def plot(seeds: list[dict[str, Any]]) -> None:
         )
         axis.legend(fontsize=7)
     axes[0].set_ylabel("kept (loss on kept sets) ↓")
-    figure.suptitle(f"Means of {len(seeds)} seeds; lines: λ from 0 (base) to 1.25")
+    figure.suptitle(f"Means of {len(seeds)} seeds; lines: λ from 0 (base) to 1")
     figure.tight_layout()
     figure.savefig(OUT.with_suffix(".png"), dpi=110)
 
@@ -306,25 +413,27 @@ def plot(seeds: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=32, help="Training rows per dataset.")
+    parser.add_argument("--rows", type=int, default=8, help="Training rows per dataset.")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rate", type=float, default=8e-6)
     parser.add_argument(
-        "--measured", type=int, default=4, help="Rows per dataset and half that a point is measured on."
+        "--measured", type=int, default=2, help="Rows per dataset and half that a point is measured on."
     )
-    parser.add_argument("--evaluations", type=int, default=32, help="Points per search.")
-    parser.add_argument("--examples", type=int, default=16, help="Calibration examples per dataset.")
+    parser.add_argument("--evaluations", type=int, default=20, help="Points per search.")
+    parser.add_argument("--examples", type=int, default=6, help="Calibration examples per dataset.")
     words = parser.parse_args()
     torch.set_num_threads(1)
-    settings = {name: getattr(words, name) for name in ("rows", "measured", "evaluations", "examples")}
+    settings = {name: getattr(words, name) for name in SETTINGS}
     seeds: list[dict[str, Any]] = []
     if OUT.with_suffix(".json").is_file():
         stored = json.loads(OUT.with_suffix(".json").read_text())
         seeds = stored["seeds"] if stored["settings"] == settings else []
-    for seed in range(words.seeds):
-        if seed not in [done["seed"] for done in seeds]:
-            started, cpu = time.time(), time.process_time()
-            seeds.append(one_seed(seed, words))
-            print(f"seed {seed}: {time.time() - started:.0f} s, {time.process_time() - cpu:.0f} CPU s", flush=True)
-            write(seeds, words)
+    with tempfile.TemporaryDirectory() as place:
+        data = Data.of(Path(place))
+        for seed in range(words.seeds):
+            if seed not in [done["seed"] for done in seeds]:
+                seeds.append(one_seed(data, seed, words))
+                write(seeds, words)
 
 
 if __name__ == "__main__":
