@@ -47,10 +47,15 @@ class Nodes:
 
 def patiently(make: Callable[[], Any]) -> Any:
     """Start a node; on a busy machine one may take longer than the half minute that Ray gives it."""
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
     for attempt in range(6):
         try:
             return make()
         except Exception:
+            for child in psutil.Process().children(recursive=True):
+                if child.pid not in before:  # what the failed start left behind
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        child.kill()
             if attempt == 5:
                 raise
     return None
@@ -60,6 +65,7 @@ def patiently(make: Callable[[], Any]) -> Any:
 def cluster(folder: Path) -> Iterator[Nodes]:
     """Three nodes: one that only keeps house, and two of one CPU."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_agent_register_timeout_ms", "600000")  # a raylet gives up when its agent starts slowly
     from ray.cluster_utils import Cluster
 
     folder.mkdir(parents=True, exist_ok=True)
