@@ -18,8 +18,13 @@ from merit.train.batches import steps_for
 from merit.train.result import BranchResult
 
 
-def reference_weights(base: Path, *, epochs: float, batch_size: int, rate: float, seed: int) -> dict[str, torch.Tensor]:
-    """A bare float64 loop: token-mean loss per step, AdamW, norm clip 1, warm-up 1/(W+1) ..., cosine to 0."""
+def reference_weights(
+    base: Path, *, epochs: float, batch_size: int, rate: float, seed: int, decay: float
+) -> dict[str, torch.Tensor]:
+    """A bare float64 loop: token-mean loss per step, AdamW, norm clip 1, warm-up 1/(W+1) ..., cosine to 0.
+
+    ``decay`` shrinks the matrices by rate × decay per step; biases and norms are vectors.
+    """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64).train()
@@ -28,6 +33,7 @@ def reference_weights(base: Path, *, epochs: float, batch_size: int, rate: float
     per_epoch = math.ceil(len(rows) / batch_size)
     steps = math.ceil(epochs * per_epoch)
     warmup = math.ceil(0.03 * steps)
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     for step in range(steps):
         epoch, at = divmod(step, per_epoch)
@@ -45,21 +51,27 @@ def reference_weights(base: Path, *, epochs: float, batch_size: int, rate: float
         past = step - warmup
         factor = (step + 1) / (warmup + 1) if past < 0 else 0.5 * (1 + math.cos(math.pi * past / (steps - warmup)))
         optimizer.param_groups[0]["lr"] = rate * factor
+        with torch.no_grad():
+            for matrix in matrices:
+                matrix.mul_(1 - rate * factor * decay)
         optimizer.step()
     return {name: tensor.detach() for name, tensor in model.named_parameters()}
 
 
-@pytest.mark.parametrize("micro", [None, 2, 1])
-def test_matches_an_independent_float64_loop(root: Path, base: Path, micro: int | None) -> None:
+@pytest.mark.parametrize(("micro", "epochs", "decay"), [(None, 2, 0.0), (2, 2, 0.0), (1, 3, 20.0)])
+def test_matches_an_independent_float64_loop(
+    root: Path, base: Path, micro: int | None, epochs: int, decay: float
+) -> None:
     # SGD-like rates keep AdamW's sign-like first steps from amplifying float32 rounding.
-    facts = cases.train(root, "train.learning_rate=1e-3", f"train.micro_batch_size={micro or 'null'}")
-    expected = reference_weights(base, epochs=2, batch_size=4, rate=1e-3, seed=3)
+    asked = (f"train.epochs={epochs}", f"train.weight_decay={decay}", f"train.micro_batch_size={micro or 'null'}")
+    facts = cases.train(root, "train.learning_rate=1e-3", *asked)
+    expected = reference_weights(base, epochs=epochs, batch_size=4, rate=1e-3, seed=3, decay=decay)
     start = load_file(base / "model.safetensors")
     for name, tensor in weights(root).items():
         moved = (expected[name] - start[name]).norm()
         assert moved > 1e-3
         assert (tensor.double() - expected[name]).norm() < 2e-3 * moved, name
-    assert facts.steps == 12
+    assert facts.steps == 6 * epochs
 
 
 def test_dataset_order_in_the_recipe_does_not_matter(root: Path) -> None:
