@@ -121,7 +121,11 @@ def summary(found: list[dict[str, Any]]) -> str:
 
     sizes = [item["datasets"] for item in found]
     parts = []
-    titles = {"cpu_seconds": "CPU seconds", "peak_mib": "peak memory so far, MiB", "files": "files"}
+    titles = {
+        "cpu_seconds": "CPU seconds",
+        "peak_mib": "peak memory, MiB (training starts to count anew)",
+        "files": "files",
+    }
     for key, title in titles.items():
         rows = []
         for stage in (*STAGES, "run again"):
