@@ -27,7 +27,7 @@ LITTLE = (
     "conflict.examples=2",
     "split.axes=1",
     "train.threads=1",
-    "baselines=[random]",
+    "baselines=[]",
     "evaluate={heldout: true, exact_match: never, max_examples: 1, drift: {prompts: 0}}",
 )
 
@@ -93,7 +93,7 @@ def test_histories_do_not_matter(kind: str, tmp_path: Path) -> None:
     assert {"mixture", "conflict", "split", "branches/0", "branches/1", "merged", "evaluation"} <= set(stages)
 
     shutil.copytree(workers, alone)
-    for folder in ("branches", "merged", "evaluation", "baselines"):
+    for folder in ("branches", "merged", "evaluation"):
         shutil.rmtree(alone / folder)
     merit("train", alone, "--branch", 1)  # the first thing that this process does
     for words in (("gradients",), ("check",), ("run", "--quiet")):  # in a process that did many things before
