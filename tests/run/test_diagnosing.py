@@ -1,5 +1,6 @@
 """`merit diagnose`: of a finished run, of loose checkpoints, of a recipe; what is kept, reused and refused."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -76,6 +77,20 @@ def test_loose_checkpoints_are_diagnosed_with_rows_from_a_folder(case: Case, bas
     assert found["displacement"]["norms"][0] == 0  # the base's own weights again
     assert found["displacement"]["norms"][2] == pytest.approx(2 / 3 * found["displacement"]["norms"][1], rel=1e-6)
     assert {line["model"] for line in found["gap"]["lines"]} == {"base", "a", "b", "merged"}
+
+
+def test_without_matplotlib_everything_but_the_figures_is_made(
+    case: Case, base: Path, merit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "matplotlib" else find(name, *rest)
+    )
+    words = ["--base", base, "--checkpoint", base, "--rows", case.folder / "mixture", "--only", "displacement"]
+    result = merit("diagnose", *words, "--figures", case.folder / "figures")
+    assert result.code == 0, result.err
+    assert "merit-tuning[plots]" in result.out
+    assert not (case.folder / "figures").exists()
 
 
 @pytest.mark.parametrize(

@@ -96,8 +96,8 @@ def _draw(results: Mapping[str, Diagnosis], place: Path) -> str:
     """Draw the figures; where they are, or what is missing for them."""
     if importlib.util.find_spec("matplotlib") is None:
         return (
-            "No figures: they are drawn by matplotlib, which is not installed. Install merit-tuning[plots], "
-            "then run the same command again: what is measured is not measured anew."
+            "No figures: they are drawn by matplotlib, which is not installed. Install it (pip install "
+            r"'merit-tuning\[plots]') and run the same command again; a run's diagnostics are not measured anew for it."
         )
     from merit.report.figures import draw_all
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from rich import box
 from rich.console import RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 from merit.diagnostics.probe import Probe
@@ -24,9 +25,9 @@ def render(results: Mapping[str, Diagnosis], left_out: Mapping[str, str]) -> lis
     for column in ("diagnostic", "verdict", "figures"):
         table.add_column(column, no_wrap=column != "figures", overflow="fold")
     for name, result in results.items():
-        table.add_row(name, f"[{COLOURS[result.verdict]}]{result.verdict}[/]", result.reason)
+        table.add_row(name, f"[{COLOURS[result.verdict]}]{result.verdict}[/]", escape(result.reason))
     for name, why in left_out.items():
-        table.add_row(name, "–", f"left out: {why}")
+        table.add_row(name, "–", escape(f"left out: {why}"))
     counts = [(verdict, sum(result.verdict == verdict for result in results.values())) for verdict in VERDICTS]
     summary = ", ".join(f"{count} {verdict}" for verdict, count in counts if count)
     return [table, f"{summary}. Rules and figures: docs/diagnostics.md"]
