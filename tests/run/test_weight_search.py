@@ -211,7 +211,7 @@ def test_an_adapter_s_update_block_by_block_is_the_whole_one(tmp_path: Path) -> 
         theta = start[name]
         whole = torch.from_numpy(adapter.update(name, theta.double().numpy())).float()
         parts = [(0, 1), (1, len(theta))]
-        changes = [weight_search._AdapterUpdate(adapter).change(Block(name, a, b), theta[a:b]) for a, b in parts]
+        changes = [AdapterDirection(adapter).change(Block(name, a, b), theta[a:b]) for a, b in parts]
         if name not in (*adapter.pairs, *adapter.full):
             assert changes == [None, None]
             continue
