@@ -307,7 +307,9 @@ def first_stages(args: argparse.Namespace, tokenizer: Any) -> tuple[Any, dict[st
     first = {"pictures": args.vision_steps * args.vision_batch_size, "heldout_accuracy_of_the_heads": heads}
     plan = Stage("stage 2", args.steps, args.learning_rate, base_stream)
     second = train_answers(model, tokenizer, plan, args)
-    return model.to(torch.bfloat16).to(torch.float32), {"stage_1": first, "stage_2": second}
+    for parameter in model.parameters():  # as a saved checkpoint has them; buffers stay exact
+        parameter.data = parameter.data.to(torch.bfloat16).float()
+    return model, {"stage_1": first, "stage_2": second}
 
 
 def update(
