@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tests.builders import Case, encoded, read, task_rows, weights, write_rows
 
+from merit.merge.direction import AdapterDirection
 from merit.merge.weights import Losses
 from merit.run import weight_search
 from merit.run.evaluating import held_out_rows, reporting_rows
