@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from merit.train.branch import train_branch
     from merit.train.result import BranchResult
 
-__version__ = "0.2.0"
+__version__ = "0.3.0.dev0"
 
 __all__ = [
     "Base",

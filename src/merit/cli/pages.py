@@ -7,18 +7,17 @@ from typing import Annotated
 
 import typer
 
-from merit.cli.options import AsJson, Quiet, out, print_json
+from merit.cli.options import AsJson, Overrides, Quiet, open_target, out, print_json
 from merit.errors import RecipeError
 
 
 def report(
-    run_folder: Annotated[
+    target: Annotated[
         Path,
-        typer.Argument(
-            metavar="RUN|STUDY", help="A run folder, or a study's (they are one and the same, or its study/ folder)."
-        ),
+        typer.Argument(metavar="RECIPE|RUN|STUDY", help="A run folder or its study/ folder, or the recipe of a run."),
     ],
     output: Annotated[Path | None, typer.Option(help="File to write. Default: report.html in the run folder.")] = None,
+    overrides: Overrides = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -31,12 +30,13 @@ def report(
     """
     from merit.report.page import write_page
 
-    if (run_folder / "study.json").is_file():
-        run_folder = run_folder.resolve().parent
+    if (target / "study.json").is_file():
+        target = target.resolve().parent
+    recipe, run_folder = open_target(target, None, overrides)
     _require_run(run_folder)
     if output is not None and not output.resolve().parent.is_dir():
         raise RecipeError(f"--output {output}: its folder does not exist.")
-    written = write_page(run_folder, output)
+    written = write_page(run_folder, output, recipe)
     if as_json:
         print_json({"report": str(written.path), "bytes": written.bytes})
     elif not quiet:
@@ -50,6 +50,7 @@ def push(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would go, and the card. Nothing is sent.")
     ] = False,
+    overrides: Overrides = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -67,9 +68,10 @@ def push(
     from merit.report.page.data import read_run
 
     require_repo_id(to)
+    recipe, run_folder = open_target(run_folder, None, overrides)
     _require_run(run_folder)
     model = run_folder / "merged" / "model"
-    data = read_run(run_folder)
+    data = read_run(run_folder, recipe)
     if data.own.merge is None:
         raise RecipeError(f"{run_folder}: its branches are not merged yet.", "`merit merge RUN` merges them.")
     files: dict[str, Path | bytes] = dict(model_files(model))

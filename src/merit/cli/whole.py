@@ -156,7 +156,7 @@ def init(
         out(f"Wrote {path}. Next: set model.base and mixture in it, then `merit check {shlex.quote(str(path))}`.")
 
 
-def schema() -> None:
+def schema(as_json: AsJson = True, quiet: Quiet = False) -> None:
     """Print the JSON schema of recipes, for editors and scripts.
 
     Example: `merit schema > recipe.schema.json`, and `# yaml-language-server: $schema=recipe.schema.json` in the recipe.

@@ -12,7 +12,7 @@ from sklearn.metrics import silhouette_score
 from merit.diagnostics.lab import Lab
 from merit.diagnostics.result import Diagnosis, graded
 
-__all__ = ["Embedding", "measure", "silhouette"]
+__all__ = ["Embedding", "measure", "silhouette", "tsne"]
 
 READY, DOUBTFUL = 0.05, 0.25
 """Share of random groupings of the same sizes whose silhouette is at least as large."""
@@ -77,7 +77,7 @@ def measure(lab: Lab) -> Embedding:
     plane = np.zeros((len(groups), 2))
     plane[:, : arrays.scores.shape[1]] = arrays.scores[:, :2]
     explained = [*map(float, arrays.explained_variance[:2]), 0.0, 0.0][:2]
-    map_ = _tsne(distances, lab.subject.seed)
+    map_ = tsne(distances, lab.subject.seed)
     if found is None:
         verdict, reason = graded(np.nan, READY, DOUBTFUL), "there are not two groups to tell apart"
     else:
@@ -96,7 +96,7 @@ def measure(lab: Lab) -> Embedding:
     )
 
 
-def _tsne(distances: np.ndarray, seed: int) -> np.ndarray:
+def tsne(distances: np.ndarray, seed: int) -> np.ndarray:
     """t-SNE by scikit-learn; few datasets need a perplexity below their number."""
     count = len(distances)
     if count < 4:

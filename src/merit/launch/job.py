@@ -95,6 +95,10 @@ class BranchJob:
         return len(self.progress_paths) or 1
 
 
+_KNOWN_AFTER, _KNOWN_SHARE = 6.0, 0.04
+"""Seconds and share of the steps before the time left is told, as on the terminal."""
+
+
 class ProgressFile:
     """Writes progress to a small JSON file at most once a second, and at the last step.
 
@@ -116,7 +120,7 @@ class ProgressFile:
             return
         self._written = now
         shown = {key: facts[key] for key in ("loss", "learning_rate", "tokens_per_second") if key in facts}
-        if step > first:
+        if now - began >= _KNOWN_AFTER and step - first >= _KNOWN_SHARE * steps:  # before, a rate says little
             shown["seconds_left"] = round((now - began) / (step - first) * (steps - step), 1)
         content = {
             "step": step,

@@ -281,8 +281,14 @@ def bars(
     return chart(title, *drawn, height=height)
 
 
-def dots(title: str, columns: Sequence[tuple[str, Sequence[float | None]]], names: Sequence[str], y_title: str) -> Html:
-    """One column of points per dataset, a shape and colour per series; names on hover."""
+def dots(
+    title: str,
+    columns: Sequence[tuple[str, Sequence[float | None]]],
+    names: Sequence[str],
+    y_title: str,
+    x_title: str = "",
+) -> Html:
+    """One column of points per name, a shape and colour per series; names on hover."""
     values = [v for _, series in columns for v in series if v is not None]
     xs = _Scale(-0.5, max(len(names), 1) - 0.5, _LEFT, _WIDTH - _RIGHT)
     ys = _Scale.over(values, _HEIGHT - _BOTTOM, _TOP)
@@ -305,7 +311,7 @@ def dots(title: str, columns: Sequence[tuple[str, Sequence[float | None]]], name
         _text(
             (_LEFT + _WIDTH - _RIGHT) / 2,
             _HEIGHT - 16,
-            f"{len(names)} datasets, in the order of the table below",
+            x_title or f"{len(names)} datasets, in the order of the table below",
             class_="title",
         ),
         tag("text", y_title, transform=f"translate(15,{middle:.0f}) rotate(-90)", text_anchor="middle", class_="title"),

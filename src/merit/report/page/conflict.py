@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from merit.conflict.result import Geometry
+from merit.diagnostics.embedding import tsne
 from merit.report.page import charts
 from merit.report.page.data import RunData
 from merit.report.page.heatmap import heatmap
@@ -17,6 +18,8 @@ from merit.split.result import Split
 _REPLICATES = 40
 _MOST_WITH_ERRORS = 300
 """Datasets above which the scatter has no error bars: every replicate costs an eigenproblem of that size."""
+_MOST_MAPPED = 400
+"""Datasets above which there is no t-SNE: it would take longer than the rest of the page."""
 _DASH = "–"
 
 
@@ -41,7 +44,7 @@ def build(data: RunData) -> Html:
         _pairs(geometry),
     ]
     if geometry.arrays.scores.shape[1] >= 2:
-        parts.append(_scatter(geometry, split, data.recipe.seed))
+        parts += [_scatter(geometry, split, data.recipe.seed), _map(geometry, split, data.recipe.seed)]
     parts += [_scree(geometry), _reliability(geometry, names), _datasets(geometry, split)]
     return section("conflict", "What conflicts with what", *parts, notes(summary.warnings))
 
@@ -108,6 +111,25 @@ def _scatter(geometry: Geometry, split: Split | None, seed: int) -> Html:
     return figure(
         "scatter", "Datasets on the first two conflict axes", drawing, note + (" Dashed: the cuts." if cuts else "")
     )
+
+
+def _map(geometry: Geometry, split: Split | None, seed: int) -> Html:
+    """t-SNE of the distances 1 − cos; nothing for fewer than four datasets or too many to wait for."""
+    count = len(geometry.names)
+    if not 4 <= count <= _MOST_MAPPED:
+        return Html("")
+    distances = np.maximum(1.0 - (geometry.cosine + geometry.cosine.T) / 2, 0.0)
+    np.fill_diagonal(distances, 0.0)
+    groups = split.groups if split else []
+    member = {name: k for k, group in enumerate(groups) for name in group}
+    places = tsne(distances, seed)
+    points = [
+        charts.Point(name, float(x), float(y), member.get(name, 0))
+        for name, (x, y) in zip(geometry.names, places, strict=True)
+    ]
+    title = "Map of the datasets' gradients (t-SNE)"
+    drawing = charts.scatter(title, points, ("no unit", "no unit"), [f"group {k}" for k in range(len(groups))])
+    return figure("map", title, drawing, "Neighbours have similar gradients; distances across the map mean nothing.")
 
 
 def _errors(geometry: Geometry, scores: np.ndarray, seed: int) -> np.ndarray | None:
@@ -187,6 +209,15 @@ def _scree(geometry: Geometry) -> Html:
                 c.held_out_ratio,
             )
             rows.append([Cell(f"axis {c.axis}", c.axis), *map(number, cut)])
+        named = [f"axis {c.axis}" for c in judged]
+        bands = [
+            ("signal", [c.signal for c in judged]),
+            ("null: largest without conflict", [c.signal_null for c in judged]),
+        ]
+        drawing = charts.dots("Signal of every cut against its null", bands, named, "share confirmed", "axes in order")
+        parts.append(
+            figure("signal", "Signal of every cut against its null", drawing, "A cut counts only above its null.")
+        )
         parts.append(table("axes", "Cuts along the axes, against chance", header, rows))
         parts.append(
             paragraph(

@@ -116,14 +116,14 @@ class RunData:
             return []
 
 
-def read_run(run: Path) -> RunData:
-    """Read what is finished in a run folder.
+def read_run(run: Path, recipe: Recipe | None = None) -> RunData:
+    """Read what is finished in a run folder; ``recipe`` replaces the one in it.
 
     Raises:
         RunFolderError: A finished stage's file is damaged.
         RecipeError: The recipe in the folder cannot be read.
     """
-    recipe = load_recipe(run / "recipe.yaml")
+    recipe = recipe or load_recipe(run / "recipe.yaml")
     records: dict[str, Record] = {}
 
     def done(kind: str, path: Path, title: str = "") -> bool:

@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 
 from merit.files import write_text
+from merit.recipe.schema import Recipe
 from merit.report.page import conflict, diagnosed, groups, merging, provenance, results, studied, training, verdict
 from merit.report.page.data import RunData, read_run
 from merit.report.page.markup import Html, join, tag
@@ -38,18 +39,19 @@ class Written:
     bytes: int
 
 
-def write_page(run: Path, output: Path | None = None) -> Written:
+def write_page(run: Path, output: Path | None = None, recipe: Recipe | None = None) -> Written:
     """Write the page of a run.
 
     Args:
         run: The run folder; stages that are not done are said to be missing.
         output: Where to; default ``report.html`` in the run folder.
+        recipe: Instead of the one in the run folder.
 
     Raises:
         RunFolderError: A finished stage's file is damaged.
     """
     path = output or run / "report.html"
-    text = page(read_run(run))
+    text = page(read_run(run, recipe))
     if not path.is_file() or path.read_text(encoding="utf-8", errors="replace") != text:
         write_text(path, text)
     return Written(path, len(text.encode("utf-8")))
