@@ -408,8 +408,11 @@ def sum_up(file: Path) -> None:
 
     found = [json.loads(line) for line in file.read_text().splitlines()]
     findings = [Finding(**{**item, "moments": [Moment(**moment) for moment in item["moments"]]}) for item in found]
-    text = f"{summary(findings)}\n\n{sum(item.seconds for item in findings) / 60:.0f} minutes in all."
-    command = "python -m benchmarks.chaos.run --moments 100 --launchers chain local ray slurm --to FILE"
+    text = (
+        f"{summary(findings)}\n\n{sum(item.seconds for item in findings) / 60:.0f} minutes in all. FILE was filled by "
+        "several calls with `--to FILE`, launcher by launcher; their other options are not recorded."
+    )
+    command = "python -m benchmarks.chaos.run --sum-up FILE"
     write("chaos", "Runs that were killed at random moments", command, text, {"findings": found})
     print(text)
 

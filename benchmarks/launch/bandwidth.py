@@ -1,6 +1,6 @@
 """Bytes that each way moves for the same budget, and a simulation of 7B on scattered spot machines.
 
-    python -m benchmarks.launch.bandwidth
+    python -m benchmarks.launch.bandwidth [--price DOLLARS]
 
 The table is arithmetic (merit.launch.traffic). The simulation's inputs are printed with it. Compute is the paper's (Choi &
 Kim, arXiv 2606.01717: joint training of Qwen2.5-7B with its vision encoder on 1.6M examples, 43 h 18 min on 8 A100); nothing
@@ -105,6 +105,7 @@ def main() -> None:
     """Print and write both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=200)
+    parser.add_argument("--price", type=float, default=1.0, help="Dollars per hour of one GPU, held, busy or not.")
     given = parser.parse_args()
     from benchmarks.report import table, write
 
@@ -122,27 +123,31 @@ def main() -> None:
     lines = []
     for place, found in zip(cases, results, strict=True):
         joint = joint_hours(SEVEN, place, data_parallel(SEVEN))
+        hourly = place.gpus * given.price
         lines.append([
             f"{place.megabits:g}", f"{place.per_hour:g}", f"{found['wall_hours']:.1f}", f"{found['wall_hours_90']:.1f}",
-            f"{found['node_hours']:.1f}", f"{found['preemptions']:.1f}", f"{joint:,.0f}",
+            f"{found['node_hours']:.1f}", f"{found['preemptions']:.1f}", f"{found['node_hours'] * hourly:,.0f}",
+            f"{joint:,.0f}", f"{joint * SEVEN.nodes * hourly:,.0f}",
         ])  # fmt: skip
     second = table(
         ["Mbit/s", "preemptions per node and hour", "wall hours, mean", "wall hours, 9 of 10 runs", "node-hours",
-         "preemptions", "joint, data-parallel, never preempted: wall hours"], lines,
+         "preemptions", "cost, $", "joint, data-parallel, never preempted: wall hours", "its cost, $"], lines,
     )  # fmt: skip
     text = (
         f"7B, {SEVEN.nodes} nodes, {SEVEN.steps:,} joint steps, weights and gradients of 2 bytes. Arithmetic.\n\n"
         f"{first}\n\nSimulated, {given.seeds} seeds: {SEVEN.nodes} nodes of 8 A100, {PAPER_GPU_HOURS:.0f} A100-hours of "
         "computing in all (the paper's figure for joint training), a checkpoint every 15 minutes or as often as one can be "
-        f"uploaded, 10 minutes from a preemption to the next machine.\n\n{second}"
+        "uploaded, 10 minutes from a preemption to the next machine. Cost: hours of all nodes × GPUs of a node × "
+        f"{given.price:g} $ per GPU-hour, which is an input (`--price`) and nobody's offer.\n\n{second}"
     )
     print(text)
     write(
         "bandwidth",
         "What each way of training on scattered nodes moves",
-        "python -m benchmarks.launch.bandwidth",
+        f"python -m benchmarks.launch.bandwidth --seeds {given.seeds} --price {given.price:g}",
         text,
         {
+            "price_per_gpu_hour": given.price,
             "traffic": [asdict(way) for way in ways(SEVEN)],
             "cases": [asdict(place) | found for place, found in zip(cases, results, strict=True)],
         },

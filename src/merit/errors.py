@@ -34,6 +34,7 @@ __all__ = [
     "RunFolderError",
     "TrainingError",
     "UserError",
+    "install_hint",
     "nearest",
     "visible",
 ]
@@ -100,6 +101,11 @@ class Interrupted(MeritError):
     """Stopped by a signal after saving what was done; the same command resumes from there."""
 
     exit_code = 75
+
+
+def install_hint(extra: str) -> str:
+    """The command that installs an optional extra of this package (``ray``), from where the package itself is installed."""
+    return f"pip install -e '.[{extra}]' in MERIT's checkout"
 
 
 def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:

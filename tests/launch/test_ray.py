@@ -23,9 +23,7 @@ from merit.launch.ray import Ray
 from merit.progress import silent
 from merit.recipe.launch import RaySettings
 
-needs_ray = pytest.mark.skipif(
-    find_spec("ray") is None, reason="Ray is not installed (pip install 'merit-tuning[ray]')"
-)
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed (pip install -e '.[ray]')")
 
 
 def job(folder: Path, name: str, code: str, *words: object) -> BranchJob:
@@ -37,7 +35,7 @@ def job(folder: Path, name: str, code: str, *words: object) -> BranchJob:
 
 @pytest.mark.skipif(find_spec("ray") is not None, reason="Ray is installed")
 def test_without_ray_it_says_how_to_get_it(tmp_path: Path) -> None:
-    with pytest.raises(ResourceError, match=r"pip install 'merit-tuning\[ray\]'"):
+    with pytest.raises(ResourceError, match=r"pip install -e '\.\[ray\]' in MERIT's checkout"):
         Ray(RaySettings(), 1, 0).run([job(tmp_path, "0", "")], silent)
 
 

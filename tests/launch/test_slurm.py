@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -91,6 +92,14 @@ def test_the_script_can_be_read_and_says_what_was_asked(tmp_path: Path) -> None:
     assert lines.index("module load cuda") < next(n for n, line in enumerate(lines) if "merit.launch.one" in line)
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
     assert "account" not in text
+
+
+def test_a_folder_with_a_space_and_a_percent_sign_is_one_word(tmp_path: Path) -> None:
+    folder = tmp_path / 'my "100%A" runs'
+    text = launcher().script([job(folder, "0", TOUCH)], folder)
+    line = next(line for line in text.splitlines() if "--output" in line)
+    assert shlex.split(line.removeprefix("#SBATCH")) == [f'--output={tmp_path}/my "100%%A" runs/%A_%a.txt']
+    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
 
 
 def test_an_array_runs_to_its_end(tmp_path: Path, queue: Path) -> None:

@@ -98,6 +98,7 @@ def test_scheduler_files_have_the_keys_of_their_schemas(out: Path) -> None:
         mount.keys() <= {"name", "source", "store", "mode", "persistent"} for mount in task["file_mounts"].values()
     )
     job = yaml.safe_load((out / "kubernetes.yaml").read_text())
+    assert "CANNOT START" not in (out / "sky.yaml").read_text()  # the base is in the folder
     assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job")
     pod = job["spec"]["template"]["spec"]
     assert pod["restartPolicy"] == "Never"  # required by podFailurePolicy
@@ -180,6 +181,11 @@ def test_another_base_or_changed_rows_are_refused_before_training(home: Case, ou
     there = tmp_path / "b"
     assert call("branch", "export", home.run, 1, "--to", there, "--refer-to-data").code == 0
     assert not (there / "mixture").exists()
+    for name in ("sky.yaml", "kubernetes.yaml"):  # the base is a folder of this machine only
+        first, second = (there / name).read_text().splitlines()[:2]
+        assert first.startswith("# CANNOT START AS IT IS")
+        assert "--with-base" in second
+        assert "--base DIR" in second
     other = builders.make_base(tmp_path / "other", seed=5)
     found = call("branch", "train", there, "--base", other)
     assert found.code == 2

@@ -266,9 +266,9 @@ def test_workers_of_the_loader_change_no_bit(root: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "package", "way_out"),
     [
-        (["train.optimizer=adamw_8bit"], "bitsandbytes", "merit-tuning[quantize]"),
-        (["model.trainable=lora", "model.quantize=4bit"], "bitsandbytes", "merit-tuning[quantize]"),
-        (["train.sharding=deepspeed", "train.processes=2"], "DeepSpeed", "merit-tuning[deepspeed]"),
+        (["train.optimizer=adamw_8bit"], "bitsandbytes", "pip install -e '.[quantize]'"),
+        (["model.trainable=lora", "model.quantize=4bit"], "bitsandbytes", "pip install -e '.[quantize]'"),
+        (["train.sharding=deepspeed", "train.processes=2"], "DeepSpeed", "pip install -e '.[deepspeed]'"),
     ],
 )
 def test_a_missing_package_is_named_with_its_extra(

@@ -74,7 +74,7 @@ def one(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 needs_deepspeed = pytest.mark.skipif(
-    find_spec("deepspeed") is None, reason="DeepSpeed is not installed (pip install 'merit-tuning[deepspeed]')"
+    find_spec("deepspeed") is None, reason="DeepSpeed is not installed (pip install -e '.[deepspeed]')"
 )
 KINDS = ["none", "fsdp2", pytest.param("deepspeed", marks=needs_deepspeed)]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from merit.cli.options import AsJson, Output, Overrides, Quiet, Redo, open_session, out, print_json
-from merit.errors import RecipeError
+from merit.errors import RecipeError, install_hint
 
 if TYPE_CHECKING:
     from merit.diagnostics.result import Diagnosis
@@ -95,9 +95,12 @@ def diagnose(
 def _draw(results: Mapping[str, Diagnosis], place: Path) -> str:
     """Draw the figures; where they are, or what is missing for them."""
     if importlib.util.find_spec("matplotlib") is None:
+        from rich.markup import escape
+
         return (
-            "No figures: they are drawn by matplotlib, which is not installed. Install it (pip install "
-            r"'merit-tuning\[plots]') and run the same command again; a run's diagnostics are not measured anew for it."
+            "No figures: they are drawn by matplotlib, which is not installed. Install it "
+            f"({escape(install_hint('plots'))}) and run the same command again; a "
+            "run's diagnostics are not measured anew for it."
         )
     from merit.report.figures import draw_all
 

@@ -23,7 +23,7 @@ import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from merit.errors import RecipeError, ResourceError
+from merit.errors import RecipeError, ResourceError, install_hint
 from merit.evaluation.suites import Task, expand, local_tasks, problems
 from merit.files import write_text
 from merit.recipe.suites import HarnessSettings
@@ -68,7 +68,7 @@ def check_harness(suites: Sequence[str], settings: HarnessSettings) -> None:
     text, _ = expand(suites)
     if (text or local_tasks(suites)) and find_spec("lm_eval") is None:
         raise ResourceError(
-            "evaluate.suites needs lm-eval, which is not installed.", "Install it: pip install 'merit-tuning[eval]'."
+            "evaluate.suites needs lm-eval, which is not installed.", f"Install it: {install_hint('eval')}."
         )
     offline = any(os.environ.get(name) in ("1", "true", "True") for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"))
     missing = [task for task in text if task.dataset and not _cached(task)]

@@ -30,6 +30,7 @@ class Handover:
         base: Folder or hub id of the base.
         base_hash: Content of the base.
         with_base: Whether the base lies in the folder.
+        base_is_local: Whether it is a folder of the machine that exports, and not a hub id.
         processes: GPUs that train it together.
     """
 
@@ -38,6 +39,7 @@ class Handover:
     base: str
     base_hash: str
     with_base: bool
+    base_is_local: bool
     processes: int
 
     @property
@@ -52,9 +54,8 @@ def readme(handover: Handover, group: Sequence[str], samples: int) -> str:
     return f"""# Branch {handover.branch} of {handover.title.rpartition("-branch-")[0]}
 
 One branch of a MERIT run, to be trained here: {samples:,} rows of {len(group)} datasets. It needs no contact with any other
-branch, and no network.
+branch, and no network. Install MERIT {__version__} first: `pip install .` in its checkout, or a wheel (docs/cluster.md).
 
-    pip install merit-tuning=={__version__}
     merit branch train .
 
 - The base is {base}. Its content must have the hash `{handover.base_hash[:16]}…`; it is compared before the first step.
@@ -94,13 +95,15 @@ def sky_task(handover: Handover) -> str:
             "use_spot": True,
             "job_recovery": {"recover_on_exit_codes": [Interrupted.exit_code]},
         },
-        "envs": {"MERIT": f"merit-tuning=={__version__}"},
+        "envs": {"MERIT": f"merit_tuning-{__version__}-py3-none-any.whl"},
         "file_mounts": {"/result": {"name": f"{handover.label}-result", "mode": "MOUNT_CACHED"}},
         "setup": 'pip install "$MERIT"\n',
         "run": "merit branch train . --to /result/branch\n",
     }
     return (
-        "# A managed spot job: sky jobs launch sky.yaml. Set the accelerator, and what pip installs (a version, a wheel).\n"
+        f"{_missing_base(handover, 'the task')}"
+        "# A managed spot job: sky jobs launch sky.yaml. Set the accelerator. MERIT is what pip installs: put this\n"
+        "# version's wheel next to this file (docs/cluster.md).\n"
         "# The bucket holds checkpoints and result: a preempted job goes on from there on another machine.\n"
         f"{_dump(task)}"
     )
@@ -140,9 +143,20 @@ def kubernetes_job(handover: Handover) -> str:
         },
     }
     return (
-        f"# A Job: kubectl apply -f kubernetes.yaml. First: an image with merit, and a volume claim {handover.label}\n"
-        f"# that holds this folder. Exit code {Interrupted.exit_code} (interrupted) and lost pods are tried again.\n"
+        f"{_missing_base(handover, 'the pod')}"
+        f"# A Job: kubectl apply -f kubernetes.yaml. First: an image with merit {__version__}, and a volume\n"
+        f"# claim {handover.label} with this folder. After exit code {Interrupted.exit_code} or a lost pod: tried again.\n"
         f"{_dump(job)}"
+    )
+
+
+def _missing_base(handover: Handover, place: str) -> str:
+    """The first line of a file that cannot start as it is; empty if it can."""
+    if handover.with_base or not handover.base_is_local:
+        return ""
+    return (
+        f"# CANNOT START AS IT IS: the base is a folder of the machine that exported this, which {place} does not see.\n"
+        "# Export again with `--with-base`, or add `--base DIR` to the command, where DIR is a copy that it sees.\n"
     )
 
 

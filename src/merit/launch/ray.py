@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from merit import __version__
-from merit.errors import Interrupted, MeritError, ResourceError, RunFolderError
+from merit.errors import Interrupted, MeritError, ResourceError, RunFolderError, install_hint
 from merit.launch.job import BranchCrashed, BranchJob, BranchKilled, log_end, progress_of
 from merit.launch.local import run_branches
 from merit.launch.outcome import Outcome
@@ -165,9 +165,7 @@ def _error(ray: Any, ref: Any, job: BranchJob) -> MeritError | None:  # noqa: AN
 def _connected(address: str | None) -> Iterator[Any]:
     """Ray, connected to a cluster; the process's own handling of signals stays."""
     if find_spec("ray") is None:
-        raise ResourceError(
-            "launch.where: ray, but Ray is not installed.", "Install it (pip install 'merit-tuning[ray]')."
-        )
+        raise ResourceError("launch.where: ray, but Ray is not installed.", f"Install it ({install_hint('ray')}).")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray = import_module("ray")
     if ray.is_initialized():

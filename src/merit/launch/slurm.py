@@ -128,7 +128,7 @@ class Slurm:
             "time": _clock(own.hours),
             "partition": own.partition,
             "account": own.account,
-            "output": f"{folder}/%A_%a.txt",
+            "output": _quoted(f"{str(folder).replace('%', '%%')}/%A_%a.txt"),
             "open-mode": "append",
             "signal": f"B:TERM@{own.grace_seconds}",
         }
@@ -160,6 +160,11 @@ class Slurm:
                 "Change launch.slurm in the recipe (merit schema lists it), or submit the script by hand.",
             )
         return Submitted(int(said.stdout.split(";")[0]), {job.name: job.fingerprint for job in jobs})
+
+
+def _quoted(text: str) -> str:
+    """As sbatch reads one value of an ``#SBATCH`` line."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 _SCRIPT = """#!/bin/bash

@@ -24,8 +24,6 @@ class RaySettings(Settings):
     """Other resources of the cluster that one branch reserves, by name."""
     retries: Annotated[int, Field(ge=0)] = 5
     """How often a branch whose worker or node was lost is started again; it goes on from its own checkpoint."""
-    patience_minutes: Annotated[float, Field(gt=0)] = 10.0
-    """How long a branch that is started again waits for its lost predecessor to let go of the branch's folder."""
 
 
 class SlurmSettings(Settings):
@@ -66,5 +64,7 @@ class LaunchSettings(Settings):
     stages: list[Literal["gradients", "train", "evaluate"]] = ["train"]
     """For ray and slurm: what is done there. Besides training that can be the gradients, by dataset, and the evaluation, by
     model; everything else is done where the command is given."""
+    patience_minutes: Annotated[float, Field(gt=0)] = 10.0
+    """For ray and slurm: how long a branch that is started again waits for its lost predecessor to let go of its folder."""
     ray: RaySettings = RaySettings()
     slurm: SlurmSettings = SlurmSettings()

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from merit.errors import install_hint
 from merit.files import write_bytes
 from merit.study.figures import StudyResult
 
@@ -24,7 +25,7 @@ _MARKS = "osD^vP*X<>hp"
 def write_plots(result: StudyResult, folder: Path, note: Callable[[str], None]) -> None:
     """Write ``kept.png``, ``kept.svg`` and, if unseen sets were measured, ``unseen.png`` and ``unseen.svg``."""
     if find_spec("matplotlib") is None:
-        note("plots are left out: matplotlib is not installed (pip install 'merit-tuning[plots]')")
+        note(f"plots are left out: matplotlib is not installed ({install_hint('plots')})")
         return
     for part, label in _AXES.items():
         lines = mean_lines(result, part)

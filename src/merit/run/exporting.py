@@ -73,9 +73,14 @@ def export_branch(
     weights = sum(path.stat().st_size for path in session.base.folder.glob("*")) if with_base else 0
     require_space(folder, weights + (0 if refer_to_data else _size(rows)), f"branch {branch}")
     recipe = session.recipe_of(scope_of(session, branch)).model_copy(update={"prepare": None})
-    train = recipe.train
     handover = Handover(
-        f"{recipe.name}-branch-{branch}", str(branch), recipe.model.base, manifest.base, with_base, train.processes
+        title=f"{recipe.name}-branch-{branch}",
+        branch=str(branch),
+        base=recipe.model.base,
+        base_hash=manifest.base,
+        with_base=with_base,
+        base_is_local=Path(recipe.model.base).is_dir(),
+        processes=recipe.train.processes,
     )
     with building(folder) as place:
         manifest.save(place)

@@ -158,7 +158,7 @@ def _job(session: Session, branches: Sequence[BranchId], work: float, launcher: 
     name = str(run / "logs" / f"train-{branches[0]}".replace("/", "-"))
     shared = launcher.side_by_side
     threads = threads_for(settings, shared) if shared else settings.threads or 1
-    patience = 0.0 if shared else 60 * session.recipe.launch.ray.patience_minutes
+    patience = 0.0 if shared else 60 * session.recipe.launch.patience_minutes
     stages = [stage_of(session, branch) for branch in branches]
     job = WorkerJob(run, tuple(map(str, branches)), threads, shared or 1, patience)
     job.save(Path(f"{name}.job.json"))

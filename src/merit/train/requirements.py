@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 
-from merit.errors import RecipeError, ResourceError
+from merit.errors import RecipeError, ResourceError, install_hint
 from merit.recipe.schema import ModelSettings, TrainSettings
 
 _TRACKERS = {"comet_ml": "comet_ml", "dvclive": "dvclive"}
@@ -42,7 +42,7 @@ def _need_bitsandbytes(setting: str, instead: str) -> None:
     if find_spec("bitsandbytes") is None:
         raise ResourceError(
             f"{setting} needs bitsandbytes, which is not installed.",
-            f"Install it (pip install 'merit-tuning[quantize]'), or use {instead}.",
+            f"Install it ({install_hint('quantize')}), or use {instead}.",
         )
 
 
@@ -60,7 +60,7 @@ def _check_deepspeed(model: ModelSettings) -> None:
     if find_spec("deepspeed") is None:
         raise ResourceError(
             "train.sharding: deepspeed needs DeepSpeed, which is not installed.",
-            "Install it (pip install 'merit-tuning[deepspeed]'), or use train.sharding: fsdp2.",
+            f"Install it ({install_hint('deepspeed')}), or use train.sharding: fsdp2.",
         )
 
 

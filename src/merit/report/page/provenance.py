@@ -51,7 +51,7 @@ def _commands(data: RunData) -> str:
     run = shlex.quote(data.run.name)
     version = next((r.versions.get("merit-tuning", "") for r in data.records.values()), "")
     return (
-        f"pip install merit-tuning=={version}\n"
+        f"pip install -e .  # in the checkout of MERIT {version}\n"
         f"merit check {run}/recipe.yaml\n"
         f"merit run {run}/recipe.yaml --output {run}-again\n"
         f"merit report {run}-again"
