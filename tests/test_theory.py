@@ -95,6 +95,10 @@ def test_groups_of_any_size_gain_what_training_them_gains(seed: int, count: int)
     exact = theory.predicted_gain(moved, hessian, [sizes[g].sum() for g in groups])
     found = theory.group_gain(groups, sizes, theory.conflict_matrix(gradients, hessian), 0.4)
     assert found == pytest.approx(exact, rel=1e-8, abs=1e-10)
+    merge = rng.uniform(0.5, 9, count)
+    exact = theory.predicted_gain(moved, hessian, [merge[g].sum() for g in groups])
+    found = theory.group_gain(groups, sizes, theory.conflict_matrix(gradients, hessian), 0.4, merge)
+    assert found == pytest.approx(exact, rel=1e-8, abs=1e-10)
 
 
 @given(SEEDS, st.sampled_from([2, 4, 6, 8]))

@@ -151,22 +151,30 @@ def nested_split_gain(axes: Sequence[Sequence[int]], matrix: np.ndarray, rate: f
     return sum(two_group_gain(np.prod(np.stack(subset), axis=0), matrix, rate) for subset in chosen)
 
 
-def group_gain(groups: Sequence[Sequence[int]], sizes: np.ndarray, matrix: np.ndarray, rate: float) -> float:
+def group_gain(
+    groups: Sequence[Sequence[int]],
+    sizes: np.ndarray,
+    matrix: np.ndarray,
+    rate: float,
+    merge: np.ndarray | None = None,
+) -> float:
     """One step of SGD in groups of any size, then the average: ½ Σ w_k (δ_k−δ̄)ᵀH(δ_k−δ̄) by M alone.
 
-    δ_k = −η Σ_{i∈G_k} s_i g_i / S_k with S_k = Σ_{i∈G_k} s_i, and w_k = S_k / Σ_j S_j. For equal groups of equal
-    datasets it is :func:`nested_split_gain`. Source: Theorem 3.1 with the displacements of F.2.
+    δ_k = −η Σ_{i∈G_k} s_i g_i / S_k with S_k = Σ_{i∈G_k} s_i, and w_k = M_k / Σ_j M_j with M_k = Σ_{i∈G_k} m_i.
+    For equal groups of equal datasets it is :func:`nested_split_gain`. Source: Theorem 3.1 with the displacements of F.2.
 
     Args:
         groups: Indices of each group's datasets.
         sizes: s_i (T,): how much a dataset weighs in its group.
         matrix: M (T, T).
         rate: η.
+        merge: m_i (T,): what a dataset adds to its group's weight in the merge; s_i by default.
     """
     shares = np.zeros((len(groups), len(matrix)))
     for k, group in enumerate(groups):
         shares[k, list(group)] = sizes[list(group)] / sizes[list(group)].sum()
-    weights = np.array([sizes[list(group)].sum() for group in groups]) / sizes[[i for g in groups for i in g]].sum()
+    weights = np.array([(sizes if merge is None else merge)[list(group)].sum() for group in groups])
+    weights = weights / weights.sum()
     away = shares - weights @ shares
     return float(0.5 * rate**2 * weights @ np.einsum("ki,ij,kj->k", away, matrix, away))
 

@@ -10,7 +10,9 @@ from merit.diagnostics import connectivity, curvature, displacement, gain, gap, 
 from merit.diagnostics.alignment import compared, corner_datasets, lifted, null_of
 from merit.diagnostics.displacement import Sums, layer_of
 from merit.diagnostics.hessian import Hessian
+from merit.diagnostics.hessian import _fitting as fitting
 from merit.diagnostics.perturbation import flatness_auc
+from merit.errors import ResourceError
 from merit.hf.inplace import Block, Noise
 
 CHANGES = np.random.default_rng(5).standard_normal((3, WIDTH))
@@ -93,7 +95,49 @@ def test_the_surface_is_the_quadratic(lab: QuadraticLab) -> None:
         on_plane = place.x * axes[0] + place.y * axes[1]
         assert place.off == pytest.approx(np.linalg.norm(CHANGES[k] - on_plane), abs=1e-3)
     assert surface.in_hull(np.array([0.1, 0.1]), np.array([[0, 0], [1, 0], [0, 1.0]]))
+    assert surface.in_hull(np.array([0.7, 0.21]), np.array([[0, 0], [1, 0.3]]))
     assert not surface.in_hull(np.array([0.6, 0.6]), np.array([[0, 0], [1, 0], [0, 1.0]]))
+
+
+def test_the_surface_shows_the_average_and_not_another_merged_model(lab: QuadraticLab) -> None:
+    lab.points["merged"] = [(3.0, lab.directions["branch-0"])]  # merge.scale, or another operator
+    found = surface.measure(lab)
+    average = np.average(CHANGES, axis=0, weights=WEIGHTS)
+    coefficients = surface.plane(CHANGES @ CHANGES.T)
+    assert found.places[-1].model == "average"
+    assert (found.places[-1].x, found.places[-1].y) == pytest.approx(coefficients @ CHANGES @ average, rel=1e-4)
+    assert found.model_losses[-1] == pytest.approx(lab.loss(average), rel=1e-5)
+
+
+def test_products_that_do_not_fit_after_all_become_differences(
+    lab: QuadraticLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grad, graphs = torch.autograd.grad, []
+
+    def short_of_memory(*given, **more):  # in the second backward pass
+        if graphs and not more.get("create_graph"):
+            graphs.clear()
+            raise torch.OutOfMemoryError("out of memory")
+        graphs.extend([1] if more.get("create_graph") else [])
+        return grad(*given, **more)
+
+    monkeypatch.setattr(torch.autograd, "grad", short_of_memory)
+    vector = np.arange(WIDTH, dtype=np.float32)
+    hessian = Hessian(lab, lab.hessian_rows)
+    assert hessian.method == "exact"
+    assert hessian.product(vector) == pytest.approx(lab.hessian @ vector, rel=2e-3, abs=2e-3)
+    assert hessian.method == "difference"
+    assert curvature.measure(lab).method == "difference"
+    assert gain.measure(lab).method == "difference"
+    with pytest.raises(ResourceError, match="exact Hessian product"):
+        Hessian(lab, lab.hessian_rows, method="exact").product(vector)
+    assert torch.equal(lab.model.flat(), torch.as_tensor(lab.start, dtype=torch.float32))
+
+
+def test_a_gpus_own_memory_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    for free, method in ((10**6, "difference"), (10**15, "exact")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10**15))
+        assert fitting(10**6, torch.device("cuda")) == method
 
 
 def test_displacements_and_their_identity(lab: QuadraticLab) -> None:

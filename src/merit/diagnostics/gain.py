@@ -72,7 +72,7 @@ def measure(lab: Lab) -> Gain:
     measured = float(losses @ factors)
     ci = resampled(lambda values: values @ factors, sums, counts, lab.subject.seed)
     forms, method = _forms(lab, at_base=False)
-    at_base, _ = _forms(lab, at_base=True)
+    at_base, method_at_base = _forms(lab, at_base=True)
     predicted, predicted_at_base = (float(0.5 * lab.weights @ values) for values in (forms, at_base))
     ratio = predicted / measured if measured > 0 else None
     verdict: Verdict = "not ready"
@@ -96,7 +96,7 @@ def measure(lab: Lab) -> Gain:
         float(losses[-1]),
         tuple(map(float, forms)),
         len(counts),
-        method,
+        "difference" if "difference" in (method, method_at_base) else method,
     )
 
 

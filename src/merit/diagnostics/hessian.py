@@ -17,7 +17,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from merit.diagnostics.lab import Lab, Point
-from merit.errors import CheckpointError
+from merit.errors import CheckpointError, ResourceError
 from merit.evaluation.fixed import FixedBatches
 from merit.hf.inplace import Held
 from merit.hf.models import file_names
@@ -36,7 +36,8 @@ class Hessian:
         lab: The model.
         batches: The rows.
         at: Where in weight space; default: the base.
-        method: ``auto`` takes exact products if about six times the model fits in the free memory.
+        method: ``auto`` takes exact products if about six times the model fits in the device's free memory, and differences
+            from the first product on that does not fit after all.
     """
 
     def __init__(
@@ -57,7 +58,8 @@ class Hessian:
         }
         self.parameters: Mapping[str, torch.nn.Parameter] = chosen
         self.size = sum(p.numel() for p in chosen.values())
-        self.method: Method = _fitting(self.size) if method == "auto" else method
+        self.method: Method = _fitting(self.size, lab.subject.device) if method == "auto" else method
+        self._may_fall_back = method == "auto"
         self.disagreement = 0.0
         """Largest relative difference of products at the two step sizes; 0 for exact products."""
 
@@ -94,13 +96,27 @@ class Hessian:
             return self._gradient()
 
     def product(self, vector: np.ndarray) -> np.ndarray:
-        """Hv (d,) float32."""
+        """Hv (d,) float32.
+
+        Raises:
+            ResourceError: Exact products were asked for and do not fit in the device's memory.
+        """
         length = float(np.linalg.norm(vector.astype(np.float64)))
         if not length:
             return np.zeros(self.size, dtype=np.float32)
         if self.method == "exact":
-            with self._standing():
-                return self._exact(vector)
+            try:
+                with self._standing():
+                    return self._exact(vector)
+            except torch.OutOfMemoryError as error:
+                if not self._may_fall_back:
+                    raise ResourceError(
+                        "diagnose: an exact Hessian product does not fit in the device's memory.",
+                        "Use diagnose.products: auto or difference, or a smaller diagnose.batch_tokens.",
+                    ) from error
+            self.method = "difference"
+            if self._lab.subject.device.type == "cuda":
+                torch.cuda.empty_cache()
         return self._difference(vector / length) * np.float32(length)
 
     @contextlib.contextmanager
@@ -173,5 +189,6 @@ def _finite(vector: np.ndarray) -> np.ndarray:
     return vector
 
 
-def _fitting(size: int) -> Method:
-    return "exact" if 6 * 4 * size < psutil.virtual_memory().available else "difference"
+def _fitting(size: int, device: torch.device) -> Method:
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return "exact" if 6 * 4 * size < free else "difference"

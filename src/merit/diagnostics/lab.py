@@ -48,6 +48,7 @@ class Subject:
         merged: Folder of the merged model; None: the weighted average of the branches, made in memory.
         joint: Folder of the model trained on everything, if there is one.
         groups: The split's groups of datasets, if there is one.
+        balance: What the split balances: samples or tokens.
         geometry: Measures or reads the datasets' gradients; None where there are none.
         seed: Of every draw.
         device: Where to compute.
@@ -61,6 +62,7 @@ class Subject:
     merged: Path | None = None
     joint: Path | None = None
     groups: Sequence[Sequence[str]] = ()
+    balance: str = "samples"
     geometry: Callable[[], Geometry] | None = None
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))

@@ -8,32 +8,39 @@ above that of random splits of the same balance? And what is to be gained over a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import psutil
 
 from merit.diagnostics.connectivity import barrier, between, pairs_of
 from merit.diagnostics.hessian import Hessian
 from merit.diagnostics.lab import BASE, MERGED, Lab
 from merit.diagnostics.resampling import resampled
 from merit.diagnostics.result import VERDICTS, Diagnosis, Verdict, graded
-from merit.evaluation.fixed import FixedBatches, choose_rows
+from merit.evaluation.fixed import FixedBatches, FixedLosses, choose_rows
+from merit.progress import size as shown_size
 from merit.split.balance import bisect
+from merit.split.view import Groups
 from merit.theory import group_gain
 
-__all__ = ["Answer", "Probe", "measure", "random_gains"]
+__all__ = ["Answer", "Probe", "measure", "random_splits"]
 
 BARRIER_READY, BARRIER_DOUBTFUL = 0.01, 0.05
 """Largest barrier between briefly trained branches, as a share of the ends' loss."""
 CARRIED_READY, CARRIED_DOUBTFUL = 0.25, 0.0
-"""Least held-out gain of the average over the base, as a share of the branches' mean gain on their own rows."""
+"""Least held-out gain of the average over the base, as a share of the branches' gain on their own rows."""
 PERCENTILE_READY, PERCENTILE_DOUBTFUL = 0.9, 0.5
 """Least share of random splits that the split's predicted gain must exceed."""
 RANDOM_SPLITS = 500
+IN_INTERVAL = 20
+"""How many of them are weighed again in every resample."""
 HALVES = 200
 """Resamples of the datasets' halves for the interval of the gain."""
+HELD_BYTES = 2 * 4 + 4 + 4 + 2 * 8
+"""Per dataset and weight: two half gradients, their mean and its product in float32, the halves again in float64."""
 POINTS = 5
 """Points on a path between branches."""
 
@@ -55,16 +62,18 @@ class Probe(Diagnosis):
         answers: To the four questions.
         steps: Optimizer steps per group.
         learning_rate: The recipe's peak rate.
-        own_gain: Fall of every branch's loss on its own group's held-out rows, by branch.
+        own_gain: Fall of every branch's loss on its own group's held-out rows, per target token, by branch.
         merged_gain: Held-out loss of the base − that of the branches' average.
         merged_gain_ci95: Its interval over rows.
-        carried: merged_gain over the weighted mean of own_gain.
+        carried: merged_gain over the branches' fall on their own groups' rows, both per target token of all rows.
         barrier: Largest relative barrier between branches.
-        percentile: Share of random splits with a smaller predicted gain; None where gradients do not fit in memory.
+        percentile: Share of random splits with a smaller predicted gain; None where there is no prediction, for the
+            reason in the answers: few datasets, K not a power of two, or gradients that do not fit in memory.
         ratio: Predicted gain of the split over the mean of random splits; None where one is not above 0.
         measured_gain: Σ w L(θ_k) − L(θ̄) of the probe's branches, on training rows.
         over_random: measured_gain · (1 − 1/ratio): what of it a random split would not give; None without a ratio.
-        over_random_ci95: Its interval over rows and over halves of the gradients' samples.
+        over_random_ci95: Its interval over rows and over halves of the gradients' samples; None where a resampled gain
+            is not above 0, so that a ratio has no meaning.
     """
 
     name: ClassVar[str] = "probe"
@@ -101,18 +110,20 @@ class Predicted:
 
     percentile: float
     ratio: float | None  # None where a gain is not above 0: curvature along the gradients is negative
-    ratios: np.ndarray  # resampled
+    ratios: np.ndarray | None  # resampled; None where a resampled gain is not above 0
 
 
-def random_gains(sizes: np.ndarray, matrix: np.ndarray, axes: int, seed: int) -> np.ndarray:
-    """Predicted gains of random splits into 2^r groups, balanced by the rule that the recipe's random split uses."""
-    rng = np.random.default_rng([seed, len(sizes), axes])
-    names = [f"{i:05d}" for i in range(len(sizes))]
-    found = []
-    for _ in range(RANDOM_SPLITS):
-        groups = bisect(rng.standard_normal((len(sizes), axes)), sizes, names)
-        found.append(group_gain(groups, sizes, matrix, 1.0))
-    return np.array(found)
+def random_splits(balance: np.ndarray, axes: int, seed: int) -> list[Groups]:
+    """Random splits into 2^r groups, balanced by the rule that the recipe's random split uses.
+
+    Args:
+        balance: (T,) what the split balances, by dataset.
+        axes: r.
+        seed: Of the draws.
+    """
+    rng = np.random.default_rng([seed, len(balance), axes])
+    names = [f"{i:05d}" for i in range(len(balance))]
+    return [bisect(rng.standard_normal((len(balance), axes)), balance, names) for _ in range(RANDOM_SPLITS)]
 
 
 def measure(lab: Lab, steps: int, learning_rate: float) -> Probe:
@@ -126,24 +137,28 @@ def measure(lab: Lab, steps: int, learning_rate: float) -> Probe:
     held_out = lab.test if lab.subject.test else lab.train
     names = [BASE, *lab.branches, MERGED]
     found = dict(zip(names, lab.losses([lab.points[name] for name in names], held_out), strict=True))
-    own = tuple(
-        _own(found[BASE].datasets, group) - _own(found[branch].datasets, group)
-        for branch, group in zip(lab.branches, lab.subject.groups, strict=True)
+    falls = np.array(
+        [
+            _own(found[BASE], found[branch], group)
+            for branch, group in zip(lab.branches, lab.subject.groups, strict=True)
+        ]
     )
+    own = tuple(float(fall / count) if count else float("nan") for fall, count in falls)
     sums = np.stack([found[BASE].sums, found[MERGED].sums])
     counts = found[BASE].counts
     gain = float((sums[0] - sums[1]).sum() / counts.sum())
     gain_ci = resampled(lambda losses: losses[:, 0] - losses[:, 1], sums, counts, lab.subject.seed)
-    mean_own = float(np.average(own, weights=lab.weights))
-    carried = gain / mean_own if mean_own > 0 else 0.0
+    own_fall, own_count = falls.sum(axis=0)
+    carried = gain * float(own_count / own_fall) if own_fall > 0 else 0.0
     height = _barrier(lab)
     measured, measured_draws = _gain(lab)
     predicted = predict(lab)
     over, over_ci = None, None
-    if predicted is not None and predicted.ratio is not None:
+    if isinstance(predicted, Predicted) and predicted.ratio is not None:
         over = measured * (1 - 1 / predicted.ratio)
-        draws = measured_draws * (1 - 1 / predicted.ratios)
-        over_ci = (float(np.percentile(draws, 2.5)), float(np.percentile(draws, 97.5)))
+        if predicted.ratios is not None:
+            draws = measured_draws * (1 - 1 / predicted.ratios)
+            over_ci = (float(np.percentile(draws, 2.5)), float(np.percentile(draws, 97.5)))
     answers = (
         _base(gain, gain_ci, carried),
         _rate(own, height, learning_rate),
@@ -162,16 +177,18 @@ def measure(lab: Lab, steps: int, learning_rate: float) -> Probe:
         gain_ci,
         carried,
         height,
-        None if predicted is None else predicted.percentile,
-        None if predicted is None else predicted.ratio,
+        predicted.percentile if isinstance(predicted, Predicted) else None,
+        predicted.ratio if isinstance(predicted, Predicted) else None,
         measured,
         over,
         over_ci,
     )
 
 
-def _own(losses: Mapping[str, float], group: Sequence[str]) -> float:
-    return float(np.mean([losses[name] for name in group if name in losses] or [np.nan]))
+def _own(base: FixedLosses, branch: FixedLosses, group: Sequence[str]) -> tuple[float, int]:
+    """Fall of the summed loss on a group's rows, and their target tokens."""
+    rows = np.isin(base.owners, [number for number, name in enumerate(base.names) if name in group])
+    return float((base.sums - branch.sums)[rows].sum()), int(base.counts[rows].sum())
 
 
 def _barrier(lab: Lab) -> float:
@@ -195,9 +212,11 @@ def _gain(lab: Lab) -> tuple[float, np.ndarray]:
     return float(per_row.sum() / counts.sum()), (times @ per_row) / (times @ counts)
 
 
-def predict(lab: Lab) -> Predicted | None:
-    """The split's gain and random splits' by Theorem 3.1, with H at the base; None with fewer datasets than needed.
+def predict(lab: Lab) -> Predicted | str:
+    """The split's gain and random splits' by Theorem 3.1, with H at the base; or the reason why there is none.
 
+    Random splits balance what the recipe's split balances, and all groups weigh by their tokens, as they do
+    in the merge by default.
     Gradients are of rows drawn for this alone, so the noise of those that made the split does not favour it. Every
     dataset's sample has two halves; the interval draws for each dataset how much of either half counts.
     """
@@ -205,44 +224,52 @@ def predict(lab: Lab) -> Predicted | None:
     names = [name for group in subject.groups for name in group]
     axes = max(1, len(subject.groups).bit_length() - 1)
     if len(subject.groups) < 2 or len(names) <= len(subject.groups):
-        return None
-    rows = choose_rows(subject.train, lab.settings.task_examples, subject.seed, "probe")
-    halves, hessian = [], Hessian(lab, lab.hessian_rows, method=lab.settings.products)
+        return "too few datasets or groups to say"
+    if len(subject.groups) != 2**axes:
+        return f"random splits have 2, 4, 8, ... groups and this one has {len(subject.groups)}: nothing to compare with"
+    hessian = Hessian(lab, lab.hessian_rows, method=lab.settings.products)
+    needed, free = HELD_BYTES * len(names) * hessian.size, psutil.virtual_memory().available
+    if needed > free:
+        return f"the datasets' gradients need {shown_size(needed)} of memory, {shown_size(free)} are free"
+    half, products = _derivatives(lab, names, hessian)
+    places = {name: i for i, name in enumerate(names)}
+    groups = [[places[name] for name in group] for group in subject.groups]
+    rows, tokens, targets = (
+        np.array([float(count(subject.train[name])) for name in names])
+        for count in (len, lambda dataset: dataset.lengths.sum(), lambda dataset: dataset.target_counts.sum())
+    )
+    others = random_splits(targets if subject.balance == "tokens" else rows, axes, subject.seed)
+    matrix = _symmetric(half.mean(axis=1) @ products.T)
+
+    def gains(splits: Sequence[Sequence[Sequence[int]]], of: np.ndarray) -> np.ndarray:
+        return np.array([group_gain(split, rows, of, 1.0, tokens) for split in splits])
+
+    gain, other = float(gains([groups], matrix)[0]), gains(others, matrix)
+    noise = (half[:, 0] - half[:, 1]) / 2  # of a dataset's mean gradient, as its halves show it
+    cross = noise @ products.T  # first order: ⟨noise_i, H g_j⟩
+    rng = np.random.default_rng([subject.seed, len(names)])
+    drawn = [matrix + _symmetric(2 * rng.standard_normal(len(names))[:, None] * cross) for _ in range(HALVES)]
+    pairs = np.array([(gains([groups], m)[0], gains(others[:IN_INTERVAL], m).mean()) for m in drawn])
+    mean = float(other.mean())
+    return Predicted(
+        float((other < gain).mean()),
+        gain / mean if gain > 0 and mean > 0 else None,
+        pairs[:, 0] / pairs[:, 1] if (pairs > 0).all() else None,
+    )
+
+
+def _derivatives(lab: Lab, names: Sequence[str], hessian: Hessian) -> tuple[np.ndarray, np.ndarray]:
+    """Gradients of both halves of every dataset's sample (T, 2, d) float64, and products of their means (T, d) float32."""
+    rows = choose_rows(lab.subject.train, lab.settings.task_examples, lab.subject.seed, "probe")
+    halves, products = [], []
     for done, name in enumerate(names):
         parts = [rows[name][0::2], rows[name][1::2] or rows[name]]
         halves.append([Hessian(lab, FixedBatches({name: part}, lab.forward, lab.model)).gradient() for part in parts])
         lab.progress(done + 1, 2 * len(names))
-    gradients = np.array(halves).mean(axis=1)
-    products = []
-    for done, gradient in enumerate(gradients):
+    for done, gradient in enumerate(np.array(halves).mean(axis=1)):
         products.append(hessian.product(gradient))
         lab.progress(len(names) + done + 1, 2 * len(names))
-    places = {name: i for i, name in enumerate(names)}
-    groups = [[places[name] for name in group] for group in subject.groups]
-    sizes = np.array([float(len(subject.train[name])) for name in names])
-    matrix = _symmetric(gradients @ np.array(products).T)
-    other = random_gains(sizes, matrix, axes, subject.seed)
-    gain = group_gain(groups, sizes, matrix, 1.0)
-    half = np.array(halves, dtype=np.float64)
-    noise = (half[:, 0] - half[:, 1]) / 2  # of a dataset's mean gradient, as its halves show it
-    cross = noise @ np.array(products).T  # first order: ⟨noise_i, H g_j⟩
-    rng = np.random.default_rng([subject.seed, len(names)])
-    ratios = []
-    for _ in range(HALVES):
-        signs = rng.standard_normal(len(names))[:, None]
-        drawn = matrix + _symmetric(2 * signs * cross)
-        ratios.append(group_gain(groups, sizes, drawn, 1.0) / _mean_random(sizes, drawn, axes, subject.seed))
-    mean = float(other.mean())
-    ratio = gain / mean if gain > 0 and mean > 0 else None
-    return Predicted(float((other < gain).mean()), ratio, np.array(ratios))
-
-
-def _mean_random(sizes: np.ndarray, matrix: np.ndarray, axes: int, seed: int) -> float:
-    """Mean predicted gain of a few random splits, the same ones for every matrix."""
-    rng = np.random.default_rng([seed, len(sizes), axes])
-    names = [f"{i:05d}" for i in range(len(sizes))]
-    splits = [bisect(rng.standard_normal((len(sizes), axes)), sizes, names) for _ in range(20)]
-    return float(np.mean([group_gain(groups, sizes, matrix, 1.0) for groups in splits]))
+    return np.array(halves, dtype=np.float64), np.array(products)
 
 
 def _symmetric(matrix: np.ndarray) -> np.ndarray:
@@ -264,16 +291,16 @@ def _rate(own: Sequence[float], height: float, rate: float) -> Answer:
     return Answer("Is the rate below the cliff?", verdict, text)
 
 
-def _split(predicted: Predicted | None, over: float | None, ci: tuple[float, float] | None) -> tuple[Answer, Answer]:
+def _split(predicted: Predicted | str, over: float | None, ci: tuple[float, float] | None) -> tuple[Answer, Answer]:
     questions = "Does the split separate the branches along curvature?", "What is to be gained over a random split?"
-    if predicted is None:
-        why = "too few datasets or groups to say"
-        return Answer(questions[0], "doubtful", why), Answer(questions[1], "doubtful", why)
-    if over is None or ci is None:
+    if isinstance(predicted, str):
+        return Answer(questions[0], "doubtful", predicted), Answer(questions[1], "doubtful", predicted)
+    if over is None:
         why = "the curvature along the datasets' gradients is not positive, so Theorem 3.1 predicts no gain"
         return Answer(questions[0], "not ready", why), Answer(questions[1], "not ready", why)
     first = graded(-predicted.percentile, -PERCENTILE_READY, -PERCENTILE_DOUBTFUL)
-    second: Verdict = "ready" if ci[0] > 0 else "doubtful" if ci[1] > 0 else "not ready"
+    second: Verdict = "doubtful" if ci is None or ci[0] <= 0 < ci[1] else "ready" if ci[0] > 0 else "not ready"
+    interval = "no interval: resampled gains are not all above 0" if ci is None else f"{ci[0]:+.4f} to {ci[1]:+.4f}"
     return (
         Answer(
             questions[0],
@@ -283,6 +310,6 @@ def _split(predicted: Predicted | None, over: float | None, ci: tuple[float, flo
         Answer(
             questions[1],
             second,
-            f"{over:+.4f} nats per token so far ({ci[0]:+.4f} to {ci[1]:+.4f}); in our trials this did not rank outcomes",
+            f"{over:+.4f} nats per token so far ({interval}); in our trials this did not rank outcomes",
         ),
     )

@@ -12,12 +12,14 @@ from typing import ClassVar
 import numpy as np
 
 from merit.diagnostics.displacement import add_up
-from merit.diagnostics.lab import BASE, MERGED, Lab, Point
+from merit.diagnostics.lab import BASE, Lab, Point
 from merit.diagnostics.result import Diagnosis, graded
 from merit.hf.inplace import Noise
 
-__all__ = ["Place", "Surface", "measure", "plane"]
+__all__ = ["AVERAGE", "Place", "Surface", "measure", "plane"]
 
+AVERAGE = "average"
+"""The weighted average of the branches, which need not be the merged model (``merge.scale``, other operators)."""
 READY, DOUBTFUL = 0.01, 0.05
 """Share of the loss by which the base's surroundings may rise above the highest model before they count as a ridge."""
 MARGIN = 0.35
@@ -45,7 +47,7 @@ class Surface(Diagnosis):
         xs: Places on the first axis (L2 norm of weights; relative size where the directions are random).
         ys: Places on the second axis.
         losses: (ys, xs) on training rows.
-        places: Where the models lie.
+        places: Where base, branches and their weighted average lie.
         model_losses: Loss of every model itself, in the order of ``places``.
         ridge: Highest loss inside the hull of the models over the highest loss of a model, less 1; 0 if it is below.
     """
@@ -102,7 +104,7 @@ def measure(lab: Lab) -> Surface:
         ]
         spots = gram[:, :-1] @ coefficients.T  # branches, then their average
         off = np.sqrt(np.maximum(np.diag(gram) - (spots**2).sum(axis=1), 0.0))
-        names = [*lab.branches, MERGED]
+        names = [*lab.branches, AVERAGE]
         places = [Place(BASE, 0.0, 0.0, 0.0)]
         places += [Place(n, *map(float, (*spot, o))) for n, spot, o in zip(names, spots, off, strict=True)]
         xs, ys = (_reach(np.array([getattr(place, axis) for place in places]), size) for axis in "xy")
@@ -110,7 +112,7 @@ def measure(lab: Lab) -> Surface:
     grid: list[Point] = [
         [*((float(x) * c, d) for c, d in axes[0]), *((float(y) * c, d) for c, d in axes[1])] for y in ys for x in xs
     ]
-    models = [lab.points[place.model] for place in places]
+    models = [lab.average if place.model == AVERAGE else lab.points[place.model] for place in places]
     found = [losses.mean for losses in lab.losses([*models, *grid], lab.train)]
     own, losses = found[: len(models)], np.array(found[len(models) :]).reshape(size, size)
     ridge = ridge_of(losses, xs, ys, places, max(own))
@@ -146,7 +148,7 @@ def in_hull(point: np.ndarray, points: np.ndarray) -> bool:
     if (np.abs(away).max(axis=1) < 1e-12).any():
         return True
     gaps = np.diff(np.append(angles, angles[0] + 2 * np.pi))
-    return bool(gaps.max() <= np.pi)
+    return bool(gaps.max() <= np.pi + 1e-9)  # a point between two others sees them half a turn apart
 
 
 def _reach(places: np.ndarray, size: int) -> np.ndarray:

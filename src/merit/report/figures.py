@@ -155,7 +155,7 @@ def _surface(result: Surface) -> Figure:
     place.contour(result.xs, result.ys, losses, levels=24, colors="white", linewidths=0.3)
     figure.colorbar(filled, ax=place, label=f"training loss ({NATS})")
     for spot in result.places:
-        marker = {"base": "s", "merged": "*"}.get(spot.model, "o")
+        marker = {"base": "s", "average": "*"}.get(spot.model, "o")
         place.plot(spot.x, spot.y, marker, color="white", mec="black", ms=12 if marker == "*" else 7)
         place.annotate(
             spot.model, (spot.x, spot.y), textcoords="offset points", xytext=(6, 6), fontsize=8,

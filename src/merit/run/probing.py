@@ -75,6 +75,7 @@ def _make(session: Session, mixture: Mixture, split: Split, work: Work) -> Probe
         train=mixture.train,
         test=mixture.test,
         groups=split.groups,
+        balance=split.balance,
         seed=recipe.seed,
         device=session.device,
     )
