@@ -331,7 +331,7 @@ def test_an_empty_dataset_is_named(make_recipe, mixture, tmp_path):
 
 def test_a_full_disk_is_noticed_before_the_first_gradient(make_recipe, mixture, tmp_path, monkeypatch):
     monkeypatch.setattr("merit.files.free_bytes", lambda _: 1000)
-    with pytest.raises(ResourceError, match=r"6 gradients .* 1000 B are free"):
+    with pytest.raises(ResourceError, match=r"6 gradients .* 1\.0 kB are free"):
         run(make_recipe(representation="exact"), mixture, tmp_path / "c")
     assert not list((tmp_path / "c" / "partial").iterdir())
 

@@ -389,6 +389,27 @@ def test_a_kept_figure_that_changed_is_measured_again(run, tmp_path):
         assert stored["mixture"] == json.loads(whole)["mixture"]
 
 
+def test_no_byte_of_a_kept_figure_can_change_unnoticed(run, tmp_path):
+    """A letter of ``unseen``, a key with a default, once changed in silence: the checksum was of the keys that are known."""
+    run(tmp_path, ("base",), test={"t": make_dataset("t", 1)}, kept={}, drift={"prompts": 0})
+    file = tmp_path / "models" / "base.json"
+    whole = file.read_bytes()
+    value = json.loads(whole)
+    name = "base"
+    reader = object.__new__(module._Measuring)
+    reader._folder, reader._keys = file.parent, {name: value["key"]}
+    assert reader._read(name) is not None
+    accepted = []
+    for place, bit in ((place, 1 << (place % 7)) for place in range(len(whole))):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
+        if reader._read(name) is not None and json.loads(file.read_bytes()) != value:
+            accepted.append(place)
+    assert not accepted
+    for key in value:
+        file.write_text(json.dumps({f"{key}x" if other == key else other: item for other, item in value.items()}))
+        assert reader._read(name) is None, key
+
+
 def test_who_takes_no_part_is_said(run, tmp_path):
     """Fails on commit f5727a1 (A9): an unfinished model was left out without a word."""
     about = About(missing={"merged": "unfinished: merged holds no record.json"})

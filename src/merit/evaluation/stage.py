@@ -23,7 +23,7 @@ from merit.evaluation.forward import Forward
 from merit.evaluation.measure import HeldOut, Questions
 from merit.evaluation.results import ANSWERS_OF_THE_BASE, MODELS, Evaluation, answers_file
 from merit.evaluation.summary import About, model_order, summarise
-from merit.files import content_hash, fingerprint, read_as, write_json
+from merit.files import checksum, content_hash, fingerprint, read_as, read_json, sealed, write_json
 from merit.hf import checkpoint
 from merit.hf.base import Base
 from merit.hf.models import load_model, pick_device
@@ -95,7 +95,7 @@ def _folder(model: Model) -> Path:
 
 @dataclass(frozen=True)
 class _Stored:
-    """Saved results of one model; its fields are the file's keys. ``checksum`` covers all others."""
+    """Saved results of one model; its fields are the file's keys, besides a ``checksum`` of them as they lie there."""
 
     format: int
     key: str
@@ -106,17 +106,11 @@ class _Stored:
     drift: Drift | None
     unseen: ByDataset = field(default_factory=dict)
     answers: dict[str, str] = field(default_factory=dict)  # content of the files with its answers
-    checksum: str = ""
-
-    def content(self) -> str:
-        """What ``checksum`` must be."""
-        return fingerprint({key: value for key, value in asdict(self).items() if key != "checksum"})
 
     def save(self, file: Path) -> Self:
         """Write it, with its checksum."""
-        whole = replace(self, checksum=self.content())
-        write_json(file, asdict(whole))
-        return whole
+        write_json(file, sealed(asdict(self)))
+        return self
 
     def figures(self) -> ModelFigures:
         return ModelFigures(
@@ -266,9 +260,12 @@ class _Measuring:
 
     def _read(self, name: str) -> _Stored | None:
         with suppress(RunFolderError):  # missing or damaged: measured again
+            raw = read_json(self._file(name))
+            # As it lies there: an unknown key, ignored below, may have been a known one.
+            if not isinstance(raw, dict) or raw.get("checksum") != checksum(raw):
+                return None
             item = read_as(self._file(name), _Stored)
-            whole = item.checksum == item.content() and item.answers == self._answers(name)
-            if whole and item.key == self._keys[name] and item.format == FORMAT:
+            if item.answers == self._answers(name) and item.key == self._keys[name] and item.format == FORMAT:
                 return item
         return None
 
