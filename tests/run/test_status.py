@@ -75,6 +75,21 @@ def test_a_run_of_another_version_is_refused_by_name(tmp_path: Path) -> None:
         run_status(tmp_path, recipe())
 
 
+def test_a_detached_branch_is_told_from_the_folder_that_it_was_exported_to(tmp_path: Path) -> None:
+    for name in ("1", "joint-0"):
+        write_json(tmp_path / "detached" / name / "branch.json", {})
+    told = {"step": 3, "steps": 8, "loss": 1.5, "machine": "one", "time": 0.0}
+    write_json(tmp_path / "detached" / "1" / "branch" / "progress.json", told)
+    found = rows(tmp_path, recipe())
+    assert (found["branch 0"].state, found["branch 0"].detail) == ("missing", "")
+    assert (found["branch 1"].state, found["branch 1"].detail) == ("partial", "exported; step 3 of 8")
+    assert found["branch 1"].live is not None
+    assert found["branch 1"].live.machine == "one"
+    assert (found["joint branch 0"].state, found["joint branch 0"].detail) == ("partial", "exported")
+    write_json(tmp_path / "detached" / "1" / "branch" / "record.json", {})
+    assert rows(tmp_path, recipe())["branch 1"].detail == "exported; trained, not taken back yet"
+
+
 def test_what_was_begun_is_partial(tmp_path: Path) -> None:
     (tmp_path / "conflict" / "partial").mkdir(parents=True)
     assert rows(tmp_path, recipe())["gradients"].state == "partial"

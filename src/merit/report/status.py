@@ -97,6 +97,7 @@ _LINE_SECONDS = 30.0
 
 def _line(row: Row, now: float) -> str:
     step, loss, speed, left, machine, seen = _figures(row, now)
-    parts = [f"{row.stage}: {row.state}", f"step {step}" if step else "", f"loss {loss}" if loss else ""]
+    told = f" ({row.detail})" if row.state == "partial" and row.detail else ""
+    parts = [f"{row.stage}: {row.state}{told}", f"step {step}" if step else "", f"loss {loss}" if loss else ""]
     parts += [f"{speed} target tokens/s" if speed else "", f"{left} left" if left else "", machine]
     return ", ".join(part for part in [*parts, f"last seen {seen}" if row.live else ""] if part)

@@ -8,12 +8,9 @@ from merit.errors import Interrupted, RunFolderError
 from merit.run.branches import BranchId, stage_of
 from merit.run.exporting import export_branch
 from merit.run.importing import import_branch
-from merit.run.manifest import MANIFEST, RESULT, Manifest
+from merit.run.manifest import MANIFEST, RESULT, Manifest, detached
 from merit.run.session import Session
 from merit.run.store import RECORD
-
-FOLDER = "detached"
-"""Where exported branches are, inside the run folder."""
 
 
 def hand_over(session: Session, waiting: Sequence[BranchId]) -> None:
@@ -25,7 +22,7 @@ def hand_over(session: Session, waiting: Sequence[BranchId]) -> None:
     """
     left = []
     for branch in waiting:
-        folder = session.run / FOLDER / str(branch).replace("/", "-")
+        folder = detached(session.run, str(branch))
         if (folder / RESULT / RECORD).is_file():
             import_branch(session, folder)
             continue

@@ -17,6 +17,11 @@ RESULT = "branch"
 FORMAT = 1
 
 
+def detached(run: Path, branch: str) -> Path:
+    """Where ``--launch detached`` exports a branch (``3``, ``random/3``), inside the run folder."""
+    return run / "detached" / branch.replace("/", "-")
+
+
 @dataclass(frozen=True)
 class Manifest:
     """One branch, away from its run.

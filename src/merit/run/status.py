@@ -25,10 +25,11 @@ from merit.prepare import stage_folder, stage_recipe
 from merit.progress import count, size
 from merit.recipe.schema import Recipe
 from merit.run import key
+from merit.run.manifest import MANIFEST, RESULT, detached
 from merit.run.record import OtherVersionError, Record
 from merit.run.round_stages import RoundStages
 from merit.run.scope import Scope, recipe_of, scopes_of
-from merit.run.store import Stage, is_locked, split_of
+from merit.run.store import RECORD, Stage, is_locked, split_of
 
 State = Literal["done", "stale", "running", "partial", "damaged", "missing"]
 ORDER = ("assemble", "prepared", "mixture", "gradients", "split", "round", "branch", "merged", "evaluation")
@@ -183,7 +184,8 @@ def _scope_rows(recipe: Recipe, scope: Scope, rows: Mapping[str, str], base: str
     branches: dict[int, Stage] = {}
     for k in range(recipe.group_count if groups is None else len(groups)):
         stage = branches[k] = Stage("branch", scope.root / "branches" / str(k), title=scope.name(f"branch {k}"))
-        yield _row(stage, partial(rounds.branch, rounds.last, k, groups[k]) if groups else None)
+        row = _row(stage, partial(rounds.branch, rounds.last, k, groups[k]) if groups else None)
+        yield _exported(row, detached(scope.run, f"{scope.method}/{k}" if scope.method else str(k)))
     if scope.method != "joint":  # a joint baseline's one branch is its model
         yield _row(
             Stage("merged", scope.root / "merged", title=scope.name("merged")),
@@ -281,6 +283,19 @@ def _row(stage: Stage, wanted: Callable[[], Stage] | None) -> Row:
         changed = record.changes(asked.settings, record.inputs) + _changed_inputs(record.inputs, asked.inputs)
         row = replace(row, changed=changed, state="stale" if changed else "done")
     return row
+
+
+def _exported(row: Row, folder: Path) -> Row:
+    """A branch that ``--launch detached`` exported, as far as ``folder`` tells; other branches as they are."""
+    if row.state not in ("missing", "partial") or not (folder / MANIFEST).is_file():
+        return row
+    result = folder / RESULT
+    if (result / RECORD).is_file():
+        return replace(row, state="partial", detail="exported; trained, not taken back yet")
+    live = Live.of(result)
+    running = is_locked(result) or _runs_elsewhere(result, live)
+    detail = f"exported; step {live.step:,} of {live.steps:,}" if live else "exported"
+    return replace(row, state="running" if running else "partial", detail=detail, live=live)
 
 
 def _changed_inputs(old: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
