@@ -71,7 +71,6 @@ def test_a_branch_on_another_machine_runs_while_it_gives_signs_of_life(tmp_path:
     assert live is not None
     assert (live.step, live.steps, live.loss, live.tokens_per_second) == (2, 8, 2.0, 9.0)
     assert live.seconds_left == pytest.approx(60.0, rel=0.05)
-    assert 0.2 < live.seconds_left < 60
     facts = json.loads((branch / "progress.json").read_text())
     (branch / "progress.json").write_text(json.dumps({**facts, "time": time.time() - 3600}))
     assert row().state == "partial"
