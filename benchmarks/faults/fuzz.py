@@ -240,6 +240,13 @@ _TOOL = {
     "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}},
 }
 _CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+_TEMPLATE = (
+    "{% if tools %}<tools>{{ tools | tojson }}\n{% endif %}"
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}<call>{{ call.function | tojson }}{% endfor %}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 TEXT_ROWS: dict[str, Any] = {
     "messages": {
         "messages": _said(("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b"))
@@ -299,7 +306,9 @@ class Rows:
 
         from merit.hf.base import open_base
 
-        self._text = open_base(str(builders.make_base(folder / "base", hidden=8)))
+        text = builders.make_base(folder / "base", hidden=8)
+        (text / "chat_template.jinja").write_text(_TEMPLATE, encoding="utf-8")
+        self._text = open_base(str(text))
         self._vision = open_base(str(builders.make_vision_base("llava", folder / "vision")))
         self._data, self._out, self._number = folder / "data", folder / "out", 0
         pictures = self._data / "a"
@@ -311,6 +320,11 @@ class Rows:
         files["huge.png"] = whole[:16] + (2**30).to_bytes(4, "big") * 2 + whole[24:]
         for name, content in files.items():
             (pictures / name).write_bytes(content)
+        for name, row in (TEXT_ROWS | IMAGE_ROWS).items():
+            self._write(pictures / "train.jsonl", [row])
+            base = self._vision if name in IMAGE_ROWS else self._text
+            ended = limited(lambda base=base: self._encode(base, False))
+            assert ended.code == 0, f"{name} is refused before it is changed: {ended.err}"
 
     def change(self, kind: str, rng: random.Random) -> tuple[str, Call]:
         """A folder with one dataset, and its encoding."""
@@ -384,7 +398,7 @@ class Rows:
         shutil.rmtree(self._out, ignore_errors=True)
         found = find_datasets(MixtureSettings.model_validate({"folder": str(self._data), **bad}))
         found.check(8)
-        encode_mixture(found, base, self._out, max_length=64, seed=0)
+        encode_mixture(found, base, self._out, max_length=512, seed=0)
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
@@ -508,7 +522,7 @@ class Checkpoints:
         (data / "a" / "train.jsonl").write_bytes(encode(row) + b"\n" + encode(row))
         if picture is not None:
             (data / "a" / "p.png").write_bytes(picture)
-        mixture = encode_mixture(find_datasets(str(data)), base, out, max_length=64, seed=0)
+        mixture = encode_mixture(find_datasets(str(data)), base, out, max_length=512, seed=0)
         load_model(base, torch.device("cpu"))
         rows = next(iter(mixture.train.values()))
         base.batcher([rows[0]])
