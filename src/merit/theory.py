@@ -261,7 +261,7 @@ def four_tasks(
     return gradients, hessian, splits
 
 
-# ---- cosines in place of gradients -----------------------------------------------------------------------------------
+# ---- cosines instead of gradients -----------------------------------------------------------------------------------
 
 
 def space_sine(first: np.ndarray, second: np.ndarray, size: int) -> float:

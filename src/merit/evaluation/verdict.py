@@ -257,7 +257,7 @@ def _call(item: Comparison, other: str, method: str) -> str:
         (same, less): f"{other} kept more, with no clear difference in what was learned{no_reason}.",
         (less, less): f"{other} did better on both, it learned more and kept more{no_reason}.",
     }
-    undecided = f"{_words(learned, 'learned')}, and {_words(kept, 'kept')}; this is no verdict for either."
+    undecided = f"{_words(learned, 'learned')}, and {_words(kept, 'kept')}; this does not decide for either."
     text = calls.get((learned, kept), undecided)
     if item.kept_by_drift_alone:
         sets = {entry.outcome for entry in item.of("kept") if entry.metric != "drift"}

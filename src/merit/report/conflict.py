@@ -24,7 +24,7 @@ def render(geometry: Geometry, comparison: Sequence[Comparison] | None = None) -
     lines: list[RenderableType] = [
         table,
         "sample: examples drawn from the dataset's rows; expected cosine: between this gradient and that of all these rows; "
-        "reliability: agreement of the two half samples, extrapolated to the whole sample.",
+        "reliability: agreement of the quarter samples, extrapolated to the whole sample.",
     ]
     if summary.most_conflicting:  # two datasets or more
         shares = ", ".join(f"{share:.0%}" for share in summary.explained_variance[:3])

@@ -6,7 +6,7 @@ nothing, and Li et al. find it to do about as well. Limits: they are squares of 
 last steps (so the branches should share batch size and betas, as MERIT's do), and a diagonal ignores how weights act
 together. Where no branch has a moment above 0, it is the plain weighted average.
 
-Source: Matena & Raffel, Merging models with Fisher-weighted averaging, arXiv:2111.09832, §2.2; the moments in place of the
+Source: Matena & Raffel, Merging models with Fisher-weighted averaging, arXiv:2111.09832, §2.2; the moments instead of the
 Fisher: Li et al., Fishers for free? Approximating the Fisher information matrix by recycling the squared gradient
 accumulator, arXiv:2507.18807.
 """

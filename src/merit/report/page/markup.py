@@ -51,7 +51,7 @@ def _plain(value: str | float) -> str:
 
 
 def _clean(text: str) -> str:
-    """Control characters are no HTML."""
+    """Text without control characters, which HTML does not allow."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\ufffd", text)
 
 
