@@ -41,6 +41,7 @@ from merit.demo import write_demo
 from merit.evaluation import drift
 from merit.evaluation.fixed import FixedBatches
 from merit.evaluation.forward import Forward
+from merit.evaluation.halves import halves_of
 from merit.evaluation.heldout import end_tokens
 from merit.hf.base import Base, open_base
 from merit.hf.batches import target_losses
@@ -52,7 +53,6 @@ from merit.mixture import EncodedDataset, Mixture, draw, find_datasets
 from merit.mixture.stage import encode_mixture
 from merit.recipe.load import load_recipe
 from merit.recipe.schema import Recipe
-from merit.run.weight_search import halves_of
 from merit.split.stage import split_mixture
 from merit.train.batches import GroupRows, StepOrder
 from merit.train.branch import train_branch

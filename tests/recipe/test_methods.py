@@ -78,6 +78,12 @@ def test_merges_share_the_branches_they_merge() -> None:
     assert "pca-2d+average" not in found
 
 
+def test_searched_methods_are_searched_in_the_same_way() -> None:
+    found = {name: method for name, method in named("searched").items() if "+" in name}
+    assert list(found) == ["pca-2d+weights=auto", "random-4+weights=auto", "joint+weights=auto"]
+    assert {dict(method.merge or ())["merge.weights"] for method in found.values()} == {"auto"}
+
+
 def test_grids_add_methods() -> None:
     found = named(batch_sizes=[4], learning_rates=[1e-4], sgd_learning_rates=[0.1, 1.0])
     assert changes(found["joint@batch_size=4"])["train.batch_size"] == 4

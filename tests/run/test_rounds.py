@@ -177,3 +177,25 @@ def test_more_rounds_than_steps_are_refused_before_training(tmp_path: Path, base
     assert result.code == 2
     assert "only 4 steps" in result.err
     assert not (case.run / "rounds").exists()
+
+
+def test_one_round_is_a_run_without_the_key(tmp_path: Path, base: Path) -> None:
+    case = small(tmp_path, base)
+    runs = {}
+    for name, overrides in (("without", ()), ("one", ("train.rounds=1",))):
+        runs[name] = tmp_path / name
+        result = call(*words(case, "run", *overrides)[:2], "--output", runs[name], *words(case, "run", *overrides)[4:],
+                      "--until", "merge")  # fmt: skip
+        assert result.code == 0, result.err
+    without, one = runs["without"], runs["one"]
+    assert not (one / "rounds").exists()
+    for folder in ("branches/0", "branches/1", "merged"):
+        files = [(run / folder / "model" / "model.safetensors").read_bytes() for run in (without, one)]
+        assert files[0] == files[1], folder
+        records = [read(run / folder / "record.json") for run in (without, one)]
+        for key in ("inputs", "settings", "fingerprint"):
+            assert records[0][key] == records[1][key], (folder, key)
+        assert records[0].keys() == records[1].keys()
+    for folder in ("branches/0", "branches/1"):
+        logs = [(run / folder / "log.jsonl").read_bytes() for run in (without, one)]
+        assert logs[0] == logs[1], folder

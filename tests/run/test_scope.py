@@ -64,3 +64,14 @@ def test_members_of_a_soup_differ_in_the_order_alone() -> None:
 def test_gradients_are_each_seeds_own_or_the_runs() -> None:
     assert {scope.shared for scope in study_scopes(recipe(), RUN)} == {RUN / "study" / f"s{seed}" for seed in range(3)}
     assert {scope.shared for scope in study_scopes(recipe(gradients="once"), RUN)} == {RUN}
+
+
+def test_a_scale_is_chosen_on_other_rows_when_another_method_searches_its_weights() -> None:
+    """A merge made on the evaluation's own rows does not stand any more then."""
+    rows = []
+    for methods in (["joint+scale=auto"], ["joint+scale=auto", "own+weights=auto"]):
+        made = recipe(methods=methods)
+        (method,) = [method for method in methods_of(made) if method.name == "joint+scale=auto"]
+        scope = merge_scope(made, RUN, method, 0)
+        rows.append(key.merged_stage(scope.recipe(made), scope, {}, base="b").settings.get("rows"))
+    assert rows == [None, "choosing half"]

@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file
 from tests.builders import Case, encoded, read, task_rows, weights, write_rows
 
+from merit.evaluation.halves import halves_of
 from merit.merge.direction import AdapterDirection
 from merit.merge.weights import Losses
 from merit.run import weight_search
 from merit.run.evaluating import held_out_rows, reporting_rows
-from merit.run.weight_search import halves_of, log_file
+from merit.run.weight_search import log_file
 
 FEW = ("--set", "merge.search.evaluations=12", "--set", "merge.search.rows=3")
 

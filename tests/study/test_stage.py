@@ -12,8 +12,11 @@ from tests import builders
 from tests.builders import Case
 
 from merit.errors import Interrupted
+from merit.evaluation.halves import row_digest
 from merit.progress import Silent
 from merit.recipe.load import load_recipe
+from merit.run import scale_search
+from merit.run.evaluating import held_out_rows, reporting_rows
 from merit.run.session import Session
 from merit.run.store import Stage
 from merit.study.cost import Cost
@@ -171,23 +174,51 @@ def test_a_mixture_that_is_too_small_is_refused_by_the_methods_name(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_searched_weights_are_reported_on_rows_that_no_search_saw(tmp_path: Path, base: Path) -> None:
-    """With searched weights every method is measured on the same half, in every seed."""
+def test_searched_weights_are_reported_on_rows_that_no_search_saw(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With searched weights every method is measured on the same half, in every seed; a λ is chosen on the other half."""
+    chose: set[bytes] = set()
+    measure = scale_search._mean_loss
+
+    def noted(session: Session, model: Any, datasets: Any) -> float:
+        chose.update(row_digest(row, 0) for rows in datasets.values() for row in rows)
+        return measure(session, model, datasets)
+
+    monkeypatch.setattr(scale_search, "_mean_loss", noted)
     case = small(
         tmp_path,
         base,
-        merge={"search": {"evaluations": 8}},
-        study={"methods": ["base", "own+weights=auto", "joint"], "seeds": 2, "scales": [0.5]},
+        merge={"search": {"evaluations": 8}, "scales": [0.5]},
+        study={
+            "methods": ["base", "own+weights=auto", "joint+weights=auto", "joint+scale=auto"],
+            "seeds": 2,
+            "scales": [0.5],
+        },
     )
     result = study(case, case.run)
     assert result is not None
-    assert set(result.methods) == {"base", "joint", "pca-1d+weights=auto", "pca-1d"}
+    searched = {"pca-1d+weights=auto", "joint+weights=auto", "joint+scale=auto"}
+    assert set(result.methods) == {"base", "joint", "pca-1d", *searched}
     record = builders.read(case.run / "study" / "evaluation" / "record.json")
     assert record["settings"]["rows"] == "reporting half"
     figures = builders.read(case.run / "study" / "evaluation" / "results.json")
     counted = {name: [entry["examples"] for entry in by.values()] for name, by in figures.items()}
     assert all(sum(counts) == 12 for counts in counted.values()), counted  # of 24 test rows
     assert only(result, "pca-1d+weights=auto", 0).line is not None
+    rows = held_out_rows(case.run / "mixture")
+    reporting = reporting_rows(rows, 0)
+    told = {row_digest(row, 0) for part in (reporting.test, reporting.kept) for sets in part.values() for row in sets}
+    everything = {row_digest(row, 0) for part in (rows.test, rows.kept) for sets in part.values() for row in sets}
+    assert chose
+    assert chose == everything - told
+    for seed in (0, 1):
+        merges = case.run / "study" / f"s{seed}" / "merges"
+        scale = builders.read(merges / "joint+scale=auto" / "merged" / "record.json")["scale_search"]
+        assert scale["rows_shared_with_evaluation"] == []
+        weight = builders.read(merges / "joint+weights=auto" / "merged" / "record.json")["weight_search"]
+        assert len(weight["points"]) == 8
+        assert len(weight["chosen"]["coefficients"]) == 1
 
 
 @pytest.mark.slow

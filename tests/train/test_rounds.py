@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.train import cases
 
@@ -112,10 +113,19 @@ def in_rounds(root: Path, rounds: int, *overrides: str, optimizer: bool = True, 
     return results[0]
 
 
-@pytest.mark.parametrize("rounds", [2, 5])
-def test_identical_branches_with_kept_optimizers_are_training_in_one_go(root: Path, rounds: int) -> None:
-    whole = cases.train(root)
-    mine = in_rounds(root, rounds)
+@settings(max_examples=3)
+@given(rounds=st.integers(2, 6), branches=st.integers(1, 3))
+def test_identical_branches_with_kept_optimizers_are_training_in_one_go(base: Path, rounds: int, branches: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        (root / "base").symlink_to(base)
+        one_go_and_rounds_agree(root, rounds, branches)
+
+
+def one_go_and_rounds_agree(root: Path, rounds: int, branches: int) -> None:
+    few = "train.batch_size=7"  # six steps
+    whole = cases.train(root, few)
+    mine = in_rounds(root, rounds, few, branches=branches)
     expected = cases.weights(root)
     for name, tensor in cases.weights(root, f"{rounds}/0").items():
         assert float((tensor - expected[name]).abs().max()) <= 1e-7 * float(expected[name].abs().max()), name

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 
 from merit.hf.rows import EncodedRow
 
-__all__ = ["Halves", "halve", "row_digest"]
+__all__ = ["Halves", "halve", "halves_of", "row_digest"]
+
+Rows = Mapping[str, Sequence[EncodedRow]]
+"""By dataset."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ def row_digest(row: EncodedRow, seed: int) -> bytes:
     return digest.digest()
 
 
-def halve(datasets: Mapping[str, Sequence[EncodedRow]], seed: int) -> Halves:
+def halve(datasets: Rows, seed: int) -> Halves:
     """Cut every dataset in two as evenly as equal rows allow; the result does not depend on the order of datasets or rows.
 
     Args:
@@ -54,3 +57,14 @@ def halve(datasets: Mapping[str, Sequence[EncodedRow]], seed: int) -> Halves:
         chosen[name] = sorted(i for key, rows in places.items() if side[key] for i in rows)
         others[name] = sorted(i for key, rows in places.items() if not side[key] for i in rows)
     return Halves({name: chosen[name] for name in datasets}, {name: others[name] for name in datasets})
+
+
+def halves_of(test: Rows, kept: Rows, seed: int) -> dict[str, Halves]:
+    """Choosing and reporting rows of the ``test`` and the ``kept`` sets; equal rows of both are in the same half."""
+    parts = {"test": test, "kept": kept}
+    both = halve({f"{part}/{name}": rows for part, sets in parts.items() for name, rows in sets.items()}, seed)
+
+    def of(part: str, half: Mapping[str, list[int]]) -> dict[str, list[int]]:
+        return {name: half[f"{part}/{name}"] for name in parts[part]}
+
+    return {part: Halves(of(part, both.choosing), of(part, both.reporting)) for part in parts}

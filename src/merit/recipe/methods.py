@@ -43,7 +43,7 @@ SETS: dict[str, tuple[str, ...]] = {
     ),
     "sceptics": ("wise_ft", "one_budget", "joint_matched"),
     "surgery": ("pcgrad", "gradnorm"),
-    "searched": ("own+weights=auto", "random+weights=auto", "joint+scale=auto"),
+    "searched": ("own+weights=auto", "random+weights=auto", "joint+weights=auto"),
     "operators": (),  # every merge operator on the recipe's own branches, see methods_of
 }
 """Names that stand for several methods."""

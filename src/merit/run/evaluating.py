@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from merit.evaluation.halves import row_digest
+from merit.evaluation.halves import halves_of, row_digest
 from merit.evaluation.results import Evaluation
 from merit.evaluation.stage import About, Candidate, HeldOut, ModelSet, evaluate
 from merit.hf import checkpoint
@@ -22,7 +22,6 @@ from merit.run.session import Session
 from merit.run.spreading import spread
 from merit.run.step import Step, Work, run_step
 from merit.run.store import Stage, split_of
-from merit.run.weight_search import halves_of
 
 
 def evaluate_run(session: Session) -> Evaluation:

@@ -143,6 +143,8 @@ def merged_stage(
     if merge["weights"] != "auto":
         del merge["search"]
     settings = {"merge": merge, "excluded": sorted(excluded)}
+    if merge["scale"] == "auto" and merge["weights"] != "auto" and scope.reports_half(recipe):
+        settings["rows"] = "choosing half"
     inputs = {"base": base, **{f"{BRANCH}{k}": model_content(stage) for k, stage in branches.items()}}
     if recipe.merge.operator in MOMENTS:
         file = f"{SECOND_MOMENTS}.safetensors"

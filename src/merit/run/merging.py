@@ -128,7 +128,7 @@ def make_merge(
         settings,
         excluded=[f"branch {k}" for k in left_out],
         judge=Judging(
-            partial(judge_scales, session),
+            partial(judge_scales, session, scope.reports_half(session.recipe)),
             partial(search_run_weights, session, session.recipe_of(scope), _tokens(session, taking)),
         ),
         progress=progress,

@@ -1,6 +1,7 @@
 """How a λ of θ0 + λ(θ̄ − θ0) is judged in a run: which held-out rows are measured, on a model that moves along the line.
 
-The search reads test rows that the evaluation does not use, if a dataset has some to spare; otherwise it reads the same
+The search reads the choosing half where the evaluation reports on the other one (``weights: auto`` in the run or the study).
+Elsewhere it reads test rows that the evaluation does not use, if a dataset has some to spare; otherwise it reads the same
 rows, and the record says so. The grid and the rule are in :mod:`merit.merge.weights`.
 """
 
@@ -12,8 +13,10 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedModel
 
+from merit.errors import MergeError
 from merit.evaluation import drift
 from merit.evaluation.forward import Forward
+from merit.evaluation.halves import halves_of
 from merit.evaluation.heldout import end_tokens, row_losses
 from merit.hf.models import autocast, load_model
 from merit.hf.rows import EncodedRow
@@ -27,7 +30,7 @@ ROWS = 50
 _SPARE = 8  # fewer unused rows than this are too few to represent a dataset
 
 
-def judge_scales(session: Session, merged: Path, folder: Path) -> Judge:
+def judge_scales(session: Session, halved: bool, merged: Path, folder: Path) -> Judge:
     """A model that is moved to a λ and measured.
 
     Learned: mean over datasets of the held-out loss per target token. Kept: the same on the kept sets; without such sets,
@@ -35,11 +38,20 @@ def judge_scales(session: Session, merged: Path, folder: Path) -> Judge:
 
     Args:
         session: The command's session.
+        halved: The evaluation reads the reporting half alone.
         merged: The plain merge (λ = 1).
         folder: For temporary files.
+
+    Raises:
+        MergeError: The choosing half has no row of the mixture.
     """
-    test, shared = spare_rows(session, load_split(session.run / "mixture", "test"), "mixture")
-    kept, shared_kept = spare_rows(session, load_split(session.run / "mixture", "kept"), "kept")
+    sets = {part: load_split(session.run / "mixture", part) for part in ("test", "kept")}
+    if halved:
+        test, kept = choosing_rows(session, sets["test"], sets["kept"])
+        shared, shared_kept = [], []
+    else:
+        test, shared = spare_rows(session, sets["test"], "mixture")
+        kept, shared_kept = spare_rows(session, sets["kept"], "kept")
     model = load_model(session.base, session.device)
     distance = None if kept else _drift_from(session, model, test, folder)
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -56,6 +68,30 @@ def judge_scales(session: Session, merged: Path, folder: Path) -> Judge:
         "held-out loss on the kept sets" if kept else "divergence from the base on its own answers (nats per token)",
         tuple(sorted({*shared, *shared_kept})),
     )
+
+
+def choosing_rows(
+    session: Session, test: Mapping[str, EncodedDataset], kept: Mapping[str, EncodedDataset]
+) -> tuple[dict[str, list[EncodedRow]], dict[str, list[EncodedRow]]]:
+    """Up to ``ROWS`` rows per dataset of the half that does not report: of the test sets, and of the kept sets.
+
+    Raises:
+        MergeError: No test row is in that half.
+    """
+    halves, found = halves_of(test, kept, session.recipe.seed), []
+    for part, datasets in (("test", test), ("kept", kept)):
+        rows: dict[str, list[EncodedRow]] = {}
+        for name, mine in halves[part].choosing.items():
+            order = draw(len(mine), ROWS, session.recipe.seed, name, purpose=f"scale search {part}")
+            if mine:
+                rows[name] = [datasets[name][mine[int(i)]] for i in np.sort(order)]
+        found.append(rows)
+    if not found[0]:
+        raise MergeError(
+            "merge.scale: auto needs held-out rows that do not report, and none are left in the mixture.",
+            "Give the datasets test rows (test.jsonl), or a number.",
+        )
+    return found[0], found[1]
 
 
 def spare_rows(

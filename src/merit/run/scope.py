@@ -42,6 +42,10 @@ class Scope:
         """A stage's display name: ``split``, ``random split``."""
         return f"{self.method} {stage}" if self.method else stage
 
+    def reports_half(self, recipe: Recipe) -> bool:
+        """Whether its models are measured on the reporting half alone: the other half chose weights."""
+        return recipe.merge.weights == "auto"
+
     def recipe(self, recipe: Recipe) -> Recipe:
         """The recipe with the scope's split method; a baseline has no baselines."""
         if self.method is None:
@@ -59,12 +63,14 @@ class StudyScope(Scope):
         changes: Of the recipe.
         members: Whose branches are merged; empty: its own.
         own_gradients: Its seed has gradients of its own.
+        halved: Some method of the study searches its weights.
     """
 
     seed: int = 0
     changes: Changes = ()
     members: tuple[StudyScope, ...] = ()
     own_gradients: bool = True
+    halved: bool = False
 
     @property
     def root(self) -> Path:
@@ -80,6 +86,10 @@ class StudyScope(Scope):
     def sources(self) -> tuple[Scope, ...]:
         """Whose branches are merged."""
         return self.members or (self,)
+
+    def reports_half(self, recipe: Recipe) -> bool:
+        """Whether all models of the study are."""
+        return self.halved
 
     def recipe(self, recipe: Recipe) -> Recipe:
         """The recipe with the method's changes and the seed."""
@@ -119,7 +129,13 @@ def merge_scope(recipe: Recipe, run: Path, method: Method, seed: int, extra: Cha
     """
     members = tuple(source_scope(recipe, run, source, seed) for source in method.sources)
     changes = (*members[0].changes, *(method.merge or ()), *extra)
-    return StudyScope(run, f"s{seed}/merges/{method.name}", seed, changes, members)
+    return StudyScope(run, f"s{seed}/merges/{method.name}", seed, changes, members, halved=searches_weights(recipe))
+
+
+def searches_weights(recipe: Recipe) -> bool:
+    """Whether a method of the run's study searches its weights on held-out rows (``weights: auto``)."""
+    rules = [dict(method.merge or ()).get("merge.weights") for method in methods_of(recipe)]
+    return "auto" in (*rules, recipe.merge.weights)
 
 
 def study_scopes(recipe: Recipe, run: Path) -> Iterator[StudyScope]:

@@ -23,7 +23,7 @@ from merit.evaluation import drift
 from merit.evaluation.figures import Drift
 from merit.evaluation.fixed import FixedBatches
 from merit.evaluation.forward import Forward
-from merit.evaluation.halves import Halves, halve, row_digest
+from merit.evaluation.halves import halves_of, row_digest
 from merit.files import appending, fingerprint, scratch, write_text
 from merit.hf.inplace import Direction, Folder, Held, InPlace, TaskVector, blocks_of
 from merit.hf.models import autocast, load_model, trainable_names
@@ -35,13 +35,13 @@ from merit.merge.search import Objective, RowLosses, evaluations_for, implied_ra
 from merit.merge.searched import WeightSearch
 from merit.merge.stage import are_adapters
 from merit.merge.weights import Branch, Losses
-from merit.mixture import EncodedDataset, draw, load_split
+from merit.mixture import draw, load_split
 from merit.progress import Progress, size
 from merit.recipe.schema import Recipe
 from merit.run.scale_search import drift_reference
 from merit.run.session import Session
 
-__all__ = ["halves_of", "hold", "log_file", "search_run_weights"]
+__all__ = ["hold", "log_file", "search_run_weights"]
 
 _RIVALS = 24
 """Points that are measured on the reporting rows for the intervals."""
@@ -50,17 +50,6 @@ _RIVALS = 24
 def log_file(output: Path) -> Path:
     """Where the points of a search for ``output`` are kept until it is merged."""
     return output.with_name(f".{output.name}.search.jsonl")
-
-
-def halves_of(test: Mapping[str, EncodedDataset], kept: Mapping[str, EncodedDataset], seed: int) -> dict[str, Halves]:
-    """Choosing and reporting rows of the ``test`` and the ``kept`` sets; equal rows of both are in the same half."""
-    parts = {"test": test, "kept": kept}
-    both = halve({f"{part}/{name}": rows for part, sets in parts.items() for name, rows in sets.items()}, seed)  # type: ignore[misc]
-
-    def of(part: str, half: Mapping[str, list[int]]) -> dict[str, list[int]]:
-        return {name: half[f"{part}/{name}"] for name in parts[part]}
-
-    return {part: Halves(of(part, both.choosing), of(part, both.reporting)) for part in parts}
 
 
 def search_run_weights(

@@ -36,7 +36,7 @@ from merit.run.merging import merge_run
 from merit.run.needs import estimate
 from merit.run.preparation import prepare
 from merit.run.rounds import train_rounds
-from merit.run.scope import StudyScope, merge_scope, source_scope, study_scopes
+from merit.run.scope import StudyScope, merge_scope, searches_weights, source_scope, study_scopes
 from merit.run.session import Session
 from merit.run.step import Step, Work, run_step
 from merit.run.store import Stage
@@ -251,9 +251,8 @@ class _Study:
 
     @cached_property
     def searches(self) -> bool:
-        """Whether a method searches its weights on held-out rows (``weights: auto``)."""
-        rules = [dict(method.merge or ()).get("merge.weights") for method in self.methods]
-        return "auto" in (*rules, self.recipe.merge.weights)
+        """Whether some rows chose weights; the others report."""
+        return searches_weights(self.recipe)
 
     @cached_property
     def rows(self) -> Rows:
