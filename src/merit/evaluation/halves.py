@@ -11,11 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from merit.hf.rows import EncodedRow
+from merit.mixture import EncodedDataset
 
 __all__ = ["Halves", "halve", "halves_of", "row_digest"]
-
-Rows = Mapping[str, Sequence[EncodedRow]]
-"""By dataset."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ def row_digest(row: EncodedRow, seed: int) -> bytes:
     return digest.digest()
 
 
-def halve(datasets: Rows, seed: int) -> Halves:
+def halve(datasets: Mapping[str, Sequence[EncodedRow]], seed: int) -> Halves:
     """Cut every dataset in two as evenly as equal rows allow; the result does not depend on the order of datasets or rows.
 
     Args:
@@ -59,10 +57,10 @@ def halve(datasets: Rows, seed: int) -> Halves:
     return Halves({name: chosen[name] for name in datasets}, {name: others[name] for name in datasets})
 
 
-def halves_of(test: Rows, kept: Rows, seed: int) -> dict[str, Halves]:
+def halves_of(test: Mapping[str, EncodedDataset], kept: Mapping[str, EncodedDataset], seed: int) -> dict[str, Halves]:
     """Choosing and reporting rows of the ``test`` and the ``kept`` sets; equal rows of both are in the same half."""
     parts = {"test": test, "kept": kept}
-    both = halve({f"{part}/{name}": rows for part, sets in parts.items() for name, rows in sets.items()}, seed)
+    both = halve({f"{part}/{name}": rows for part, sets in parts.items() for name, rows in sets.items()}, seed)  # type: ignore[misc]
 
     def of(part: str, half: Mapping[str, list[int]]) -> dict[str, list[int]]:
         return {name: half[f"{part}/{name}"] for name in parts[part]}

@@ -48,7 +48,8 @@ def judge_scales(session: Session, halved: bool, merged: Path, folder: Path) -> 
     sets = {part: load_split(session.run / "mixture", part) for part in ("test", "kept")}
     if halved:
         test, kept = choosing_rows(session, sets["test"], sets["kept"])
-        shared, shared_kept = [], []
+        shared: list[str] = []
+        shared_kept: list[str] = []
     else:
         test, shared = spare_rows(session, sets["test"], "mixture")
         kept, shared_kept = spare_rows(session, sets["kept"], "kept")
