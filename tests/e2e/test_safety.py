@@ -163,7 +163,7 @@ def test_a_place_that_cannot_be_written_is_one_message(case: Case, merit) -> Non
     assert merit("run", case.recipe, "--output", case.folder / "file").code == 2
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # `make demo` runs it whole
 def test_the_demo_command_with_little_of_everything(tmp_path: Path, merit) -> None:
     little = [f"--set={text}" for text in (
         "mixture.samples=4", "conflict.examples=2", "evaluate.max_examples=1", "evaluate.drift.prompts=1",

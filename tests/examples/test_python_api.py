@@ -15,7 +15,7 @@ from examples import python_api
 DOCS = Path(__file__).parents[2] / "docs" / "python-api.md"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # the notebook does the same in every run of the tests
 def test_the_example_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = python_api.main(tmp_path)
     assert isinstance(result, merit.Evaluation)

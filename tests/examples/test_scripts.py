@@ -52,7 +52,7 @@ def here(base: Path, tmp_path, monkeypatch):
         ("own_jsonl.sh", ["own.html", "runs/own/merged/model/model.safetensors"]),
         ("axolotl_branches.sh", ["branch-0/axolotl.yaml", "branch-1/README.md"]),
         ("merge_checkpoints.sh", [f"merged-{name}/model.safetensors" for name in ("average", "ties", "less")]),
-        ("study.sh", ["study.html", "runs/study/study/table.md"]),
+        pytest.param("study.sh", ["study.html", "runs/study/study/table.md"], marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_script_runs(script, leaves, here, merit):

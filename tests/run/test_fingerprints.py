@@ -79,7 +79,10 @@ def records(run: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["pictures", "real files", "words"])
+@pytest.mark.parametrize(
+    "kind",
+    ["pictures", "real files", pytest.param("words", marks=pytest.mark.exhaustive)],  # `make demo` trains it in workers
+)
 def test_histories_do_not_matter(kind: str, tmp_path: Path) -> None:
     recipe = real_files(tmp_path) if kind == "real files" else write_demo(tmp_path, vision=kind == "pictures")
     some = ("mixture.include=[colour_word, two_colours, shape_word, digit_short]",) if kind == "pictures" else ()
