@@ -12,7 +12,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2
 
 test-all: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 -m ""
+	$(BIN)/python -m pytest -n 2 -m "" --hypothesis-profile=fresh
 
 check: lint types
 	$(BIN)/python -m pytest -n 2 -q -m "not slow"
