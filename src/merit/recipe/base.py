@@ -10,9 +10,12 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length
 
 
 class Settings(BaseModel):
-    """Base of every block: frozen, unknown keys refused, attribute docstrings become the schema's descriptions."""
+    """Base of every block: frozen, unknown keys refused, attribute docstrings become the schema's descriptions.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    Validators are built when a block is first used, since every command imports the schema and few use all of it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, defer_build=True)
 
 
 def refuse_adapters_in_list(trainable: str | list[str]) -> None:
