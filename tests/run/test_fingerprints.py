@@ -30,6 +30,10 @@ LITTLE = (
     "baselines=[]",
     "evaluate={heldout: true, exact_match: never, max_examples: 1, drift: {prompts: 0}}",
 )
+SOME = {
+    "words": ("mixture.include=[add_chat, add_short, compare_chat, contains_label]",),
+    "pictures": ("mixture.include=[colour_word, two_colours, shape_word, digit_short]",),
+}
 
 
 def merit(*words: Any) -> str:
@@ -79,14 +83,10 @@ def records(run: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind",
-    ["pictures", "real files", pytest.param("words", marks=pytest.mark.exhaustive)],  # `make demo` trains it in workers
-)
+@pytest.mark.parametrize("kind", ["words", "pictures", "real files"])
 def test_histories_do_not_matter(kind: str, tmp_path: Path) -> None:
     recipe = real_files(tmp_path) if kind == "real files" else write_demo(tmp_path, vision=kind == "pictures")
-    some = ("mixture.include=[colour_word, two_colours, shape_word, digit_short]",) if kind == "pictures" else ()
-    little = [word for text in (*LITTLE, *some) for word in ("--set", text)]
+    little = [word for text in (*LITTLE, *SOME.get(kind, ())) for word in ("--set", text)]
     workers, alone = tmp_path / "workers", tmp_path / "alone"
     merit("run", recipe, "--output", workers, "--jobs", 2, "--quiet", *little)  # checks, then trains in workers
     stages = records(workers)
