@@ -11,7 +11,16 @@ import pytest
 from merit.errors import RecipeError, ResourceError
 from merit.evaluation.harness import scores_of, write_local_task
 from merit.evaluation.lmms import check_lmms, command, run_lmms
-from merit.evaluation.suites import PAPER_TEXT, PAPER_VISION, Task, check_suites, expand, local_tasks, problems
+from merit.evaluation.suites import (
+    PAPER_TEXT,
+    PAPER_VISION,
+    Task,
+    check_suites,
+    expand,
+    headline,
+    local_tasks,
+    problems,
+)
 from merit.recipe.suites import HarnessSettings
 
 
@@ -68,6 +77,17 @@ def test_a_yaml_task_finds_its_files_next_to_it(tmp_path: Path) -> None:
 def test_scores_are_plain_and_name_their_filter() -> None:
     found = scores_of({"t": {"alias": "t", "acc,none": 0.5, "exact_match,strip": 1, "acc_stderr,none": "N/A"}})
     assert found == {"t": {"acc": 0.5, "exact_match/strip": 1.0}}
+
+
+def test_a_tasks_headline_is_its_first_score_that_is_better_high() -> None:
+    scores = {
+        "piqa": {"acc": 0.5, "acc_stderr": 0.1, "acc_norm": 0.75},
+        "wikitext": {"word_perplexity": 9.0},
+        "say": {"perplexity/strip": 3.0, "exact_match/strip": 1.0},
+    }
+    assert headline(scores) == {"piqa acc": 0.5, "say exact_match/strip": 1.0, "suites, mean": 0.75}
+    assert headline({"piqa": scores["piqa"]}) == {"piqa acc": 0.5}
+    assert headline({}) == {}
 
 
 # ---- lmms-eval, by a stand-in that reads its command line and writes its file ---------------------------------------

@@ -42,7 +42,7 @@ def result() -> StudyResult:
     for method, learned, kept in (("joint", 2.0, 3.0), ("pca_x-2d", 3.0, 1.4)):
         for seed in SEEDS:
             a, b = learned + rng.normal(0, 0.1), kept + rng.normal(0, 0.1)
-            values = {"learned": a, "kept": b, "unseen": b + 1}
+            values = {"learned": a, "kept": b, "unseen": b + 1, "piqa acc": 1 / a}
             runs.append(Run(method, seed, values, 1000, 3000, 1.0, line(a, b)))  # type: ignore[arg-type]
     differences = compare_methods(runs, "joint", "pca_x-2d")
     found = StudyResult(
@@ -57,7 +57,9 @@ def test_means_and_deviations_are_over_seeds(result: StudyResult) -> None:
     values = [run.values["learned"] for run in result.of("joint")]
     assert rows[1][:2] == ["joint", f"{fmean(values):.3f} ± {stdev(values):.3f}"]
     assert rows[1][-1] == "1,000"
-    assert len(header) == len(rows[0]) == 5
+    assert header == ["method", "learned ↓", "kept ↓", "unseen ↓", "piqa acc ↑", "target tokens"]
+    assert rows[0][4] == "–", "the base was not measured there"
+    assert len(rows[1]) == 6
 
 
 def test_the_first_line_is_the_verdict_everywhere(result: StudyResult) -> None:

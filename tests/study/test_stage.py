@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from tests.builders import Case
 from merit.errors import Interrupted
 from merit.evaluation.halves import row_digest
 from merit.progress import Silent
-from merit.recipe.load import load_recipe
+from merit.recipe.load import changed, load_recipe
 from merit.run import scale_search
 from merit.run.evaluating import held_out_rows, reporting_rows
 from merit.run.session import Session
@@ -144,6 +145,16 @@ def test_a_second_call_changes_nothing(done: tuple[Case, StudyResult]) -> None:
     assert changed <= {"study.json"}
 
 
+def test_the_status_lists_a_finished_study_as_done(done: tuple[Case, StudyResult]) -> None:
+    case, result = done
+    told = builders.call("status", case.run / "study", "--json")
+    stages = {row["stage"]: row for row in json.loads(told.out)["stages"]}
+    assert {row["state"] for row in stages.values()} == {"done"}, stages
+    assert stages["s1 lines"]["detail"] == "5 lines"
+    assert stages["s0/random-2"]["detail"] == "2 branches"
+    assert sum(run.line is not None for run in result.runs if run.seed == 1) == 5
+
+
 def test_results_of_another_seed_or_method_are_not_accepted(done: tuple[Case, StudyResult], tmp_path: Path) -> None:
     case, _ = done
     for taken, given in (("s0/joint", "s1/joint"), ("s0/joint@order=1", "s0/joint")):
@@ -154,6 +165,33 @@ def test_results_of_another_seed_or_method_are_not_accepted(done: tuple[Case, St
         result = builders.call("study", case.recipe, "--output", run, "--yes", "--quiet")
         assert result.code == 2
         assert "other than the current ones" in result.err
+
+
+@pytest.mark.slow
+def test_benchmark_scores_are_columns_of_every_model(done: tuple[Case, StudyResult], tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra eval)")
+    case, before = done
+    run = tmp_path / "run"
+    shutil.copytree(case.run, run)
+    tasks = {name: tmp_path / f"{name}.jsonl" for name in ("pick", "choose")}
+    for number, file in enumerate(tasks.values()):
+        rows = [{"question": f"{w}: ", "choices": ["ab", w, "xy"], "answer": number} for w in ("cat", "dog", "emu")]
+        builders.write_rows(file, rows)
+    recipe = changed(load_recipe(case.recipe), (("evaluate.suites", [str(file) for file in tasks.values()]),))
+    result = run_study(Session(recipe, run, Silent()), lambda _: True)
+    assert result is not None
+    assert result.columns()[-3:] == ("pick acc", "choose acc", "suites, mean")
+    for ran, old in zip(result.runs, before.runs, strict=True):
+        name = ran.method if ran.method == "base" else f"{ran.method}.s{ran.seed}"
+        scores = builders.read(run / "study" / "suites" / name / "scores.json")["scores"]
+        assert ran.values["pick acc"] == scores["pick"]["acc"]
+        assert ran.values["suites, mean"] == pytest.approx((scores["pick"]["acc"] + scores["choose"]["acc"]) / 2)
+        assert old.values.items() <= ran.values.items()
+    gain = result.difference("pca-1d", "choose acc", "end")
+    ours, joint = ([r.values["choose acc"] for r in result.of(name)] for name in ("pca-1d", "joint"))
+    assert gain is not None
+    assert gain.mean == pytest.approx(np.mean(ours) - np.mean(joint))
+    assert gain.wins == sum(a > b for a, b in zip(ours, joint, strict=True))
 
 
 def test_refusing_the_cost_trains_nothing(done: tuple[Case, StudyResult], tmp_path: Path) -> None:

@@ -210,28 +210,30 @@ def check(
 
 
 def status(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN|STUDY", help="A run folder or its study/ folder.")],
     watch: Annotated[bool, typer.Option(help="Refresh every two seconds until interrupted.")] = False,
     overrides: Overrides = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show what is done, stale, running or missing in a run, with sizes and times.
+    """Show what is done, stale, running or missing in a run or a study, with sizes and times.
 
     Example: `merit status runs/my-run --watch`
     """
     from merit.report import status as report
-    from merit.run.status import run_status
+    from merit.run.overview import folder_status
 
+    if (run_folder / "study.json").is_file():
+        run_folder = run_folder.resolve().parent
     if not run_folder.is_dir():
         raise RecipeError(f"{run_folder} is not a run folder.", "Give the folder that `merit run` wrote (runs/<name>).")
     recipe, folder = open_target(run_folder, None, overrides)
     if as_json:
-        print_json(run_status(folder, recipe).facts())
+        print_json(folder_status(folder, recipe).facts())
     elif watch:
-        report.watch(lambda: run_status(folder, recipe))
+        report.watch(lambda: folder_status(folder, recipe))
     elif not quiet:
-        out(*report.render(run_status(folder, recipe)))
+        out(*report.render(folder_status(folder, recipe)))
 
 
 COMMANDS = (run, demo, init, schema, check)

@@ -6,7 +6,7 @@ wider vision suite of its K-means comparison.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,3 +132,24 @@ def check_suites(suites: Sequence[str]) -> None:
     for name in suites:
         if name.startswith("paper") and name not in SUITES:
             raise RecipeError(f"evaluate.suites: there is no suite {name!r}.{nearest(name, list(SUITES))}")
+
+
+_BETTER_LOW = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
+
+
+def headline(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """One figure per task for a table: its first metric that is better high; with several tasks also their plain mean.
+
+    Args:
+        scores: {task: {metric: value}}.
+
+    Returns:
+        ``{"piqa acc": 0.7, ..., "suites, mean": 0.6}``; tasks that have no such metric are left out.
+    """
+    found = {}
+    for task, values in scores.items():
+        for metric, value in values.items():
+            if not metric.endswith("_stderr") and metric.partition("/")[0] not in _BETTER_LOW:
+                found[f"{task} {metric}"] = value
+                break
+    return found | ({"suites, mean": sum(found.values()) / len(found)} if len(found) > 1 else {})

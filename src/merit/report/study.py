@@ -33,11 +33,12 @@ TITLES: dict[Column, str] = {
     "unseen_match": "unseen, exact ↑",
     "drift": "drift ↓",
 }
+"""Other columns are benchmark scores, and named by task and metric."""
 _NONE = "–"
 _LEGEND = (
     "learned, kept, unseen: mean over datasets of the held-out loss, nats per target token, on the mixture's test rows, on "
     "what the base could do, and on tasks that nobody trains on; exact: share of greedy answers that match; drift: from the "
-    "base, nats per token. Mean ± standard deviation over seeds."
+    "base, nats per token; other columns: scores of benchmark suites. Mean ± standard deviation over seeds."
 )
 _ABOUT_P = (
     "p: one-sided Wilcoxon signed-rank test over seeds that the method is better than the baseline; Holm: corrected for all "
@@ -77,7 +78,7 @@ def overview(result: StudyResult) -> Table:
         values = [[run.values[column] for run in runs if column in run.values] for column in columns]
         tokens = fmean(run.target_tokens for run in runs)
         rows.append([method, *map(_mean_sd, values), f"{tokens:,.0f}"])
-    return ["method", *(TITLES[column] for column in columns), "target tokens"], rows
+    return ["method", *map(_title, columns), "target tokens"], rows
 
 
 def equal(result: StudyResult) -> Table:
@@ -90,7 +91,7 @@ def equal(result: StudyResult) -> Table:
             continue
         mine = [found[method, seed] for seed in result.seeds if (method, seed) in found]
         rows.append([method, *(_mean_sd([v[c] for v in mine]) for c in columns), f"{len(mine)} of {len(result.seeds)}"])
-    return ["method", *(TITLES[column] for column in columns), "seeds that reach it"], rows
+    return ["method", *map(_title, columns), "seeds that reach it"], rows
 
 
 def differences(result: StudyResult, place: Place, *, short: bool = False) -> Table:
@@ -102,7 +103,11 @@ def differences(result: StudyResult, place: Place, *, short: bool = False) -> Ta
         mine = {item.column: item for item in items if item.method == method}
         if mine:
             rows.append([method, *(_difference(mine.get(column), short=short) for column in columns)])
-    return ["method", *(TITLES[column] for column in columns)], rows
+    return ["method", *map(_title, columns)], rows
+
+
+def _title(column: Column) -> str:
+    return TITLES.get(column, f"{column} ↑")
 
 
 def _mean_sd(values: Sequence[float]) -> str:

@@ -152,22 +152,43 @@ def run_status(run: Path, recipe: Recipe, known: Known | None = None) -> Status:
 
 
 def _rows(recipe: Recipe, run: Path, known: Known) -> Iterator[Row]:
-    encoded = _encoded(run)
-    yield _row(
+    encoded = encoded_rows(run)
+    yield row_of(
         Stage("mixture", run / "mixture"),
         lambda: key.mixture_stage(recipe, run, tokenizer=known.tokenizer, sources=known.sources),
     )
-    yield _row(
+    yield row_of(
         Stage("gradients", run / "conflict"), lambda: key.conflict_stage(recipe, run, base=known.base, rows=encoded)
     )
     for scope in scopes_of(recipe, run):
         yield from _scope_rows(recipe_of(recipe, scope), scope, encoded, known.base)
-    yield _row(Stage("evaluation", run / "evaluation"), lambda: key.evaluation_stage(recipe, run, {}))
+    yield row_of(Stage("evaluation", run / "evaluation"), lambda: key.evaluation_stage(recipe, run, {}))
 
 
 def _scope_rows(recipe: Recipe, scope: Scope, rows: Mapping[str, str], base: str) -> Iterator[Row]:
+    branches: dict[int, Stage] = {}
+    for row in trained_rows(recipe, scope, rows, base):
+        if row.kind == "branch":
+            branches[len(branches)] = Stage("branch", Path(row.folder), title=row.stage)
+        yield row
+    if scope.method != "joint":  # a joint baseline's one branch is its model
+        yield row_of(
+            Stage("merged", scope.root / "merged", title=scope.name("merged")),
+            lambda: key.merged_as_made(recipe, scope, branches, base=base),
+        )
+
+
+def trained_rows(recipe: Recipe, scope: Scope, rows: Mapping[str, str], base: str) -> Iterator[Row]:
+    """Split, rounds and branches of a scope.
+
+    Args:
+        recipe: As the scope uses it.
+        scope: Whose.
+        rows: Content of every dataset's training rows, as far as it is known.
+        base: Content of the base; empty if it is not known.
+    """
     split = Stage("split", scope.root / "split", title=scope.name("split"))
-    row = _row(split, lambda: key.split_stage(recipe, scope, rows=rows, geometry=None))
+    row = row_of(split, lambda: key.split_stage(recipe, scope, rows=rows, geometry=None))
     groups: list[list[str]] | None = None
     try:
         groups = split_of(scope.root).groups
@@ -181,22 +202,16 @@ def _scope_rows(recipe: Recipe, scope: Scope, rows: Mapping[str, str], base: str
     if rounds.last > 1 and groups is not None:
         with contextlib.suppress(RunFolderError):  # the last round's split is not made yet
             groups = rounds.groups(rounds.last)
-    branches: dict[int, Stage] = {}
     for k in range(recipe.group_count if groups is None else len(groups)):
-        stage = branches[k] = Stage("branch", scope.root / "branches" / str(k), title=scope.name(f"branch {k}"))
-        row = _row(stage, partial(rounds.branch, rounds.last, k, groups[k]) if groups else None)
+        stage = Stage("branch", scope.root / "branches" / str(k), title=scope.name(f"branch {k}"))
+        row = row_of(stage, partial(rounds.branch, rounds.last, k, groups[k]) if groups else None)
         yield _exported(row, detached(scope.run, f"{scope.method}/{k}" if scope.method else str(k)))
-    if scope.method != "joint":  # a joint baseline's one branch is its model
-        yield _row(
-            Stage("merged", scope.root / "merged", title=scope.name("merged")),
-            lambda: key.merged_as_made(recipe, scope, branches, base=base),
-        )
 
 
 def _round_row(rounds: RoundStages, number: int) -> Row:
     """A round that is not the last, in one row: its merge; until that is made, how many of its branches are trained."""
     made = rounds.made(number)
-    row = _row(made, None)
+    row = row_of(made, None)
     row = replace(row, stage=rounds.scope.name(f"round {number}"), bytes=_bytes(made.path.parent))
     with contextlib.suppress(RunFolderError, KeyError):
         branches = rounds.branches(number)
@@ -210,7 +225,7 @@ def _round_row(rounds: RoundStages, number: int) -> Row:
             changed = _known_changes(rounds, number)
             return replace(row, changed=changed, state="stale" if changed else "done")
         running = any(is_locked(stage.path) for stage in branches.values())
-        changed = [f"{s.name}: {text}" for s in done for text in _row(s, partial(_itself, s)).changed]
+        changed = [f"{s.name}: {text}" for s in done for text in row_of(s, partial(_itself, s)).changed]
         state: State = "running" if running else "stale" if changed else "partial" if done else row.state
         return replace(row, state=state, changed=changed, detail=f"{len(done)} of {len(branches)} branches trained")
     return row
@@ -225,7 +240,7 @@ def _known_changes(rounds: RoundStages, number: int) -> list[str]:
     found = []
     for stage in (*rounds.branches(number).values(), rounds.merged(number)):
         if stage.begun:
-            found += [f"{stage.name}: {text}" for text in _row(stage, partial(_itself, stage)).changed]
+            found += [f"{stage.name}: {text}" for text in row_of(stage, partial(_itself, stage)).changed]
     return found
 
 
@@ -233,7 +248,7 @@ def _bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
 
 
-def _encoded(run: Path) -> dict[str, str]:
+def encoded_rows(run: Path) -> dict[str, str]:
     """Fingerprints of the encoded training rows by dataset; empty if the mixture is not done."""
     with contextlib.suppress(RunFolderError, ValueError):
         return {item.name: item.fingerprint for item in read_counts(run / "mixture")}
@@ -245,7 +260,7 @@ def _preparation(recipe: Recipe, run: Path) -> Iterator[Row]:
         return
     if recipe.prepare.assemble is not None:
         folder = stage_folder(run, "assemble")
-        row = _row(Stage("assemble", folder), lambda: key.assemble_stage(recipe, folder, {}))
+        row = row_of(Stage("assemble", folder), lambda: key.assemble_stage(recipe, folder, {}))
         yield replace(row, stage="prepare assemble")
     inner = [(stage, stage_recipe(recipe, stage, "")) for stage in recipe.prepare.stages]
     for stage, own in inner:
@@ -253,12 +268,17 @@ def _preparation(recipe: Recipe, run: Path) -> Iterator[Row]:
         for row in _rows(own, stage_folder(run, stage.name), Known()):
             if row.kind in names:
                 yield replace(row, stage=names[row.kind], kind="prepared")
-    final = _row(Stage("prepared", run / "prepared"), lambda: key.prepared_stage(recipe, run, inner))
+    final = row_of(Stage("prepared", run / "prepared"), lambda: key.prepared_stage(recipe, run, inner))
     yield replace(final, stage="prepare")
 
 
-def _row(stage: Stage, wanted: Callable[[], Stage] | None) -> Row:
-    """``wanted``: the stage as requested now; None if that cannot be known."""
+def row_of(stage: Stage, wanted: Callable[[], Stage] | None) -> Row:
+    """The state of one stage.
+
+    Args:
+        stage: Where it is.
+        wanted: Gives it as requested now; None if that cannot be known.
+    """
     row = Row(stage.name, stage.kind, str(stage.path))
     if not stage.path.is_dir():
         return row
@@ -318,6 +338,7 @@ def _runs_elsewhere(folder: Path, live: Live | None) -> bool:
 
 def _detail(record: Record) -> str:
     facts = record.facts
-    return (
-        f"{count(facts['steps'], 'step')}, {count(facts['target_tokens'], 'target token')}" if "steps" in facts else ""
-    )
+    if "steps" in facts:
+        return f"{count(facts['steps'], 'step')}, {count(facts['target_tokens'], 'target token')}"
+    verdict = facts.get("verdict")
+    return verdict if isinstance(verdict, str) else ""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from merit.evaluation.harness import HarnessFacts, Scores, check_harness, evaluate_suites, harness_facts
@@ -17,7 +18,7 @@ from merit.run.evaluating import find_models
 from merit.run.session import Session
 from merit.run.step import Step, Work, run_step
 
-__all__ = ["SCORES", "SuiteScores", "check_run_suites", "run_suites", "suite_scores"]
+__all__ = ["SCORES", "SuiteScores", "check_run_suites", "measure_suites", "run_suites", "suite_scores"]
 
 SCORES = "scores.json"
 
@@ -71,10 +72,26 @@ def run_suites(session: Session) -> dict[str, SuiteScores]:
     check_run_suites(session.recipe)
     models, _ = find_models(session)
     wanted = {name: model for name, model in models.items() if not name.startswith("branch-")}
-    return {name: _measure(session, name, folder, content) for name, (folder, content) in wanted.items()}
+    return measure_suites(session, wanted, session.run / "suites")
 
 
-def _measure(session: Session, name: str, folder: Path | None, content: str) -> SuiteScores:
+def measure_suites(
+    session: Session, models: Mapping[str, tuple[Path | None, str]], folder: Path
+) -> dict[str, SuiteScores]:
+    """Scores of some models, each a stage of its own.
+
+    Args:
+        session: The command's session.
+        models: By name: folder (None: the base) and content.
+        folder: Of the stages.
+
+    Raises:
+        UserError: A suite cannot be run.
+    """
+    return {name: _measure(session, name, *model, folder / name) for name, model in models.items()}
+
+
+def _measure(session: Session, name: str, folder: Path | None, content: str, place: Path) -> SuiteScores:
     recipe, base = session.recipe, session.base
     suites, harness = recipe.evaluate.suites, recipe.evaluate.harness
     inputs = {"base": base.input_fingerprint, "model": content}
@@ -103,7 +120,7 @@ def _measure(session: Session, name: str, folder: Path | None, content: str) -> 
 
     step = Step(
         "suites",
-        key.suites_stage(recipe, session.run, name, inputs),
+        replace(key.suites_stage(recipe, session.run, name, inputs), path=place),
         make,
         SuiteScores.load,
         recipe.seed,

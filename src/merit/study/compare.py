@@ -20,7 +20,7 @@ from scipy import stats
 
 from merit.evaluation.figures import Part
 from merit.evaluation.statistics import holm, interval
-from merit.study.figures import COLUMNS, PART_COLUMNS, Column, Difference, Line, Place, Run
+from merit.study.figures import PART_COLUMNS, Column, Difference, Line, Place, Run, columns_of, is_better_high
 
 __all__ = ["at_learned", "compare_methods", "equal_learning", "wilcoxon"]
 
@@ -95,10 +95,10 @@ def _paired(
     values: Mapping[tuple[str, int], Mapping[Column, float]], baseline: str, place: Place
 ) -> tuple[Difference, ...]:
     methods = [method for method in dict.fromkeys(name for name, _ in values) if method != baseline]
-    found = []
+    found, columns = [], columns_of(values.values())
     for method in methods:
         seeds = [seed for name, seed in values if name == method and (baseline, seed) in values]
-        for column in COLUMNS:
+        for column in columns:
             pairs = [(values[method, seed], values[baseline, seed]) for seed in seeds]
             both = [(ours[column], theirs[column]) for ours, theirs in pairs if column in ours and column in theirs]
             if both:
@@ -108,7 +108,7 @@ def _paired(
 
 
 def _difference(method: str, column: Column, place: Place, values: np.ndarray) -> Difference:
-    gains = values if column.endswith("_match") else -values
+    gains = values if is_better_high(column) else -values
     return Difference(
         method,
         column,

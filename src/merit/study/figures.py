@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,18 +10,35 @@ from typing import Literal
 from merit.evaluation.figures import Part
 from merit.files import read_as, write_json
 
-__all__ = ["COLUMNS", "FILE", "PART_COLUMNS", "Column", "Difference", "Line", "Place", "Point", "Run", "StudyResult"]
+__all__ = [
+    *("COLUMNS", "FILE", "PART_COLUMNS", "Column", "Difference", "Line", "Place", "Point", "Run", "StudyResult"),
+    *("columns_of", "is_better_high"),
+]
 
-Column = Literal["learned", "kept", "unseen", "learned_match", "kept_match", "unseen_match", "drift"]
+Column = str
+"""One of `COLUMNS`, or a benchmark's: its task and metric (`merit.evaluation.suites.headline`)."""
+COLUMNS: tuple[Column, ...] = ("learned", "kept", "unseen", "learned_match", "kept_match", "unseen_match", "drift")
 """Macro losses (nats per target token) on the mixture's test rows, the kept and the unseen sets; exact matches on the same;
 drift from the base (nats per token)."""
-COLUMNS: tuple[Column, ...] = ("learned", "kept", "unseen", "learned_match", "kept_match", "unseen_match", "drift")
 PART_COLUMNS: dict[str, tuple[Column, Column]] = {
     "mixture": ("learned", "learned_match"),
     "kept": ("kept", "kept_match"),
     "unseen": ("unseen", "unseen_match"),
 }
 """Columns of loss and exact match of each part of the evaluation."""
+
+
+def is_better_high(column: Column) -> bool:
+    """Whether more is better: exact matches and benchmark scores; losses and drift are better low."""
+    return column not in COLUMNS or column.endswith("_match")
+
+
+def columns_of(values: Iterable[Iterable[Column]]) -> tuple[Column, ...]:
+    """Columns that any run has: `COLUMNS` first, then the benchmarks in the order in which they were met."""
+    found = dict.fromkeys(column for one in values for column in one)
+    return (*(column for column in COLUMNS if column in found), *(c for c in found if c not in COLUMNS))
+
+
 Place = Literal["end", "equal"]
 """Where two methods are compared: as they ended, or at the own method's learned loss, along their lines."""
 FILE = "study.json"
@@ -145,7 +163,7 @@ class StudyResult:
 
     def columns(self) -> tuple[Column, ...]:
         """Columns that were measured."""
-        return tuple(column for column in COLUMNS if any(column in run.values for run in self.runs))
+        return columns_of(run.values for run in self.runs)
 
     def difference(self, method: str, column: Column, place: Place) -> Difference | None:
         """One comparison with the baseline; None if it could not be made."""

@@ -8,6 +8,7 @@
     study/s0/merges/<method>/        a merge
     study/s0/lines/<method>/         losses along θ0 + λ(θ̄ − θ0)
     study/evaluation/                all models on the same rows
+    study/suites/<model>/            benchmark suites, if the recipe names any
     study/study.json                 the result
 
 Every folder is a stage of its own, so that a study can be stopped anywhere and goes on from there.
@@ -19,11 +20,13 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 from merit.errors import RecipeError
 from merit.evaluation.forward import Forward
 from merit.evaluation.results import Evaluation
 from merit.evaluation.stage import Candidate, HeldOut, ModelSet, evaluate
+from merit.evaluation.suites import headline
 from merit.mixture import EncodedDataset, Mixture, draw
 from merit.recipe.methods import Method, baseline_of, methods_of, own_of
 from merit.recipe.schema import Recipe
@@ -40,6 +43,7 @@ from merit.run.scope import StudyScope, merge_scope, searches_weights, source_sc
 from merit.run.session import Session
 from merit.run.step import Step, Work, run_step
 from merit.run.store import Stage
+from merit.run.suites import measure_suites
 from merit.split.view import needs_conflict
 from merit.study.check import check_study
 from merit.study.compare import compare_methods
@@ -282,25 +286,34 @@ class _Study:
 
     def result(self, models: list[_Model]) -> StudyResult:
         """Measure all models on the same rows and compare them."""
-        evaluation = self._evaluate(models)
-        runs = [Run("base", seed, _values(evaluation, "base"), 0, 0, 0.0) for seed in self.seeds]
-        runs += [model.run(_values(evaluation, model.name)) for model in models]
+        found: dict[str, tuple[Path | None, str]] = {"base": (None, self.session.base.fingerprint)}
+        found |= {model.name: checked_model(model.stage) for model in models}
+        evaluation, scores = self._evaluate(found), self._scores(found)
+        values = {name: _values(evaluation, name) | scores.get(name, {}) for name in found}
+        runs = [Run("base", seed, values["base"], 0, 0, 0.0) for seed in self.seeds]
+        runs += [model.run(values[model.name]) for model in models]
         order = {method.name: place for place, method in enumerate(self.methods)}
         if "base" not in order:
             runs = [run for run in runs if run.method != "base"]
         runs.sort(key=lambda run: (order[run.method], run.seed))
         baseline, parameters = baseline_of(self.recipe).name, self.session.base.parameters
         differences = compare_methods(runs, baseline, self.own)
-        found = StudyResult(
+        result = StudyResult(
             self.recipe.name, self.own, baseline, self.seeds, tuple(order), tuple(runs), differences, (), parameters
         )
-        sentences = judge_study(found.difference, self.own, baseline, len(self.seeds), parameters)
-        return replace(found, verdict=sentences)
+        sentences = judge_study(result.difference, self.own, baseline, len(self.seeds), parameters)
+        return replace(result, verdict=sentences)
 
-    def _evaluate(self, models: list[_Model]) -> Evaluation:
+    def _scores(self, models: Mapping[str, tuple[Path | None, str]]) -> dict[str, dict[Column, float]]:
+        """Each model's scores on the recipe's benchmark suites, one per task."""
+        if not self.recipe.evaluate.suites:
+            return {}
+        measured = measure_suites(self.session, models, self.session.run / "study" / "suites")
+        return {name: headline(found.scores) for name, found in measured.items()}
+
+    def _evaluate(self, models: Mapping[str, tuple[Path | None, str]]) -> Evaluation:
         session, recipe = self.session, self.recipe
-        candidates = {"base": Candidate(None, session.base.fingerprint)}
-        candidates |= {model.name: Candidate(*checked_model(model.stage)) for model in models}
+        candidates = {name: Candidate(*model) for name, model in models.items()}
         fingerprints = {name: model.fingerprint for name, model in candidates.items()}
         stage = replace(self._measuring_stage(fingerprints), path=session.run / "study" / "evaluation")
 
