@@ -15,7 +15,9 @@ class Settings(BaseModel):
     Validators are built when a block is first used, since every command imports the schema and few use all of it.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, defer_build=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, defer_build=True
+    )
 
 
 def refuse_adapters_in_list(trainable: str | list[str]) -> None:
