@@ -12,7 +12,9 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[_name] = "1"
 os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
 
-settings.register_profile("fresh", deadline=None)  # no test may fail by the clock; new examples each time (make test-all)
+settings.register_profile(
+    "fresh", deadline=None
+)  # no test may fail by the clock; new examples each time (make test-all)
 settings.register_profile("same", deadline=None, derandomize=True)  # the same examples each time
 settings.load_profile("same")
 
