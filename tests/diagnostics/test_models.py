@@ -1,5 +1,6 @@
 """Real models: products against a full Hessian, a known barrier, adapters and images through the same code."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,18 @@ from peft import LoraConfig, get_peft_model
 from tests import builders
 from tests.builders import encoded
 from tests.diagnostics.labs import open_lab
+from tests.hf.vision_cases import picture_chats
 
+from merit.conflict.stage import measure_gradients
 from merit.diagnostics import connectivity, curvature, displacement, gain, gap, perturbation
 from merit.diagnostics.hessian import Hessian
 from merit.diagnostics.lab import Lab
+from merit.diagnostics.registry import DIAGNOSTICS
+from merit.hf.base import Base, open_base
 from merit.hf.models import load_model
 from merit.mixture import EncodedDataset
+from merit.mixture.encode import ChatEncoder
+from merit.recipe.schema import ConflictSettings, ModelSettings
 
 CPU = torch.device("cpu")
 ROWS = {name: encoded(name, 6, seed=seed, high=20) for seed, name in enumerate(("a", "b"))}
@@ -147,11 +154,52 @@ def test_adapters_pass_through_the_same_code(tmp_path: Path, tiny: Path) -> None
     assert moved["embed_tokens"] == 0
 
 
-def test_vision_language_models_pass_through_the_same_code(tmp_path: Path) -> None:
+def test_vision_language_models_with_pictures_pass_through_the_same_code(tmp_path: Path) -> None:
     base = builders.make_vision_base("qwen2_5_vl", tmp_path / "base")
     branches = {f"branch-{k}": noisy_copy(base, tmp_path / str(k), k) for k in range(2)}
-    rows = {name: encoded(name, 4, seed=seed, low=20, high=80) for seed, name in enumerate(("a", "b"))}
-    lab = open_lab(base, branches, rows, rows)
-    lab.settings = lab.settings.model_copy(update={"lanczos_steps": 3, "points": 3})
+    opened = open_base(ModelSettings(base=str(base), dtype="float32"))
+    assert opened.images is not None
+    encoder = ChatEncoder(opened.tokenizer, 512, opened.images)
+    rows = {
+        name: EncodedDataset(name, encoder.encode(picture_chats(tmp_path / name, 4, seed)), opened.images.settings)  # type: ignore[arg-type]
+        for seed, name in enumerate("abcd")
+    }
+    settings, groups = ConflictSettings(examples=4, sketch_size=1024), [("a", "b"), ("c", "d")]
+    lab = open_lab(
+        base,
+        branches,
+        rows,
+        rows,
+        groups=groups,
+        geometry=lambda: measure_gradients(rows, opened, settings, device=CPU),
+    )
+    few = {"lanczos_steps": 3, "points": 3, "noise_seeds": 2, "sigmas": [0.05], "examples": 2, "hessian_examples": 4}
+    lab.settings = lab.settings.model_copy(update=few)
     assert not any("visual" in name for name in lab.place.tensors)
-    all_finite(lab)
+    pixels = [name for _, batch in lab.train.batches() for name in batch if "pixel" in name]
+    assert pixels
+    found = {name: entry.measure(lab) for name, entry in DIAGNOSTICS.items()}
+    assert all(np.isfinite(number) for result in found.values() for number in numbers(result.facts()))
+    line = found["gap"].lines[0]  # type: ignore[attr-defined]
+    assert line.test == pytest.approx(pictured_loss(lab, opened), rel=1e-4)
+
+
+def pictured_loss(lab: Lab, base: Base) -> float:
+    """The base's loss by the library's own class, one row with its own pixels at a time."""
+    model, total, count = load_model(base, CPU), 0.0, 0
+    for row in lab.test.rows:
+        batch = base.batcher([row])
+        with torch.no_grad():
+            loss = model(**batch).loss
+        targets = int((batch["labels"][:, 1:] != -100).sum())
+        total, count = total + float(loss) * targets, count + targets
+    return total / count
+
+
+def numbers(facts: object) -> Iterator[float]:
+    """Every float in JSON values."""
+    if isinstance(facts, dict | list | tuple):
+        for item in facts.values() if isinstance(facts, dict) else facts:
+            yield from numbers(item)
+    elif isinstance(facts, float):
+        yield facts

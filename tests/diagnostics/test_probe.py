@@ -32,7 +32,7 @@ def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lab_of(tiny: Path, groups: list[tuple[str, ...]], branches: dict[str, Path] | None = None, **more: object) -> Lab:
-    return open_lab(tiny, branches or {}, ROWS, groups=groups, **more)
+    return open_lab(tiny, branches or {}, ROWS, more.pop("test", None), groups=groups, **more)
 
 
 def test_the_carried_share_is_one_average_over_another_of_the_same_tokens(tiny: Path, tmp_path: Path) -> None:
@@ -64,6 +64,14 @@ def test_the_carried_share_is_one_average_over_another_of_the_same_tokens(tiny: 
     assert min(falls) > 0
     assert found.own_gain == pytest.approx(falls, rel=1e-3)
     assert found.carried == pytest.approx(gain / np.average(falls, weights=counts), rel=1e-3)
+    assert found.judged_on == "training"
+    part = lab_of(tiny, groups, folders, test={name: ROWS[name] for name in "ab"})  # one group has no held-out rows
+    assert probe.measure(part, 1, 0.05).merged_gain == found.merged_gain
+    half = {"a": ROWS["a"], "c": ROWS["c"]}
+    with torch.no_grad():
+        gain = float(mean_loss(base, half) - mean_loss(average, half))
+    found = probe.measure(lab_of(tiny, groups, folders, test=half), 1, 0.05)
+    assert (found.judged_on, found.merged_gain) == ("held-out", pytest.approx(gain, rel=1e-3))
 
 
 def test_random_splits_balance_what_the_split_balances(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

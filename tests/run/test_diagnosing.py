@@ -11,6 +11,7 @@ from tests import builders
 from tests.builders import Case, read
 
 from merit.diagnostics.registry import DIAGNOSTICS
+from merit.run.diagnose_checkpoints import _names as names_of
 
 SMALL = [
     word
@@ -77,6 +78,11 @@ def test_loose_checkpoints_are_diagnosed_with_rows_from_a_folder(case: Case, bas
     assert found["displacement"]["norms"][0] == 0  # the base's own weights again
     assert found["displacement"]["norms"][2] == pytest.approx(2 / 3 * found["displacement"]["norms"][1], rel=1e-6)
     assert {line["model"] for line in found["gap"]["lines"]} == {"base", "a", "b", "merged"}
+
+
+def test_every_checkpoint_has_a_name_of_its_own() -> None:
+    paths = [Path("x/a"), Path("y/a/model"), Path("z/average"), Path("a-1"), Path("base/model")]
+    assert names_of(paths) == ["a", "a-1", "average-2", "a-1-3", "base-4"]
 
 
 def test_without_matplotlib_everything_but_the_figures_is_made(

@@ -17,7 +17,7 @@ from merit.diagnostics.curvature import spectrum_at_base
 from merit.diagnostics.hessian import Hessian
 from merit.diagnostics.lab import Lab
 from merit.diagnostics.result import Diagnosis, Verdict
-from merit.evaluation.fixed import FixedBatches, choose_rows
+from merit.evaluation.fixed import choose_rows
 from merit.split.components import doubly_centred
 
 __all__ = ["Alignment", "Cosines", "corner_datasets", "lifted", "measure"]
@@ -95,6 +95,8 @@ def corner_datasets(names: Sequence[str], scores: np.ndarray) -> list[str]:
 def lifted(gradients: np.ndarray, *, centred: bool, count: int = AXES) -> np.ndarray:
     """Leading eigenvectors of the gradients' Gram matrix, lifted to weight space as unit vectors (≤ count, d).
 
+    There are fewer where the gradients span fewer dimensions, and none where all of them are alike and ``centred`` is set.
+
     Args:
         gradients: (n, d).
         centred: Use the doubly centred Gram matrix: the gradients less their mean.
@@ -103,7 +105,7 @@ def lifted(gradients: np.ndarray, *, centred: bool, count: int = AXES) -> np.nda
     gram = gradients.astype(np.float64) @ gradients.T
     matrix = doubly_centred(gram) if centred else gram
     values, vectors = np.linalg.eigh(matrix)
-    keep = [i for i in reversed(range(len(values))) if values[i] > 1e-10 * values[-1]][:count]
+    keep = [i for i in reversed(range(len(values))) if values[i] > 1e-10 * np.trace(gram)][:count]
     up = gradients - gradients.mean(axis=0) if centred else gradients
     axes = vectors[:, keep].T @ up
     unit: np.ndarray = axes / np.linalg.norm(axes, axis=1, keepdims=True)
@@ -144,15 +146,12 @@ def measure(lab: Lab) -> Alignment:
     rows = choose_rows(lab.subject.train, lab.settings.task_examples, lab.subject.seed, "diagnose tasks")
     gradients = []
     for name in names:
-        batches = FixedBatches({name: rows[name]}, lab.forward, lab.model)
-        gradients.append(Hessian(lab, batches).gradient())
+        gradients.append(Hessian(lab, lab.fixed({name: rows[name]})).gradient())
     _, spectrum = spectrum_at_base(lab)
     stack = np.stack(gradients)
     null = null_of(min(AXES, len(names)), len(spectrum.vectors), stack.shape[1], lab.subject.seed)
-    variants = tuple(
-        compared(variant, lifted(stack, centred=centred), spectrum.vectors, null)
-        for variant, centred in (("raw", False), ("centred", True))
-    )
+    axes = {variant: lifted(stack, centred=variant == "centred") for variant in ("raw", "centred")}
+    variants = tuple(compared(name, found, spectrum.vectors, null) for name, found in axes.items() if len(found))
     best = max(variants, key=lambda item: item.largest)
     verdict: Verdict = "not ready"
     if best.largest >= READY[0] and best.z >= READY[1]:

@@ -10,7 +10,7 @@ from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
 
 from merit.diagnostics.lab import Lab
-from merit.diagnostics.result import Diagnosis, graded
+from merit.diagnostics.result import Diagnosis, Verdict, graded
 
 __all__ = ["Embedding", "measure", "silhouette", "tsne"]
 
@@ -78,8 +78,9 @@ def measure(lab: Lab) -> Embedding:
     plane[:, : arrays.scores.shape[1]] = arrays.scores[:, :2]
     explained = [*map(float, arrays.explained_variance[:2]), 0.0, 0.0][:2]
     map_ = tsne(distances, lab.subject.seed)
+    verdict: Verdict
     if found is None:
-        verdict, reason = graded(np.nan, READY, DOUBTFUL), "there are not two groups to tell apart"
+        verdict, reason = "doubtful", "there are not two groups to tell apart"
     else:
         verdict = graded(found[1], READY, DOUBTFUL)
         reason = f"silhouette of the groups {found[0]:+.3f}; {found[1]:.1%} of random groupings are at least as good"

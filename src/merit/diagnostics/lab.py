@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -16,20 +16,26 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from merit.conflict.gradients import GradientMeter
 from merit.conflict.result import Geometry
+from merit.errors import CheckpointError
 from merit.evaluation.fixed import FixedBatches, FixedLosses, choose_rows
 from merit.evaluation.forward import Forward
 from merit.hf.base import Base
 from merit.hf.inplace import Direction, Folder, InPlace, Move
 from merit.hf.models import autocast, load_model, trainable_names
+from merit.hf.rows import EncodedRow
 from merit.merge.direction import branch_direction
 from merit.mixture.dataset import EncodedDataset
 from merit.progress import Progress, silent
 from merit.recipe.diagnose import DiagnoseSettings
+from merit.recipe.schema import ConflictSettings
 
 __all__ = ["BASE", "MERGED", "Lab", "Point", "Subject"]
 
 BASE, MERGED, JOINT = "base", "merged", "joint"
+SKETCH = 2**18
+"""Entries kept of a gradient that is only compared with others."""
 T = TypeVar("T")
 Point = Sequence[tuple[float, Direction]]
 """A model as θ0 + Σ c_i d_i."""
@@ -150,30 +156,44 @@ class Lab:
         """How rows go through the model."""
         return Forward(self.subject.base.batcher, self.subject.device, self.settings.batch_tokens)
 
+    def fixed(self, rows: Mapping[str, Sequence[EncodedRow]]) -> FixedBatches:
+        """Rows by dataset, batched once."""
+        return FixedBatches(rows, self.forward, self.model)
+
     @cached_property
     def train(self) -> FixedBatches:
         """Rows of the training mixture."""
-        rows = choose_rows(self.subject.train, self.settings.examples, self.subject.seed, "diagnose train")
-        return FixedBatches(rows, self.forward, self.model)
+        return self.fixed(choose_rows(self.subject.train, self.settings.examples, self.subject.seed, "diagnose train"))
 
     @cached_property
     def test(self) -> FixedBatches:
         """Held-out rows of the same datasets."""
-        rows = choose_rows(self.subject.test, self.settings.examples, self.subject.seed, "diagnose test")
-        return FixedBatches(rows, self.forward, self.model)
+        return self.fixed(choose_rows(self.subject.test, self.settings.examples, self.subject.seed, "diagnose test"))
 
     @cached_property
     def hessian_rows(self) -> FixedBatches:
         """Rows for products with the Hessian: as many of every dataset."""
         each = max(1, self.settings.hessian_examples // max(1, len(self.subject.train)))
-        rows = choose_rows(self.subject.train, each, self.subject.seed, "diagnose hessian")
-        return FixedBatches(rows, self.forward, self.model)
+        return self.fixed(choose_rows(self.subject.train, each, self.subject.seed, "diagnose hessian"))
 
     @cached_property
     def geometry(self) -> Geometry:
         """The datasets' gradients compared."""
         assert self.subject.geometry is not None
         return self.subject.geometry()
+
+    @cached_property
+    def meter(self) -> GradientMeter:
+        """Measures gradients of rows at the base as the conflict stage does, on a model of its own."""
+        subject = self.subject
+        return GradientMeter(
+            load_model(subject.base, subject.device, trainable=True, seed=subject.seed),
+            ConflictSettings(sketch_size=SKETCH),
+            seed=subject.seed,
+            batcher=subject.base.batcher,
+            device=subject.device,
+            autocast=partial(autocast, subject.base.settings, subject.device),
+        )
 
     # ---- measuring ---------------------------------------------------------------------------------------------------
 
@@ -184,9 +204,20 @@ class Lab:
             yield move
 
     def measure(self, batches: FixedBatches) -> FixedLosses:
-        """Losses of the model where it stands."""
+        """Losses of the model where it stands.
+
+        Raises:
+            CheckpointError: One is not finite.
+        """
         with autocast(self.subject.base.settings, self.subject.device):
-            return batches.losses(self.model)
+            found = batches.losses(self.model)
+        if not np.isfinite(found.sums).all():
+            raise CheckpointError(
+                "diagnose: a loss is not finite.",
+                "A model has diverged, or weight noise overflows its dtype: use model.dtype: float32, or smaller "
+                "diagnose.sigmas.",
+            )
+        return found
 
     def losses(self, points: Sequence[Point], batches: FixedBatches) -> list[FixedLosses]:
         """Losses at several points, one after another."""

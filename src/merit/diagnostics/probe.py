@@ -62,8 +62,8 @@ class Probe(Diagnosis):
         answers: To the four questions.
         steps: Optimizer steps per group.
         learning_rate: The recipe's peak rate.
-        own_gain: Fall of every branch's loss on its own group's held-out rows, per target token, by branch.
-        merged_gain: Held-out loss of the base − that of the branches' average.
+        own_gain: Fall of every branch's loss on its own group's rows, per target token, by branch.
+        merged_gain: Loss of the base − that of the branches' average.
         merged_gain_ci95: Its interval over rows.
         carried: merged_gain over the branches' fall on their own groups' rows, both per target token of all rows.
         barrier: Largest relative barrier between branches.
@@ -74,6 +74,7 @@ class Probe(Diagnosis):
         over_random: measured_gain · (1 − 1/ratio): what of it a random split would not give; None without a ratio.
         over_random_ci95: Its interval over rows and over halves of the gradients' samples; None where a resampled gain
             is not above 0, so that a ratio has no meaning.
+        judged_on: Rows of ``own_gain``, ``merged_gain`` and ``carried``: held-out, or training where a group has none.
     """
 
     name: ClassVar[str] = "probe"
@@ -102,6 +103,7 @@ class Probe(Diagnosis):
     measured_gain: float
     over_random: float | None
     over_random_ci95: tuple[float, float] | None
+    judged_on: str
 
 
 @dataclass(frozen=True)
@@ -134,16 +136,16 @@ def measure(lab: Lab, steps: int, learning_rate: float) -> Probe:
         steps: Steps that each was trained.
         learning_rate: At which.
     """
-    held_out = lab.test if lab.subject.test else lab.train
+    judged, where = _judged(lab)
     names = [BASE, *lab.branches, MERGED]
-    found = dict(zip(names, lab.losses([lab.points[name] for name in names], held_out), strict=True))
+    found = dict(zip(names, lab.losses([lab.points[name] for name in names], judged), strict=True))
     falls = np.array(
         [
             _own(found[BASE], found[branch], group)
             for branch, group in zip(lab.branches, lab.subject.groups, strict=True)
         ]
     )
-    own = tuple(float(fall / count) if count else float("nan") for fall, count in falls)
+    own = tuple(float(fall / count) for fall, count in falls)
     sums = np.stack([found[BASE].sums, found[MERGED].sums])
     counts = found[BASE].counts
     gain = float((sums[0] - sums[1]).sum() / counts.sum())
@@ -160,14 +162,14 @@ def measure(lab: Lab, steps: int, learning_rate: float) -> Probe:
             draws = measured_draws * (1 - 1 / predicted.ratios)
             over_ci = (float(np.percentile(draws, 2.5)), float(np.percentile(draws, 97.5)))
     answers = (
-        _base(gain, gain_ci, carried),
+        _base(gain, gain_ci, carried, where),
         _rate(own, height, learning_rate),
         *_split(predicted, over, over_ci),
     )
     verdict = max((answers[0].verdict, answers[1].verdict), key=VERDICTS.index)
     return Probe(
         verdict,
-        f"after {steps} steps at {learning_rate:g} the average gains {gain:+.3f} nats per token on held-out rows, "
+        f"after {steps} steps at {learning_rate:g} the average gains {gain:+.3f} nats per token on {where} rows, "
         f"{carried:.0%} of what the branches gain on their own; largest barrier {height:.1%}",
         answers,
         steps,
@@ -182,7 +184,16 @@ def measure(lab: Lab, steps: int, learning_rate: float) -> Probe:
         measured,
         over,
         over_ci,
+        where,
     )
+
+
+def _judged(lab: Lab) -> tuple[FixedBatches, str]:
+    """Held-out rows where every group has some, else training rows; and which."""
+    held_out = {name for name, dataset in lab.subject.test.items() if (dataset.target_counts > 0).any()}
+    if all(held_out.intersection(group) for group in lab.subject.groups):
+        return lab.test, "held-out"
+    return lab.train, "training"
 
 
 def _own(base: FixedLosses, branch: FixedLosses, group: Sequence[str]) -> tuple[float, int]:
@@ -264,7 +275,7 @@ def _derivatives(lab: Lab, names: Sequence[str], hessian: Hessian) -> tuple[np.n
     halves, products = [], []
     for done, name in enumerate(names):
         parts = [rows[name][0::2], rows[name][1::2] or rows[name]]
-        halves.append([Hessian(lab, FixedBatches({name: part}, lab.forward, lab.model)).gradient() for part in parts])
+        halves.append([Hessian(lab, lab.fixed({name: part})).gradient() for part in parts])
         lab.progress(done + 1, 2 * len(names))
     for done, gradient in enumerate(np.array(halves).mean(axis=1)):
         products.append(hessian.product(gradient))
@@ -277,9 +288,12 @@ def _symmetric(matrix: np.ndarray) -> np.ndarray:
     return half
 
 
-def _base(gain: float, ci: tuple[float, float], carried: float) -> Answer:
+def _base(gain: float, ci: tuple[float, float], carried: float, where: str) -> Answer:
     verdict = graded(-carried, -CARRIED_READY, -CARRIED_DOUBTFUL) if gain > 0 else "not ready"
-    text = f"held out, the average gains {gain:+.3f} nats per token ({ci[0]:+.3f} to {ci[1]:+.3f}), {carried:.0%} of theirs"
+    interval = f"{ci[0]:+.3f} to {ci[1]:+.3f}"
+    text = (
+        f"on {where} rows the average gains {gain:+.3f} nats per token ({interval}), {carried:.0%} of the branches' own"
+    )
     return Answer("Does the base look merge-ready?", verdict, text)
 
 

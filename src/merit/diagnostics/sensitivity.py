@@ -6,19 +6,15 @@ The largest sample contains the smaller ones, as in the paper's table, so cosine
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import numpy as np
 
-from merit.conflict.gradients import GradientMeter
 from merit.conflict.reliability import PARTS
 from merit.conflict.store import Sums
 from merit.diagnostics.lab import Lab
 from merit.diagnostics.result import Diagnosis, Verdict, graded
-from merit.hf.models import autocast, load_model
 from merit.mixture.calibration import draw
-from merit.recipe.schema import ConflictSettings
 
 __all__ = ["Sensitivity", "Sized", "measure"]
 
@@ -69,16 +65,7 @@ def measure(lab: Lab) -> Sensitivity:
     """Nested samples of the largest datasets."""
     subject = lab.subject
     names = sorted(subject.train, key=lambda name: (-len(subject.train[name]), name))[:DATASETS]
-    model = load_model(subject.base, subject.device, trainable=True, seed=subject.seed)
-    context = partial(autocast, subject.base.settings, subject.device)
-    meter = GradientMeter(
-        model,
-        ConflictSettings(sketch_size=2**18),
-        seed=subject.seed,
-        batcher=subject.base.batcher,
-        device=subject.device,
-        autocast=context,
-    )
+    meter = lab.meter
     largest, by_size = [], dict[int, list[float]]()
     for done, name in enumerate(names):
         dataset = subject.train[name]
@@ -94,8 +81,9 @@ def measure(lab: Lab) -> Sensitivity:
             begin = stop
         largest.append(len(order))
         for size, vector in zip(stops[:-1], vectors[:-1], strict=True):
-            cosine = vector @ total / (np.linalg.norm(vector) * np.linalg.norm(total))
-            by_size.setdefault(size, []).append(float(cosine))
+            lengths = float(np.linalg.norm(vector) * np.linalg.norm(total))
+            if lengths:  # rows without an image do not move a projector
+                by_size.setdefault(size, []).append(float(vector @ total) / lengths)
         lab.progress(done + 1, len(names))
     sizes = tuple(Sized(size, float(np.mean(found)), tuple(found)) for size, found in sorted(by_size.items()))
     return _judged(tuple(names), tuple(largest), sizes)
@@ -106,7 +94,7 @@ def _judged(names: tuple[str, ...], largest: tuple[int, ...], sizes: tuple[Sized
     below = [item for item in sizes if item.examples <= limit]
     if not below:
         reason = f"the datasets have at most {max(largest)} examples: too few to compare samples"
-        return Sensitivity("not ready", reason, names, largest, sizes, 0)
+        return Sensitivity("doubtful", reason, names, largest, sizes, 0)
     item = below[-1]
     verdict: Verdict = graded(-item.mean, -READY, -DOUBTFUL)
     reason = f"gradients of {item.examples} examples: mean cosine {item.mean:.3f} with those of up to {max(largest):,}"

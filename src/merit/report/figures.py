@@ -186,9 +186,11 @@ def _gain(result: Gain) -> Figure:
     values = (result.measured, result.predicted, result.predicted_at_base)
     bars = place.bar(names, values, color=[COLOURS[0], COLOURS[1], COLOURS[4]])
     low, high = result.measured_ci95
-    place.errorbar(
-        [0], [result.measured], [[result.measured - low], [high - result.measured]], fmt="none", ecolor="k", capsize=4
-    )
+    reach = [
+        [max(0.0, result.measured - low)],
+        [max(0.0, high - result.measured)],
+    ]  # rounding, where all rows are alike
+    place.errorbar([0], [result.measured], reach, fmt="none", ecolor="k", capsize=4)
     place.bar_label(bars, fmt="%.4f", label_type="center", color="white", fontsize=8)
     place.axhline(0, color="black", lw=0.6)
     place.set(ylabel=f"gain ({NATS})", title="Σ w L(θ_k) − L(θ̄), and ½ Σ w (δ_k−δ̄)ᵀH(δ_k−δ̄)")

@@ -22,6 +22,8 @@ from merit.run.diagnosing import Diagnoses
 
 __all__ = ["Checkpoints", "diagnose_checkpoints"]
 
+RESERVED = {"base", "merged", "joint", "average"}
+"""Names that the results give to other models."""
 MAX_LENGTH = 2048
 """Tokens per row, as no recipe says how many."""
 
@@ -121,7 +123,11 @@ def open_subject(given: Checkpoints) -> Subject:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """A short name for every folder: its own (its parent's, if that is ``model``), with a number where it repeats."""
-    names = [path.resolve().parent.name if path.resolve().name == "model" else path.resolve().name for path in paths]
-    reserved = {"base", "merged", "joint"}
-    return [f"{n}-{i}" if names.count(n) > 1 or n in reserved else n for i, n in enumerate(names)]
+    """A short name for every folder: its own (its parent's, if that is ``model``), with a number where it is taken."""
+    names: list[str] = []
+    for i, path in enumerate(path.resolve() for path in paths):
+        name = path.parent.name if path.name == "model" else path.name
+        while name in RESERVED or name in names:
+            name += f"-{i}"
+        names.append(name)
+    return names
