@@ -13,7 +13,7 @@ import pytest
 
 from merit.diagnostics.result import Diagnosis
 from merit.merge import MergeResult
-from merit.merge.result import Source
+from merit.merge.result import Displacements, Source
 from merit.merge.searched import Ratio, WeightPoint, WeightSearch
 from merit.merge.weights import Losses
 from merit.progress import size
@@ -167,6 +167,21 @@ def test_stages_that_are_missing_are_said(names, tmp_path):
         assert words in text
 
 
+def test_groups_say_what_their_members_have_in_common(tmp_path):
+    run = make_run(tmp_path, [f"d{i}" for i in range(12)])
+    text = page(run)
+    table_ = text[text.index('id="groups-table"') :]
+    rows = re.findall(r"<tr><th scope=\"row\".*?</tr>", table_[: table_.index("</table>")])
+    place = {name: i for i, name in enumerate(run.geometry.names)}
+    for row, group in zip(rows, run.own.split.groups, strict=True):
+        means = {
+            name: np.mean([run.geometry.cosine[place[name], place[other]] for other in group if other != name])
+            for name in group
+        }
+        assert f"<td>{max(means, key=means.get)}</td>" in row
+        assert ">4.0<" in row  # 800 target tokens of 200 rows
+
+
 def test_the_merge_shows_searched_weights_and_rounds(names, tmp_path):
     run = make_run(tmp_path, names)
     points = tuple(WeightPoint(1 - k / 9, 0.1 + k / 20, (0.1 * k, 0.05 * k)) for k in range(10))
@@ -185,6 +200,26 @@ def test_the_merge_shows_searched_weights_and_rounds(names, tmp_path):
     for shown in ("37.50%", "30.00% to 45.00%", "&lt;x&gt;", "On 13 rows that did not choose", size(10**6), "round 1"):
         assert shown in text, shown
     assert len(re.findall(r"λ \d\.\d\d, weights", text)) == 10  # every point is named on hover
+
+
+def test_the_merge_shows_how_far_every_model_moved(names, tmp_path):
+    run = make_run(tmp_path, names)
+    sources = tuple(Source(f"branch {k}", "/x", None) for k in range(2))
+    merge = MergeResult(
+        "average", {}, 1.0, (0.5, 0.5), (6, 6), "tokens", sources[0], sources, "", {},
+        displacements=Displacements(50.0, (3.0, 4.0), 2.5),
+    )  # fmt: skip
+    alone = replace(merge, weights=(1.0,), branches=sources[:1], displacements=Displacements(50.0, (5.0,), 5.0))
+    joint = replace(run.own, name="joint", branches=(), merge=alone)
+    text = page(replace(run, methods=(replace(run.own, merge=merge), joint)))
+    assert read(text).wrong == []
+    moved = text[text.index('id="moved"') :]
+    assert re.findall(r"[\d.]+%", moved[: moved.index("</table>")]) == ["6.00%", "8.00%", "5.00%", "10.00%"]
+    assert "The merge lies 0.71 × as far out" in text
+    assert "joint training lies 2.00 × as far out as the merge" in text
+    assert "was not measured" in page(
+        replace(run, methods=(replace(run.own, merge=replace(merge, displacements=None)),))
+    )
 
 
 def test_diagnostics_are_a_section_and_nothing_in_their_drawings_can_run(names, tmp_path):

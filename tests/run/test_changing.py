@@ -121,9 +121,13 @@ def test_an_interrupted_addition_goes_on_and_nothing_else_may_run(run: Path) -> 
     assert refused.code == 2
     assert "merit add" in refused.err
     assert "not finished" in call("remove", run, "upper", "--quiet").err
-    statement = add(run)  # what was asked for the first time is done
+    other = call("add", run, run.parent / "double", "--quiet", "--set", "train.learning_rate=1e-4")
+    assert other.code == 2
+    assert "train.learning_rate: 0.005 -> 0.0001" in other.err
+    statement = add(run, "--set", "train.checkpoint_minutes=7")  # what was asked for the first time is done
     assert statement["branch"] == 0
     assert statement["scores"] is None
+    assert "checkpoint_minutes: 7" in (run / "recipe.yaml").read_text()
     later_commands_find_it_done(run)
 
 
@@ -159,6 +163,9 @@ def test_removing_one_of_the_first_datasets_leaves_the_others_branch_alone(run: 
         (("add", "double", "--name", "upper"), "has a dataset of that name"),
         (("add", "double", "--branch", "7"), "--branch 7"),
         (("add", "missing"), "missing"),
+        (("add", "double", "--set", "train.learning_rate=1e-4"), "train.learning_rate: 0.005 -> 0.0001"),
+        (("remove", "upper", "--set", "train.learning_rate=1e-4"), "train.learning_rate: 0.005 -> 0.0001"),
+        (("remove", "upper", "--set", "train.no_such=1"), "no_such"),
     ],
 )
 def test_what_cannot_be_changed_is_refused_before_anything_is(run: Path, words: tuple[str, ...], said: str) -> None:

@@ -194,8 +194,26 @@ def test_another_base_or_changed_rows_are_refused_before_training(home: Case, ou
     (there / "recipe.yaml").write_text(recipe.replace("learning_rate: 0.005", "learning_rate: 0.006"))
     found = call("branch", "train", there)
     assert found.code == 2
-    assert "was changed since it was exported" in found.err
+    assert "train.learning_rate: 0.005 -> 0.006" in found.err
     assert not (there / "branch").exists()
+
+
+def test_set_says_how_to_compute_and_never_what(home: Case, out: Path, tmp_path: Path) -> None:
+    run, what = without_branch(home, tmp_path), ("--set", "train.learning_rate=1e-4")
+    words = ["branch", "export", run, 1, "--to", tmp_path / "b", "--refer-to-data"]
+    for command in (words, ["branch", "import", run, out]):
+        found = call(*command, *what)
+        assert found.code == 2
+        assert "train.learning_rate: 0.005 -> 0.0001" in found.err
+    assert not (tmp_path / "b").exists()
+    assert call(*words, "--set", "train.checkpoint_minutes=7").code == 0
+    assert "checkpoint_minutes: 7" in (tmp_path / "b" / "recipe.yaml").read_text()
+    found = call("branch", "train", tmp_path / "b", *what)
+    assert found.code == 2
+    assert "train.learning_rate: 0.005 -> 0.0001" in found.err
+    done = call("branch", "train", tmp_path / "b", "--set", "train.device=cpu", "--quiet")
+    assert done.code == 0, done.err
+    assert call("branch", "import", run, tmp_path / "b", "--set", "train.device=cpu", "--quiet").code == 0
 
 
 @pytest.mark.exhaustive

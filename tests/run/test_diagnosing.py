@@ -41,6 +41,13 @@ def test_every_diagnostic_of_a_run_has_a_verdict_figures_and_a_record(
         assert png(tmp_path / "figures" / f"{name}.png")
         assert (tmp_path / "figures" / f"{name}.svg").read_text().startswith("<?xml")
         assert name in result.out
+    measured, kept = read(folder / "displacement.json"), read(run / "merged" / "model" / "merge.json")["displacements"]
+    norms = dict(zip(measured["models"], measured["norms"], strict=True))
+    branches = [norms[name] for name in norms if name.startswith("branch-")]
+    merged = [*kept["branches"], kept["merged"], kept["base"]]
+    assert merged == pytest.approx([*branches, norms["merged"], measured["base_norm"]], rel=1e-5)
+    joint = read(run / "baselines" / "joint" / "merged" / "model" / "merge.json")["displacements"]
+    assert joint["merged"] == pytest.approx(norms["joint"], rel=1e-5)
     record = read(folder / "gain" / "record.json")
     assert {"base", "merged", "joint", "branch-0", "geometry", "split"} <= set(record["inputs"])
     before = builders.snapshot(folder / "gain")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from merit.cli.options import AsJson, Quiet, Redo, open_session, out, print_json
+from merit.cli.options import AsJson, Overrides, Quiet, Redo, open_session, out, print_json
 from merit.errors import RecipeError
 
 branch = typer.Typer(
@@ -36,6 +36,7 @@ def export(
     refer_to_data: Annotated[
         bool, typer.Option(help="Name the encoded rows with their hashes instead of copying them (a shared disk).")
     ] = False,
+    overrides: Overrides = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -45,10 +46,11 @@ def export(
     """
     from merit.progress import size
     from merit.run.branches import BranchId
-    from merit.run.exporting import export_branch
+    from merit.run.exporting import export_branch, refuse_other_settings
     from merit.run.foreign import export_for_tool
 
-    session, which = open_session(run, None, None, quiet=quiet), BranchId.parse(number)
+    session, which = open_session(run, None, overrides, quiet=quiet), BranchId.parse(number)
+    refuse_other_settings(session)
     if form == "merit":
         made = export_branch(session, which, to, with_base=with_base, refer_to_data=refer_to_data)
     elif with_base or refer_to_data:
@@ -70,17 +72,20 @@ def train(
     to: Annotated[
         Path | None, typer.Option("--to", metavar="DIR", help="Where the result goes. Default: FOLDER/branch.")
     ] = None,
+    overrides: Overrides = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Train an exported branch where it is, offline; the same command goes on after an interruption.
 
-    Example: `merit branch train branch-2 --base /models/base`
+    --set is for how and where to compute (train.device, train.threads, ...); what would make it another branch is refused.
+
+    Example: `merit branch train branch-2 --base /models/base`, `merit branch train branch-2 --set train.device=cuda`
     """
     from merit.report.terminal import Terminal
     from merit.run.alone import train_exported
 
-    stage = train_exported(folder, base, to, Terminal(quiet))
+    stage = train_exported(folder, base, to, Terminal(quiet), overrides or ())
     if as_json:
         print_json({"folder": str(stage.path), "record": stage.record().model_dump()})
 
@@ -96,6 +101,7 @@ def import_(
     tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens that the tool trained on. Default: by its trainer_state.json.")
     ] = None,
+    overrides: Overrides = None,
     redo: Redo = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -104,11 +110,13 @@ def import_(
 
     Example: `merit branch import runs/my-run branch-2`, or `merit branch import runs/my-run b2 --checkpoint OUT`
     """
+    from merit.run.exporting import refuse_other_settings
     from merit.run.foreign import import_foreign
     from merit.run.importing import import_branch
     from merit.run.manifest import MANIFEST, Manifest
 
-    session = open_session(run, None, None, quiet=quiet, redo=redo)
+    session = open_session(run, None, overrides, quiet=quiet, redo=redo)
+    refuse_other_settings(session)
     manifest = Manifest.load(folder) if (folder / MANIFEST).is_file() else None
     if manifest is not None and manifest.tool != "merit":
         done = import_foreign(session, folder, manifest, checkpoint, tokens)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from merit.cli.options import AsJson, Jobs, Quiet, open_session, out, print_json
+from merit.cli.options import AsJson, Jobs, Overrides, Quiet, open_session, out, print_json
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")]
 Again = Annotated[bool, typer.Option("--evaluate", help="Evaluate again afterwards.")]
@@ -30,6 +30,7 @@ def add(
     own_branch: Annotated[bool, typer.Option("--own-branch", help="Make a branch for it alone.")] = False,
     evaluate: Again = False,
     jobs: Jobs = 1,
+    overrides: Overrides = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -43,9 +44,11 @@ def add(
 
     if own_branch and branch is not None:
         raise RecipeError("add: give --branch or --own-branch, not both.")
-    session = open_session(run_folder, None, None, quiet=quiet, jobs=jobs)
+    session = open_session(run_folder, None, overrides, quiet=quiet, jobs=jobs)
     item = dataset_entry(dataset, name, test)
-    statement = add_dataset(session, item, branch=branch, own_branch=own_branch, evaluate=evaluate)
+    statement = add_dataset(
+        session, item, branch=branch, own_branch=own_branch, evaluate=evaluate, overrides=overrides or ()
+    )
     if as_json:
         print_json(asdict(statement))
     else:
@@ -57,6 +60,7 @@ def remove(
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help="Its name.")],
     evaluate: Again = False,
     jobs: Jobs = 1,
+    overrides: Overrides = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -69,8 +73,8 @@ def remove(
     from merit.report.changes import render
     from merit.run.changing import remove_dataset
 
-    session = open_session(run_folder, None, None, quiet=quiet, jobs=jobs)
-    statement = remove_dataset(session, dataset, evaluate=evaluate)
+    session = open_session(run_folder, None, overrides, quiet=quiet, jobs=jobs)
+    statement = remove_dataset(session, dataset, evaluate=evaluate, overrides=overrides or ())
     if as_json:
         print_json(asdict(statement))
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from merit.files import read_as, write_json
 from merit.merge.searched import WeightSearch
 from merit.merge.weights import ScaleSearch
 
-__all__ = ["RECORD", "Adapters", "MergeResult", "Source", "WrittenFile"]
+__all__ = ["RECORD", "Adapters", "Displacements", "MergeResult", "Source", "WrittenFile"]
 
 RECORD = "merge.json"
 """Record of a merge, next to the weights."""
@@ -53,6 +53,30 @@ class Adapters:
 
 
 @dataclass(frozen=True)
+class Displacements:
+    """How far models lie from the base, over the weights that training may change.
+
+    Attributes:
+        base: ‖θ0‖₂ of these weights.
+        branches: ‖θ_k − θ0‖₂ of every branch.
+        merged: ‖θ − θ0‖₂ of the merged model.
+    """
+
+    base: float
+    branches: tuple[float, ...]
+    merged: float
+
+    def relative(self, norm: float) -> float | None:
+        """A displacement over ‖θ0‖; None if the base is zero."""
+        return norm / self.base if self.base else None
+
+    def rest(self, weights: Sequence[float]) -> float | None:
+        """The merge's displacement over the branches' root mean square √(Σ w_k‖θ_k − θ0‖²); None if no branch moved."""
+        square = sum(weight * norm**2 for weight, norm in zip(weights, self.branches, strict=True))
+        return self.merged / square**0.5 if square > 0 else None
+
+
+@dataclass(frozen=True)
 class MergeResult:
     """A merged checkpoint (or adapter) and how it was made.
 
@@ -74,6 +98,7 @@ class MergeResult:
         scale_search: For ``scale: auto``: the curve from which λ was chosen.
         weight_search: For ``weights: auto``: every measured point, and the mixture that the weights stand for.
         weights_by_pattern: w_k for tensors whose names match a pattern; the others have ``weights``.
+        displacements: How far base, branches and result lie apart; measured in runs.
         folder: Its folder.
     """
 
@@ -96,6 +121,7 @@ class MergeResult:
     scale_search: ScaleSearch | None = None
     weight_search: WeightSearch | None = None
     weights_by_pattern: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    displacements: Displacements | None = None
     folder: Path = Path()
 
     def record(self) -> dict[str, object]:

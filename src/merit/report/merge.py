@@ -15,12 +15,18 @@ from merit.progress import count, duration
 def render(result: MergeResult) -> list[RenderableType]:
     """Branches with their weights, the curve of the scale if it was searched, and what the user should know."""
     patterns = result.weights_by_pattern
-    columns = ("branch", "weight", *map(plain, patterns))
+    moved = result.displacements
+    columns = ("branch", "weight", *map(plain, patterns), *(("moved by",) if moved else ()))
     table = Table(*columns, title="merged branches", title_justify="left")
     for place, branch in enumerate(result.branches):
         weights = (result.weights[place], *(shares[place] for shares in patterns.values()))
-        table.add_row(plain(branch.name), *(f"{weight:.4f}" for weight in weights))
+        shown = [f"{weight:.4f}" for weight in weights]
+        if moved is not None:
+            shown.append(_share(moved.relative(moved.branches[place])))
+        table.add_row(plain(branch.name), *shown)
     lines: list[RenderableType] = [table]
+    if moved is not None:
+        lines.append(f"moved by: ‖θ − θ0‖ over ‖θ0‖; the merged model by {_share(moved.relative(moved.merged))}")
     if result.scale_search is not None:
         lines += _curve(result.scale_search)
     if result.weight_search is not None:
@@ -29,6 +35,10 @@ def render(result: MergeResult) -> list[RenderableType]:
     lines.append(f"merged in {duration(result.merge_seconds)}, arithmetic: {result.arithmetic}")
     lines.append(f"Merged model: {plain(str(result.folder))}")
     return lines
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2%}"
 
 
 def _curve(search: ScaleSearch) -> list[RenderableType]:

@@ -54,6 +54,11 @@ def _merge(data: RunData) -> Iterator[tuple[str, float | None]]:
     yield "merge/scale", data.own.merge.scale
     for k, weight in enumerate(data.own.merge.weights):
         yield f"merge/weight_{k}", weight
+    moved = data.own.merge.displacements
+    if moved is not None:
+        for k, norm in enumerate(moved.branches):
+            yield f"merge/displacement_{k}", moved.relative(norm)
+        yield "merge/displacement_merged", moved.relative(moved.merged)
 
 
 def _evaluation(data: RunData) -> Iterator[tuple[str, float | None]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from merit.recipe.schema import Recipe
 from merit.run import key
 from merit.run.branches import BranchId
 from merit.run.manifest import RESULT, Manifest
-from merit.run.record import shown
+from merit.run.record import plain, shown
 from merit.run.scope import Scope
 from merit.run.store import Stage
 from merit.run.training import train_stage
@@ -37,7 +38,9 @@ class _Opened:
     stage: Stage
 
 
-def train_exported(folder: Path, base: Path | None, to: Path | None, reporter: Reporter) -> Stage:
+def train_exported(
+    folder: Path, base: Path | None, to: Path | None, reporter: Reporter, overrides: Sequence[str] = ()
+) -> Stage:
     """Train an exported branch; called again, it goes on.
 
     Args:
@@ -45,20 +48,22 @@ def train_exported(folder: Path, base: Path | None, to: Path | None, reporter: R
         base: Folder of the base. Default: the copy in ``folder``, else the recipe's.
         to: Where the result goes. Default: ``folder/branch``.
         reporter: Where progress is shown.
+        overrides: ``a.b=value``: settings of how and where to compute.
 
     Raises:
         CheckpointError: The base is not the one that the branch belongs to.
-        RunFolderError: The folder was changed, or is not an exported branch.
+        RunFolderError: The folder was changed, is not an exported branch, or would be another one with ``overrides``.
         Interrupted: Stopped from outside; a checkpoint is saved.
     """
-    opened = _open(folder, base, to or folder / RESULT)
+    opened = _open(folder, base, to or folder / RESULT, overrides)
     stage, train = opened.stage, opened.recipe.train
     if stage.is_done():
         stage.verify()
         reporter.stage("train", f"{stage.name} (done before)")
         return stage
     if train.processes > processes_here():
-        _train_together(folder, base, stage, train.processes, threads_for(train))
+        words = [*(("--base", str(base.resolve())) if base else ()), *(w for o in overrides for w in ("--set", o))]
+        _train_together(folder, words, stage, train.processes, threads_for(train))
         return stage
     if processes_here() == 1 or not int(os.environ.get("RANK", "0")):
         reporter.stage("train", f"{stage.name}: {opened.manifest.samples:,} rows of {len(opened.rows)} datasets")
@@ -74,7 +79,7 @@ def train_exported(folder: Path, base: Path | None, to: Path | None, reporter: R
     return stage
 
 
-def _open(folder: Path, base: Path | None, result: Path) -> _Opened:
+def _open(folder: Path, base: Path | None, result: Path, overrides: Sequence[str]) -> _Opened:
     manifest = Manifest.load(folder)
     if manifest.tool != "merit":
         raise RunFolderError(
@@ -82,7 +87,7 @@ def _open(folder: Path, base: Path | None, result: Path) -> _Opened:
             "To train it with merit, export it without --format.",
         )
     here = base or (folder / "base" if (folder / "base").is_dir() else None)
-    recipe = load_recipe(folder / "recipe.yaml")
+    recipe = load_recipe(folder / "recipe.yaml", overrides)
     if here is not None:
         model = recipe.model.model_copy(update={"base": str(here.resolve()), "revision": None})
         recipe = recipe.model_copy(update={"model": model})
@@ -101,18 +106,19 @@ def _open(folder: Path, base: Path | None, result: Path) -> _Opened:
     stage = key.branch_stage(recipe, scope, branch.k, manifest.group, base=opened.fingerprint, rows=hashes)
     stage = replace(stage, path=result)
     if stage.fingerprint != manifest.answer:
+        other = differences(dict(manifest.rows), hashes, "rows")
+        other += differences(dict(manifest.settings), plain(stage.settings))
         raise RunFolderError(
-            f"{folder} was changed since it was exported:",
-            *shown(differences(dict(manifest.rows), hashes, "rows") or ["recipe.yaml: its settings"]),
-            "Its result could not be merged with the other branches. Export it again.",
+            f"{folder} is not the branch that was exported (exported -> now):",
+            *shown(other or ["its settings"]),
+            "Its result could not be merged with the other branches. Take --set back, or export it again.",
         )
     return _Opened(manifest, recipe, opened, rows, stage)
 
 
-def _train_together(folder: Path, base: Path | None, stage: Stage, processes: int, threads: int) -> None:
+def _train_together(folder: Path, words: Sequence[str], stage: Stage, processes: int, threads: int) -> None:
     """Several processes of this command, which find each other."""
     argv = [sys.executable, "-m", "merit", "branch", "train", str(folder.resolve()), "--to", str(stage.path.resolve())]
-    if base is not None:
-        argv += ["--base", str(base.resolve())]
+    argv += words
     log = folder / "log.txt"
     run_branches([BranchJob(stage.name, argv, log, folder / "outcome.json", threads=threads, processes=processes)], 1)

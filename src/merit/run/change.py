@@ -32,6 +32,7 @@ class Change:
         before: Checksum of every record before, by folder.
         evaluate: Evaluate again.
         excluded: Branches that the merge leaves out.
+        base: Fingerprint of the base; empty in changes that were begun by an earlier version.
     """
 
     kind: Literal["add", "remove"]
@@ -46,6 +47,7 @@ class Change:
     before: dict[str, str] = field(default_factory=dict)
     evaluate: bool = False
     excluded: list[int] = field(default_factory=list)
+    base: str = ""
 
     def save(self, run: Path) -> None:
         """Write it into the run folder: from now on the run is between two states."""

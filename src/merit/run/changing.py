@@ -8,6 +8,7 @@ as they expect it.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from merit.run.change import Change, Statement, checksums, load_change, sentence
 from merit.run.evaluating import evaluate_run
 from merit.run.merging import merge_run
 from merit.run.placement import encode_alone, first_split, place_by_scores
+from merit.run.record import shown
 from merit.run.session import Session
 from merit.run.status import Known, run_status
 from merit.run.store import CHANGE, Stage, lock, split_of, stale
@@ -39,6 +41,7 @@ def add_dataset(
     branch: int | None = None,
     own_branch: bool = False,
     evaluate: bool = False,
+    overrides: Sequence[str] = (),
 ) -> Statement:
     """Encode a dataset, measure its gradient, put it into a branch and train that one again.
 
@@ -48,13 +51,14 @@ def add_dataset(
         branch: Put it there instead of where its scores say.
         own_branch: Make a branch for it alone.
         evaluate: Evaluate again.
+        overrides: What the session's recipe was opened with, for a change that goes on.
 
     Raises:
         UserError: The run is not finished, or the dataset cannot be added; nothing was changed then.
         Interrupted: Stopped from outside; the same command goes on.
     """
     with lock(session.run, "this run"):
-        change = _unfinished(session, "add", item.name)
+        change = _unfinished(session, "add", item.name, overrides)
         if change is None:
             groups = _check(session)
             _refuse_name(session, item.name)
@@ -64,20 +68,21 @@ def add_dataset(
         return _carry_out(session, change)
 
 
-def remove_dataset(session: Session, name: str, *, evaluate: bool = False) -> Statement:
+def remove_dataset(session: Session, name: str, *, evaluate: bool = False, overrides: Sequence[str] = ()) -> Statement:
     """Train the branch of a dataset again without it.
 
     Args:
         session: A session of the finished run.
         name: The dataset.
         evaluate: Evaluate again.
+        overrides: As in :func:`add_dataset`.
 
     Raises:
         UserError: The run is not finished, or has no such dataset; nothing was changed then.
         Interrupted: Stopped from outside; the same command goes on.
     """
     with lock(session.run, "this run"):
-        change = _unfinished(session, "remove", name)
+        change = _unfinished(session, "remove", name, overrides)
         if change is None:
             change = _plan_removal(session, name, _check(session))
             change = _with_state(session, change, evaluate)
@@ -112,11 +117,12 @@ def dataset_entry(text: str, name: str | None = None, test: str | None = None) -
 # ---- checks ------------------------------------------------------------------------------------------------------------
 
 
-def _unfinished(session: Session, kind: str, name: str) -> Change | None:
-    """The change that this command began earlier.
+def _unfinished(session: Session, kind: str, name: str, overrides: Sequence[str]) -> Change | None:
+    """The change that this command began earlier, with the settings of now for how and where to compute.
 
     Raises:
-        RunFolderError: Another one is unfinished.
+        RunFolderError: Another one is unfinished, or the base or a source is another one than when it began.
+        RecipeError: A setting of now would change what is being made.
     """
     change = load_change(session.run)
     if change is not None and (change.kind, change.dataset) != (kind, name):
@@ -124,7 +130,24 @@ def _unfinished(session: Session, kind: str, name: str) -> Change | None:
             f"{session.run}: `merit {change.kind}` of {change.dataset} is not finished.",
             f"`merit {change.kind} {session.run} {change.dataset}` goes on with it.",
         )
-    return change
+    if change is None:
+        return None
+    if change.base and change.base != session.base.fingerprint:
+        raise RunFolderError(
+            f"{session.run}: `merit {kind}` of {name} was begun with another base ({session.base.folder} has changed).",
+            "Put the old one back (model.base); no branch can be trained again from another base.",
+        )
+    begun, stored = yaml.safe_load(change.recipe), str(session.run / CHANGE)
+    old = parse_recipe(begun, where=stored, folder=session.run)
+    new = parse_recipe(begun, overrides, where=stored, folder=session.run)
+    if other := key.deciding_changes(old, new, session.run):
+        raise RecipeError(
+            f"{session.run}: `merit {kind}` of {name} goes on with the settings that it began with; --set changes:",
+            *shown(other),
+            "Only settings of how and where to compute (train.device, launch, ...) and of the evaluation may change.",
+        )
+    _refuse_other_rows(session, new)
+    return replace(change, recipe=dump_recipe(new))
 
 
 def _check(session: Session) -> list[list[str]]:
@@ -274,7 +297,10 @@ def _refuse_other_rows(session: Session, recipe: Recipe) -> None:
     """
     with session.hashes() as known:
         now = find_datasets(recipe.mixture, recipe.evaluate).fingerprints(known)
-    inputs = Stage("mixture", session.run / "mixture").record().inputs
+    stage = Stage("mixture", session.run / "mixture")
+    if not stage.begun:  # stopped while the rows were being encoded again
+        return
+    inputs = stage.record().inputs
     before = {name.removeprefix(key.SOURCE): value for name, value in inputs.items() if name.startswith(key.SOURCE)}
     other = sorted(name for name in before.keys() & now.keys() if before[name] != now[name])
     if other:
@@ -311,7 +337,8 @@ def _carry_out(session: Session, change: Change) -> Statement:
 def _with_state(session: Session, change: Change, evaluate: bool) -> Change:
     """The change with what the run is like before it."""
     excluded = key.left_out(session.scope)
-    return replace(change, evaluate=evaluate, before=checksums(session.run), excluded=excluded)
+    before, base = checksums(session.run), session.base.fingerprint
+    return replace(change, evaluate=evaluate, before=before, excluded=excluded, base=base)
 
 
 def _state(run: Path, change: Change, groups: list[list[str]]) -> Statement:

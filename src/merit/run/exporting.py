@@ -17,10 +17,11 @@ from merit.hf.images import ImageRef
 from merit.hf.side_files import copy_files
 from merit.launch.elsewhere import Handover, kubernetes_job, readme, script, sky_task
 from merit.mixture import DatasetCounts, EncodedDataset, load_split, read_counts
-from merit.recipe.load import dump_recipe
+from merit.recipe.load import dump_recipe, load_recipe
+from merit.run import key
 from merit.run.branches import BranchId, group_of, scope_of, stage_of
 from merit.run.manifest import Manifest
-from merit.run.record import plain
+from merit.run.record import plain, shown
 from merit.run.session import Session
 from merit.run.store import split_of
 
@@ -130,6 +131,21 @@ def manifest_of(session: Session, branch: BranchId) -> Manifest:
         settings=plain(stage.settings),
         answer=stage.fingerprint,
     )
+
+
+def refuse_other_settings(session: Session) -> None:
+    """Refuse a recipe (--set) that would make another branch of it than the one that the run folder asks for.
+
+    Raises:
+        RecipeError: Naming each setting.
+    """
+    file = session.run / "recipe.yaml"
+    if file.is_file() and (other := key.deciding_changes(load_recipe(file), session.given, session.run)):
+        raise RecipeError(
+            f"{session.run}: --set changes what its branches are (run -> --set):",
+            *shown(other),
+            f"Change the run first: `merit run {session.run} --until split --set ...`. Nothing was written.",
+        )
 
 
 def counts_of(session: Session, group: list[str]) -> list[DatasetCounts]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from merit.files import fingerprint
+from merit.files import differences, fingerprint
 from merit.hf.checkpoint import SECOND_MOMENTS
 from merit.merge.operators import MOMENTS
 from merit.recipe.schema import DatasetSettings, PreparationStageSettings, Recipe
@@ -208,6 +208,24 @@ def probe_stage(recipe: Recipe, run: Path, inputs: Mapping[str, str]) -> Stage:
     """The pre-flight of a recipe; ``inputs`` are the content of base, rows and split."""
     stage = diagnostic_stage(recipe, run, "probe", inputs)
     return Stage(stage.kind, stage.path, {**stage.settings, "train": recipe.train.deciding()}, inputs, stage.title)
+
+
+def deciding_changes(old: Recipe, new: Recipe, run: Path) -> list[str]:
+    """Settings that decide rows, gradients, split, branches or merge and differ, as ``a.b: old -> new``."""
+
+    def settings(recipe: Recipe) -> list[Mapping[str, Any]]:
+        scope = Scope(run)
+        stages = (
+            mixture_stage(recipe, run, tokenizer="", sources={}),
+            conflict_stage(recipe, run, base="", rows={}),
+            split_stage(recipe, scope, rows={}, geometry=None),
+            branch_stage(recipe, scope, 0, (), base="", rows={}),
+            merged_stage(recipe, scope, {}, base=""),
+        )
+        return [stage.settings for stage in stages]
+
+    pairs = zip(settings(old), settings(new), strict=True)
+    return sorted({line for one, other in pairs for line in differences(one, other)})
 
 
 # ---- making the base ------------------------------------------------------------------------------------------------

@@ -13,8 +13,11 @@ from pathlib import Path
 
 from merit.errors import MergeError
 from merit.files import write_text
+from merit.hf.checkpoint import read_headers
+from merit.hf.models import trainable_names
 from merit.merge import MergeResult, merge_branches
 from merit.merge.curve import trade_off_svg, weights_svg
+from merit.merge.displacement import measure_displacements
 from merit.merge.stage import Judging
 from merit.merge.weights import condense, weigh
 from merit.mixture import read_counts
@@ -112,7 +115,10 @@ def make_merge(
     output: Path,
     progress: Progress,
 ) -> MergeResult:
-    """Write the merged checkpoint into ``output``; what was searched is drawn next to it (scale.svg, weights.svg)."""
+    """Write the merged checkpoint into ``output``, with how far every model moved in its record.
+
+    What was searched is drawn next to it (scale.svg, weights.svg).
+    """
     settings = session.recipe_of(scope).merge
     if settings.dtype is None and session.recipe_of(scope).train.save_dtype == "float32":
         settings = settings.model_copy(update={"dtype": "base"})  # the branches need not have the base's dtype
@@ -133,6 +139,13 @@ def make_merge(
         ),
         progress=progress,
     )
+    moved = trainable_names(
+        list(read_headers(session.base.folder, "model").tensors), session.recipe.model.trainable, session.base.family
+    )
+    paths = [branch.path for branch in branches]
+    found = measure_displacements(session.base.folder, paths, output, moved, progress)
+    result = replace(result, displacements=found)
+    result.save(output)
     if result.scale_search is not None:
         write_text(output / "scale.svg", trade_off_svg(result.scale_search))
     if result.weight_search is not None:

@@ -23,6 +23,7 @@ def build(data: RunData) -> Html:
         samples.append((f"group {k}", float(sum(item.rows for item in known))))
         tokens.append((f"group {k}", float(sum(item.tokens for item in known))))
         inside, across = _cosines(data.geometry, group)
+        targets = sum(item.target_tokens for item in known)
         members: list[str | Html] = []
         for name in group:
             members += [", "] if members else []
@@ -33,17 +34,32 @@ def build(data: RunData) -> Html:
                 number(len(group), "{:,}"),
                 number(samples[-1][1], "{:,.0f}"),
                 number(tokens[-1][1], "{:,.0f}"),
-                number(sum(item.target_tokens for item in known), "{:,}"),
+                number(targets, "{:,}"),
+                number(targets / samples[-1][1] if samples[-1][1] else None, "{:,.1f}"),
                 number(inside),
                 number(across),
+                _typical(data.geometry, group) or "–",
                 Cell(join(members), group[0]),
             ]
         )
-    header = ("group", "datasets", "rows", "tokens", "target tokens", "cosine within", "cosine across", "members")
+    header = (
+        *(
+            "group",
+            "datasets",
+            "rows",
+            "tokens",
+            "target tokens",
+            "target tokens per row",
+            "cosine within",
+            "cosine across",
+        ),
+        *("most typical", "members"),
+    )
     parts = [
         paragraph(
             f"Split by {split.method} into {len(split.groups)} groups, balanced by {split.balance}. Cosine within: mean "
-            "over the pairs of the group; across: with all other datasets."
+            "over the pairs of the group; across: with all other datasets. Most typical: the member with the highest mean "
+            "cosine to the others."
         ),
         table("groups-table", "The groups", header, rows),
     ]
@@ -57,6 +73,16 @@ def build(data: RunData) -> Html:
             )
             parts.append(figure(f"balance-{key}", f"Training {word} per group", drawing))
     return section("groups", "Groups", *parts, notes(split.warnings))
+
+
+def _typical(geometry: Geometry | None, group: list[str]) -> str | None:
+    """The member whose gradient is most like those of the others; None in a group of fewer than three."""
+    place = {name: i for i, name in enumerate(geometry.names)} if geometry is not None else {}
+    own = [name for name in group if name in place]
+    if geometry is None or len(own) < 3:
+        return None
+    index = [place[name] for name in own]
+    return own[int(np.argmax(geometry.cosine[np.ix_(index, index)].sum(axis=1)))]
 
 
 def _cosines(geometry: Geometry | None, group: list[str]) -> tuple[float | None, float | None]:

@@ -24,7 +24,7 @@ def build(data: RunData) -> Html:
     )
     if merge.excluded:
         text += f" Left out: {', '.join(merge.excluded)}."
-    parts = [paragraph(text), _weights(merge)]
+    parts = [paragraph(text), _weights(merge), _displacements(data, merge)]
     if merge.scale_search is not None:
         parts.append(_scale(merge))
     if merge.weight_search is not None:
@@ -48,6 +48,31 @@ def _weights(merge: MergeResult) -> Html:
             figure("weights", "Weights of the branches", drawing),
             table("weights-table", "Weights of the branches", header, rows),
         ]
+    )
+
+
+def _displacements(data: RunData, merge: MergeResult) -> Html:
+    """How far every branch, the merge and the baselines' merges lie from the base."""
+    own = merge.displacements
+    if own is None:
+        return paragraph("How far the models moved was not measured by the version that merged them.", class_="small")
+    names = [branch.name for branch in merge.branches]
+    models = [*((name, own, norm) for name, norm in zip(names, own.branches, strict=True)), ("merged", own, own.merged)]
+    for other in data.methods[1:]:
+        if other.merge is not None and other.merge.displacements is not None:
+            models.append((other.name, other.merge.displacements, other.merge.displacements.merged))
+    rows: list[Row] = [[name, number(norm, "{:.4g}"), number(m.relative(norm), "{:.2%}")] for name, m, norm in models]
+    items = [(name, 100 * (m.relative(norm) or 0.0)) for name, m, norm in models]
+    title = "How far the models lie from the base"
+    drawing = charts.bars(title, items, "‖θ − θ0‖ in percent of ‖θ0‖", form="{:.2f}")
+    rest = own.rest(merge.weights)
+    said = "" if rest is None else f"The merge lies {rest:.2f} × as far out as its branches (their root mean square)"
+    joint = next((norm for name, _, norm in models if name == "joint"), None)
+    if said and joint is not None and own.merged > 0:
+        said += f"; joint training lies {joint / own.merged:.2f} × as far out as the merge"
+    header = ("model", "‖θ − θ0‖", "of ‖θ0‖")
+    return join(
+        [figure("displacements", title, drawing, f"{said}." if said else None), table("moved", title, header, rows)]
     )
 
 
