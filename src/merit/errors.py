@@ -108,9 +108,9 @@ def install_hint(extra: str) -> str:
     return f"pip install -e '.[{extra}]' in MERIT's checkout"
 
 
-def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
-    """Return `` Did you mean 'x'?`` for the known word closest to ``word``, or an empty string."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+def nearest(word: str, known: list[str] | tuple[str, ...], likeness: float = 0.5) -> str:
+    """Return `` Did you mean 'x'?`` for the known word closest to ``word`` (at least so alike), or an empty string."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=likeness)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 

@@ -75,6 +75,16 @@ def test_columns_of_another_name_are_read(recipe, byte_level, tmp_path):
     wrong = {"datasets": [{"name": "d", "path": path, "columns": {**columns, "prompt": "qestion"}}]}
     with pytest.raises(MixtureError, match=r"no column 'qestion'.*'question'"):
         check_sources(recipe(wrong))
+    folder = tmp_path / "folder"
+    (folder / "asked").mkdir(parents=True)
+    (folder / "told").mkdir()
+    write(folder / "asked" / "train.jsonl", given)
+    write(folder / "told" / "train.jsonl", [{"prompt": f"p {i}", "completion": "b"} for i in range(4)])
+    whole = encode(recipe({"folder": str(folder), "columns": columns}), byte_level, tmp_path / "whole")
+    assert whole.rows == {"asked": 6, "told": 4}
+    write(folder / "told" / "train.jsonl", [{"ask": "q", "say": "a"}])
+    with pytest.raises(MixtureError, match="no column 'question'"):
+        check_sources(recipe({"folder": str(folder), "columns": columns}))
     with pytest.raises(RecipeError, match="promt"):
         recipe({"datasets": [{"name": "d", "path": path, "columns": {"promt": "question"}}]})
 

@@ -63,12 +63,16 @@ def recognise(columns: Iterable[str]) -> RowFormat | None:
 
 
 def describe_formats(columns: Iterable[str]) -> str:
-    """One sentence for an error: the columns found, those expected, and the nearest right name."""
+    """For an error: the columns found, those expected, the nearest right name, and how to name others."""
     found = sorted(columns)
     known = [column for needed in COLUMNS.values() for column in needed]
-    hints = "".join(dict.fromkeys(hint for column in found if (hint := nearest(column, known))))
+    hints = "".join(dict.fromkeys(hint for column in found if (hint := nearest(column, known, 0.75))))
     expected = "; ".join(f"{name}: {' + '.join(needed)}" for name, needed in COLUMNS.items())
-    return f"found columns {found}; expected those of one format ({expected}).{hints}"
+    names = "columns: {prompt: question, response: answer}"
+    return (
+        f"found columns {found}; expected those of one format ({expected}).{hints} Columns of other names are named in the "
+        f"recipe, as mixture.{names} for all datasets or {names} next to a dataset's path."
+    )
 
 
 def to_chat(row: object, row_format: RowFormat) -> Chat:

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from merit.errors import MixtureError, ResourceError, nearest
 from merit.files import free_bytes
 from merit.mixture.chat import BadRow, Row
-from merit.mixture.formats import RowFormat, refuse_surrogates, to_chat
+from merit.mixture.formats import RowFormat, recognise, refuse_surrogates, to_chat
 from merit.mixture.reading import (
     Hub,
     Place,
@@ -69,6 +69,7 @@ class Part:
         folder: Folder of the data files; image paths start from it unless the recipe names another.
         cut: Rows cut out of files or of the hub, if they are.
         columns: Pairs of (name that a row format knows, the rows' own name for it).
+        shared: The pairs are of a whole folder: rows of a known format with none of these columns stay as they are.
     """
 
     where: str
@@ -77,6 +78,7 @@ class Part:
     folder: Path | None = None
     cut: Cut | None = field(default=None, compare=False)
     columns: tuple[tuple[str, str], ...] = ()
+    shared: bool = False
 
     def read(self, limit: int | None = None) -> Iterator[tuple[Place, object]]:
         """Yield (place, row), maybe the first ``limit`` only: file and line (or row number, from 1), for messages.
@@ -114,6 +116,13 @@ class Part:
         place, row = next(self._rows(1), ("", None))
         if not place:
             return None
+        if (
+            self.shared
+            and isinstance(row, Mapping)
+            and recognise(row)
+            and not {own for _, own in self.columns} & {*row}
+        ):
+            return place, row
         for name, own in self.columns:
             if isinstance(row, Mapping) and own not in row:
                 raise MixtureError(

@@ -112,7 +112,10 @@ def find_sources(mixture: MixtureSettings, known: dict[Path, FileFacts]) -> list
     elif mixture.folder is not None:
         sources = _from_folder(Path(mixture.folder), mixture.format, "mixture.folder", mixture.include, mixture.exclude)
         named = mixture.columns
-        sources = [replace(s, train=_named(s.train, named), test=_named(s.test, named)) for s in sources]
+        sources = [
+            replace(s, train=_named(s.train, named, shared=True), test=_named(s.test, named, shared=True))
+            for s in sources
+        ]
     else:
         assert mixture.path is not None
         assert mixture.split_by is not None
@@ -171,13 +174,13 @@ def _listed(item: DatasetSettings, key: str, known: dict[Path, FileFacts]) -> li
 
 
 @overload
-def _named(part: Part, columns: Mapping[Column, str]) -> Part: ...
+def _named(part: Part, columns: Mapping[Column, str], *, shared: bool = False) -> Part: ...
 @overload
-def _named(part: Part | None, columns: Mapping[Column, str]) -> Part | None: ...
-def _named(part: Part | None, columns: Mapping[Column, str]) -> Part | None:
-    """A part whose rows use other names for a format's columns."""
+def _named(part: Part | None, columns: Mapping[Column, str], *, shared: bool = False) -> Part | None: ...
+def _named(part: Part | None, columns: Mapping[Column, str], *, shared: bool = False) -> Part | None:
+    """A part whose rows use other names for a format's columns; ``shared`` ones are of a whole folder."""
     pairs = tuple(("completion" if name == "response" else name, own) for name, own in columns.items())
-    return part if part is None or not pairs else replace(part, columns=pairs)
+    return part if part is None or not pairs else replace(part, columns=pairs, shared=shared)
 
 
 def _part(text: str, where: str, subset: str | None, split: str, stem: str) -> Part:

@@ -98,7 +98,8 @@ class MixtureSettings(Settings):
     """Mixing temperature T: datasets get rows in proportion to n^(1/T), n being their rows after budget and ``repeat``,
     at the same total. 1: unchanged; larger: towards equal shares, small ones repeated, large ones subsampled by seed."""
     columns: dict[Column, str] = {}
-    """The rows' names for a format's columns, for ``folder`` and ``path``; listed datasets have their own."""
+    """The rows' names for a format's columns, for ``folder`` and ``path``; listed datasets have their own. Datasets of a
+    ``folder`` that have none of these columns, but those of a format, are read as they are."""
     min_rows: Annotated[int, Field(ge=0)] = 0
     """Leave out datasets with fewer usable training rows than this, and say which; budgets do not count against it."""
     bad_rows: Literal["error", "drop"] = "error"
