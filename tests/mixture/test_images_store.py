@@ -1,7 +1,9 @@
 """Image mixtures from files to encoded rows: what is kept where, what is noticed, and what is in memory at a time."""
 
+import base64
 import copy
 import gc
+import gzip
 import io
 import json
 import tracemalloc
@@ -253,6 +255,43 @@ def test_a_budget_of_few_rows_puts_few_embedded_images_on_disk(recipe, seeing, t
     for row in seen:
         for ref in row.images:
             read_image(ref)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "several", "cut", "budget", "hub", "base64", "gz", "renamed", "paths"])
+def test_the_disk_that_embedded_images_take_is_known_before_they_are_read(recipe, seeing, tmp_path, monkeypatch, kind):
+    """Fails on commit f5727a1 (B10): the plan's disk left them out."""
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    datas = [picture(i, (48, 32 + i % 3)) for i in range(60)]
+    path = parquet(tmp_path / "hub" / "train.parquet", datas, rows_per_group=25, task=["d", "e", "d"] * 20)
+    mixture = listed(path, test=str(path))
+    if kind == "several":
+        mixture = listed(parquet(tmp_path / "s.parquet", [datas[i : i + 2] for i in range(0, 60, 2)], column="images"))
+    elif kind == "cut":
+        mixture = {"path": str(path), "split_by": "task"}
+    elif kind == "budget":
+        mixture = {**listed(path), "samples": 12}
+    elif kind == "renamed":
+        mixture = listed(parquet(tmp_path / "r.parquet", datas, column="photo"), columns={"image": "photo"})
+    elif kind == "hub":
+        mixture = listed(path)
+        hub = Part("h", hub=(str(path.parent), None, "train"))
+        monkeypatch.setattr("merit.mixture.sources._part", lambda *_, **__: hub)
+    elif kind in ("base64", "gz"):
+        rows = [llava("data:image/png;base64," + base64.b64encode(data).decode()) for data in datas]
+        written = lines(tmp_path / "x.jsonl", rows)
+        if kind == "gz":
+            written = file(tmp_path / "x.jsonl.gz", gzip.compress(written.read_bytes()))
+        mixture = listed(written)
+    elif kind == "paths":
+        names = [file(tmp_path / f"{i}.png", data).name for i, data in enumerate(datas)]
+        mixture = listed(lines(tmp_path / "x.jsonl", [llava(name) for name in names]))
+    found = recipe(mixture)
+    expected = sum(item.embedded_bytes for item in check_sources(found))
+    prepare_mixture(found, seeing, tmp_path / "out")
+    stored = sum(path.stat().st_size for path in (tmp_path / "out").glob("images/*/*"))
+    assert expected == pytest.approx(stored, rel=0.05)
+    assert (stored == 0) == (kind == "paths")
 
 
 def test_rows_are_read_again_by_their_numbers(recipe, tmp_path):

@@ -38,6 +38,8 @@ class SourceSummary:
     role: Role = "mixture"
     first_image: str | None = None
     """Place of the first row with an image, among those examined."""
+    embedded_bytes: int = 0
+    """Size of the images that lie in its rows and will be copied into the run folder, as far as metadata tell it."""
 
 
 @dataclass(frozen=True)
@@ -74,19 +76,21 @@ class Found:
         """
         summaries = []
         for source in self.everything:
-            formats, first_image = [], None
+            formats, first_image, embedded = [], None, 0
             for part in source.parts:
                 formats.append(source.format_of(part))
-                folder = source.image_folder(part, self.settings.images)
+                folder, text = source.image_folder(part, self.settings.images), False
                 for place, chat, seen in look_at_images(part.chats(formats[-1], rows), folder):
                     first_image = first_image or (place if seen else None)
+                    text |= isinstance(chat, Chat) and any(isinstance(image, bytes) for image in chat.raw)
                     try:
                         usable(chat, seen)
                     except BadRow as bad:
                         refuse_if_fatal(self.settings, source.name, place, bad)
+                embedded += part.embedded_bytes(text=text, most=source.samples if part is source.train else None)
             test = source.test.where if source.test else None
             where = source.train.where if source.train else test or ""
-            summaries.append(SourceSummary(source.name, where, test, formats[0], source.role, first_image))
+            summaries.append(SourceSummary(source.name, where, test, formats[0], source.role, first_image, embedded))
         return summaries
 
     def fingerprints(self, memo: MutableMapping[str, str] | None = None) -> dict[str, str]:

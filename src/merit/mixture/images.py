@@ -27,7 +27,7 @@ from merit.hf.images import BadImage, ImageRef, digest, encode_image, examine, l
 from merit.mixture.chat import BadRow, Chat, RawImage, Row
 from merit.recipe.schema import ImageSettings
 
-_COLUMNS = ("images", "image")
+IMAGE_COLUMNS = ("images", "image")
 _DATA = re.compile(r"data:[\w/+.;-]*;base64,", re.ASCII)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
@@ -40,7 +40,7 @@ def row_images(row: Mapping[str, Any]) -> tuple[list[RawImage], bool]:
     Raises:
         BadRow: Both columns have images, or a value is not an image.
     """
-    found = {column: _listed(row[column]) for column in _COLUMNS if column in row}
+    found = {column: _listed(row[column]) for column in IMAGE_COLUMNS if column in row}
     filled = [column for column, values in found.items() if values]
     if len(filled) > 1:
         raise BadRow("image_count", "both columns, images and image, have images; it is not clear which are meant")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
 import pickle
 import tempfile
@@ -27,11 +28,13 @@ from merit.errors import MixtureError, ResourceError, nearest
 from merit.files import free_bytes
 from merit.mixture.chat import BadRow, Row
 from merit.mixture.formats import RowFormat, recognise, refuse_surrogates, to_chat
+from merit.mixture.images import IMAGE_COLUMNS
 from merit.mixture.reading import (
     Hub,
     Place,
     count_hub,
     count_rows,
+    embedded_bytes,
     group_ends,
     holds_bytes,
     kind_of,
@@ -161,6 +164,21 @@ class Part:
                 for place, row in store.rows(keys[inside]):
                     yield place, self._renamed(row) if self.columns else row
             start += len(keys)
+
+    def embedded_bytes(self, *, text: bool, most: int | None = None) -> int:
+        """About the bytes of the images embedded in the rows; no row is read where the file's kind tells their number.
+
+        Args:
+            text: Rows of text have images, too, as base64.
+            most: Maximum rows that are used.
+        """
+        columns = [dict(self.columns).get(name, name) for name in IMAGE_COLUMNS]
+        sources = [self.hub] if self.hub is not None else self.files
+        total = sum(embedded_bytes(source, columns, text=text) for source in sources)
+        if not total or (most is None and self.cut is None):
+            return total
+        rows = count_hub(self.hub) if self.hub is not None else sum(map(count_rows, self.files))
+        return math.ceil(total * min(most or rows, self.count()) / max(rows, 1))
 
     def count(self) -> int:
         """Number of rows, as cheaply as the file's kind allows; blank lines of JSON Lines are counted too.

@@ -24,7 +24,7 @@ from merit.mixture import image_check
 from merit.mixture.found import SourceSummary, find_datasets, refuse_images
 from merit.mixture.template import ChatTemplate
 from merit.prepare import stage_recipe
-from merit.progress import count
+from merit.progress import count, size
 from merit.recipe.schema import DatasetSettings, MixtureSettings, Recipe
 from merit.run.machines import fits
 from merit.run.merge_check import check_merge, check_patterns
@@ -32,7 +32,7 @@ from merit.run.needs import Weights, branch_count, file_sizes, items, needs, pub
 from merit.run.preparation import planned_base
 from merit.run.session import Session
 from merit.run.status import run_status
-from merit.run.store import is_run_folder
+from merit.run.store import Stage, is_run_folder
 from merit.run.suites import check_run_suites
 from merit.train.requirements import check_requirements
 
@@ -63,8 +63,8 @@ class Plan:
         weights: Its size, counted or published; None when neither is known.
         steps: Optimizer steps of joint training, if every dataset has a row budget; else None.
         preparation: Steps that make the base first.
-        disk_bytes: Disk for preparation, branches, baselines, merges and the training checkpoints that exist at once; None
-            if the size is unknown.
+        disk_bytes: Disk for preparation, branches, baselines, merges, the training checkpoints that exist at once and the
+            images that lie in rows; None if the base's size is unknown.
         memory_bytes: Memory for one branch's weights, gradients and optimizer state, without activations; likewise.
         notes: What the user should know.
     """
@@ -138,7 +138,7 @@ def make_plan(session: Session, *, offline: bool = False) -> Plan:
     opened = session.base if session.base_stands and not offline else None
     base, sizes = _base_facts(session, opened, offline=offline)
     preparation = _preparation(recipe, base, offline=offline or opened is not None)
-    weights = _weights(recipe, base, sizes)
+    weights, embedded = _weights(recipe, base, sizes), _embedded_bytes(session, summaries, preparation)
     check_patterns(recipe, sizes)
     if base is not None and base.family is None:
         refuse_images(summaries)
@@ -148,9 +148,9 @@ def make_plan(session: Session, *, offline: bool = False) -> Plan:
         *_notes_on_tests(recipe, datasets),
         *_notes_on_base(opened, weights, looked_at=base is not None),
         *_notes_on_unseen(summaries, preparation if opened is None else ()),
-        *_notes_on_embedded_images(recipe, base),
+        *_notes_on_embedded_images(recipe, base, embedded, offline=offline),
     ]
-    disk, memory = needs(recipe, weights) if weights is not None else (None, None)
+    disk, memory = needs(recipe, weights, embedded=embedded) if weights is not None else (None, None)
     begun = any((run / "branches").glob("*/record.json")) or (run / "preparation").is_dir()
     if disk is not None and not begun and not offline:
         ways_out = "Free space, use another disk (--output DIR), or train fewer branches (split.axes, baselines)."
@@ -229,13 +229,24 @@ def _notes_on_unseen(summaries: Sequence[SourceSummary], preparation: Sequence[S
         yield f"not on this machine, so not checked: {what}."
 
 
-def _notes_on_embedded_images(recipe: Recipe, base: BaseFacts | None) -> Iterator[str]:
-    embedded = {item.id for item in hub_ids(recipe) if item.kind == "dataset"} if _sees(recipe, base) else ()
+def _notes_on_embedded_images(recipe: Recipe, base: BaseFacts | None, embedded: int, *, offline: bool) -> Iterator[str]:
     if embedded:
-        yield (
-            f"images embedded in the rows of {count(len(embedded), 'hub dataset')} are copied to the run folder; the disk "
-            "estimate does not include them."
-        )
+        yield f"images that lie in rows are copied to the run folder: about {size(embedded)} of the disk."
+    away = {item.id for item in hub_ids(recipe) if item.kind == "dataset"} if offline and _sees(recipe, base) else ()
+    if away:
+        hub = count(len(away), "hub dataset")
+        yield f"images in the rows of {hub} are copied to the run folder; not here, so not in the disk estimate."
+
+
+def _embedded_bytes(session: Session, summaries: Sequence[SourceSummary], preparation: Sequence[StagePlan]) -> int:
+    """Size of the images in rows that are not in the run folder yet."""
+    stages = [(session.run / "preparation" / step.name, step.datasets) for step in preparation]
+    return sum(
+        item.embedded_bytes
+        for folder, datasets in ((session.run, summaries), *stages)
+        if not Stage("mixture", folder / "mixture").begun
+        for item in datasets
+    )
 
 
 # ---- data ----------------------------------------------------------------------------------------------------------

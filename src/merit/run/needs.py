@@ -75,7 +75,13 @@ def estimate(
 
 
 def needs(
-    recipe: Recipe, weights: Weights, *, branches: int | None = None, merges: int | None = None, at_once: int = 1
+    recipe: Recipe,
+    weights: Weights,
+    *,
+    branches: int | None = None,
+    merges: int | None = None,
+    at_once: int = 1,
+    embedded: int = 0,
 ) -> tuple[int, int]:
     """Disk and memory (bytes) that a run needs, by counting weights.
 
@@ -83,7 +89,7 @@ def needs(
     checkpoint (float32 weights, and the optimizer's state of the trained ones). With several rounds also a round's branches,
     the merges before and after it, in float32, and the optimizer states that go on. Memory: float32 weights of one branch,
     with gradients and optimizer state of the trained ones; a preparation may train more than the branches do. Images
-    in separate files are read in place; those embedded in rows are copied once to the run folder and not counted here.
+    in separate files are read in place; those embedded in rows are copied to the run folder.
 
     Args:
         recipe: The recipe.
@@ -91,6 +97,7 @@ def needs(
         branches: Branches to store. Default: the recipe's.
         merges: Merges to store. Default: the recipe's.
         at_once: Branches that train in parallel.
+        embedded: Bytes of the images that lie in rows.
     """
     if merges is None:
         merges = 1 + sum(method != "joint" for method in recipe.baselines)
@@ -108,7 +115,7 @@ def needs(
     state = max(state_bytes(optimizer) * count for optimizer, count in trained)
     memory = 4 * total + max((4 + state_bytes(optimizer)) * count for optimizer, count in trained)
     disk = total * stored * models + (4 * total + state) * at_once + _rounds(recipe, weights, branches)
-    return disk + moments * recipe.train.save_second_moments, memory
+    return disk + embedded + moments * recipe.train.save_second_moments, memory
 
 
 def _rounds(recipe: Recipe, weights: Weights, branches: int | None) -> int:
