@@ -119,7 +119,7 @@ def test_a_stop_after_the_last_word_fails_nothing() -> None:
 
 
 def test_a_stop_while_libraries_load_says_so() -> None:
-    """Fails on commit 44eb3fd: it ended the command with 143 and without a word."""
+    """Fails on commit f5727a1 (B14): SIGTERM in the first second ended the command without a word."""
     words = [sys.executable, "-X", "importtime", "-m", "merit", "init"]
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as command:
         assert command.stderr is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,27 @@ def test_a_damaged_split_is_named(
     states = {row["stage"]: row["state"] for row in json.loads(status.out)["stages"]}
     assert states["split"] == "damaged"
     assert states["branch 0"] == "done"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mixture/datasets.json", "split/split.json", "branches/1/log.jsonl", "merged/model/merge.json"]
+    + [f"evaluation/{name}.json" for name in ("results", "summary")],
+)
+def test_the_report_shows_no_file_that_was_changed(
+    finished: Case, merit: Callable[..., Result], tmp_path: Path, name: str
+) -> None:
+    """One digit of what the page would show, size and time kept; before this test it was shown."""
+    run = copied(finished, tmp_path)
+    file = run / name
+    content, times = bytearray(file.read_bytes()), file.stat()
+    place = max(i for i, byte in enumerate(content) if chr(byte).isdigit())
+    content[place] = ord("9") - content[place] + ord("0")
+    file.write_bytes(content)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    result = merit("report", run)
+    assert result.code == 2
+    assert f"{file} is damaged" in result.err
 
 
 def test_a_split_without_its_record_is_not_merged(finished: Case, merit: Callable[..., Result], tmp_path: Path) -> None:

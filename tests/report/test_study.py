@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from rich.console import Console, RenderableType
 
+from merit.errors import RunFolderError
 from merit.recipe.load import parse_recipe
 from merit.report.plots import mean_lines
 from merit.report.study import cost_tables, csv_text, facts, latex, markdown, overview, render, write
@@ -66,6 +67,17 @@ def test_the_first_line_is_the_verdict_everywhere(result: StudyResult) -> None:
     assert markdown(result).splitlines()[0] == result.verdict[0]
     assert plain(*render(result)).split()[:8] == result.verdict[0].split()[:8]
     assert facts(result, Path("x"))["verdict"][0] == result.verdict[0]
+
+
+def test_a_digit_that_changes_in_a_study_is_noticed(result: StudyResult, tmp_path: Path) -> None:
+    result.save(tmp_path)
+    assert StudyResult.load(tmp_path) == result
+    file = tmp_path / "study.json"
+    content = file.read_text()
+    file.write_text(content.replace('"p": 0.', '"p": 1.', 1))
+    assert file.read_text() != content
+    with pytest.raises(RunFolderError, match=r"study\.json is damaged"):
+        StudyResult.load(tmp_path)
 
 
 def test_csv_has_every_run_to_full_precision(result: StudyResult) -> None:

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from merit.files import read_as, write_json
-from merit.run.store import CHANGE, Stage
+from merit.files import read_as, sealed, write_json
+from merit.run.store import CHANGE, Stage, read_change
 from merit.split.placing import FirstSplit
 
 FOLDER = "changes"
@@ -51,7 +51,7 @@ class Change:
 
     def save(self, run: Path) -> None:
         """Write it into the run folder: from now on the run is between two states."""
-        write_json(run / CHANGE, asdict(self))
+        write_json(run / CHANGE, sealed(asdict(self)))
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,10 @@ def load_change(run: Path) -> Change | None:
     Raises:
         RunFolderError: Its file is damaged.
     """
-    return read_as(run / CHANGE, Change) if (run / CHANGE).is_file() else None
+    if not (run / CHANGE).is_file():
+        return None
+    read_change(run)
+    return read_as(run / CHANGE, Change)
 
 
 def checksums(run: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from merit.errors import RunFolderError
-from merit.files import fingerprint, read_json, write_json
+from merit.files import checksum, fingerprint, write_json
 from merit.progress import count
 from merit.run.record import Output, Record, StaleStageError, damaged, now, plain, read_record, shown, write_record
 from merit.split.result import Split
@@ -99,11 +99,12 @@ class Stage:
             raise stale(self.path, self.name, changes)
         return True
 
-    def verify(self, *, weights: bool = True) -> None:
+    def verify(self, *, weights: bool = True, only: Collection[str] | None = None) -> None:
         """Compare the files with the record by content.
 
         Args:
             weights: Also read the weights if they have at most 4 GB; otherwise only their sizes are compared.
+            only: Names of the files to look at. Default: all.
 
         Raises:
             RunFolderError: One is missing or has other content.
@@ -111,6 +112,8 @@ class Stage:
         outputs = self.record().outputs
         weights &= sum(facts.bytes for name, facts in outputs.items() if name.endswith(".safetensors")) <= _LARGE
         for name, facts in outputs.items():
+            if only is not None and name not in only:
+                continue
             path = self.path / name
             if not path.is_file():
                 raise damaged(path, "it is missing", self.path)
@@ -236,11 +239,32 @@ def refuse_unfinished(run: Path) -> None:
         RunFolderError: It is.
     """
     if (run / CHANGE).is_file():
-        change = read_json(run / CHANGE)
+        change = read_change(run)
         raise RunFolderError(
             f"{run}: `merit {change['kind']}` of {change['dataset']} is not finished.",
             f"`merit {change['kind']} {run} {change['dataset']}` goes on with it.",
         )
+
+
+def read_change(run: Path) -> dict[str, Any]:
+    """What an unfinished change of a run's datasets noted, as JSON values.
+
+    Raises:
+        RunFolderError: The note is damaged.
+    """
+    file = run / CHANGE
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+        if value["checksum"] == checksum(value):
+            return dict(value)
+        why = "its content does not match its checksum"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        why = f"{type(error).__name__}: {error}"
+    raise RunFolderError(
+        f"{file} is damaged: {why}.",
+        "A dataset was being added or removed, and the run is between two states: restore this file or the whole run from a "
+        "copy, or run the mixture again in another folder (--output DIR). Nothing was changed.",
+    )
 
 
 @contextlib.contextmanager

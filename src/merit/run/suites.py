@@ -17,6 +17,7 @@ from merit.run import key
 from merit.run.evaluating import find_models
 from merit.run.session import Session
 from merit.run.step import Step, Work, run_step
+from merit.run.store import Stage
 
 __all__ = ["SCORES", "SuiteScores", "check_run_suites", "measure_suites", "run_suites", "suite_scores"]
 
@@ -137,8 +138,15 @@ def _first(values: dict[str, float]) -> str:
 
 
 def suite_scores(run: Path) -> dict[str, SuiteScores]:
-    """Scores of every model in a run folder; empty if no suites were run."""
-    files = sorted((run / "suites").glob(f"*/{SCORES}"))
-    return {
-        file.parent.name: SuiteScores.load(file.parent) for file in files if (file.parent / "record.json").is_file()
-    }
+    """Scores of every model in a run folder; empty if no suites were run.
+
+    Raises:
+        RunFolderError: A file is damaged.
+    """
+    found = {}
+    for folder in sorted((run / "suites").glob("*")):
+        stage = Stage("suites", folder)
+        if stage.begun:
+            stage.verify(only=(SCORES,))
+            found[folder.name] = SuiteScores.load(folder)
+    return found

@@ -24,7 +24,7 @@ from merit.evaluation.figures import Drift
 from merit.evaluation.fixed import FixedBatches
 from merit.evaluation.forward import Forward
 from merit.evaluation.halves import halves_of, row_digest
-from merit.files import appending, fingerprint, scratch, write_text
+from merit.files import appending, checksum, fingerprint, scratch, sealed, write_text
 from merit.hf.inplace import Direction, Folder, Held, InPlace, TaskVector, blocks_of
 from merit.hf.models import autocast, load_model, trainable_names
 from merit.hf.rows import EncodedRow
@@ -298,7 +298,7 @@ def _key(session: Session, recipe: Recipe, branches: Sequence[Branch], start: Se
 
 
 class _Log:
-    """Every measured point, one JSON line each; the first line says of what. A last line that was cut off is ignored.
+    """Every measured point, one JSON line each with its checksum; the first line says of what. A damaged line is ignored.
 
     Args:
         path: The file; removed if it is of another search.
@@ -315,6 +315,8 @@ class _Log:
             for line in lines[1:]:
                 with suppress(ValueError, KeyError, TypeError):
                     item = json.loads(line)
+                    if item["checksum"] != checksum(item):
+                        continue
                     point = tuple(float(c) for c in item["coefficients"])
                     self.known[point] = Losses(float(item["learned"]), float(item["kept"]))
                     self.seconds += float(item["seconds"])
@@ -327,7 +329,7 @@ class _Log:
             started = time.perf_counter()
             found = measure()
             seconds = round(time.perf_counter() - started, 6)
-            line = json.dumps({"coefficients": coefficients, **asdict(found), "seconds": seconds})
+            line = json.dumps(sealed({"coefficients": coefficients, **asdict(found), "seconds": seconds}))
             with appending(self._path) as file:
                 file.write(line.encode() + b"\n")
             self.known[coefficients] = found

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from merit.errors import RunFolderError
 from merit.evaluation.figures import Part
-from merit.files import read_as, write_json
+from merit.files import checksum, read_as, read_json, sealed, write_json
 
 __all__ = [
     *("COLUMNS", "FILE", "PART_COLUMNS", "Column", "Difference", "Line", "Place", "Point", "Run", "StudyResult"),
@@ -172,7 +173,7 @@ class StudyResult:
 
     def save(self, folder: Path) -> None:
         """Write ``folder/study.json``."""
-        write_json(folder / FILE, asdict(self))
+        write_json(folder / FILE, sealed(asdict(self)))
 
     @classmethod
     def load(cls, folder: Path) -> StudyResult:
@@ -181,4 +182,10 @@ class StudyResult:
         Raises:
             RunFolderError: It is missing or damaged.
         """
-        return read_as(folder / FILE, cls)
+        path = folder / FILE
+        found, value = read_as(path, cls), read_json(path)
+        if "checksum" in value and value["checksum"] != checksum(value):  # 0.2 wrote none
+            raise RunFolderError(
+                f"{path} is damaged: its content does not match its checksum.", "Run the same `merit study` again."
+            )
+        return found

@@ -55,6 +55,11 @@ class Branch:
             return []
 
 
+def _shown(name: str) -> bool:
+    """Whether the page may show what a stage's file says; weights and encoded rows it does not read."""
+    return not name.endswith((".safetensors", ".parquet", ".bin"))
+
+
 def _step(line: dict[str, object]) -> Step:
     parts = line.get("datasets")
     found = (
@@ -131,6 +136,7 @@ def read_run(run: Path, recipe: Recipe | None = None) -> RunData:
         if not stage.begun:
             return False
         records[stage.name] = stage.record()
+        stage.verify(only=[name for name in records[stage.name].outputs if _shown(name)])
         return True
 
     counts = tuple(read_counts(run / "mixture")) if done("mixture", run / "mixture") else ()
