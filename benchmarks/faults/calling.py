@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 LIMIT = 60
-"""Seconds after which a command counts as hanging."""
+"""CPU seconds after which a command counts as hanging: other work on the machine must not make it one."""
+_WAITING = 30
+"""A command that waits without computing is given this many times as long."""
 
 
 def settle() -> None:
@@ -27,7 +29,7 @@ class Outcome:
     """How a call ended.
 
     Attributes:
-        code: Exit code; 1 where an exception escaped, -1 where it took longer than ``LIMIT``.
+        code: Exit code; 1 where an exception escaped, -1 where it took longer.
         out: What it printed on stdout.
         err: What it printed on stderr; the traceback where there was one.
     """
@@ -49,8 +51,9 @@ def limited(work: Callable[[], Any], limit: int = LIMIT) -> Outcome:
     """Call ``work``; a MeritError is exit code 2, any other exception 1."""
     from merit.errors import MeritError
 
-    before = signal.signal(signal.SIGALRM, _late)
-    signal.alarm(limit)
+    before = {number: signal.signal(number, _late) for number in (signal.SIGALRM, signal.SIGPROF)}
+    signal.setitimer(signal.ITIMER_PROF, limit)
+    signal.setitimer(signal.ITIMER_REAL, _WAITING * limit)
     try:
         work()
     except MeritError as error:
@@ -60,8 +63,10 @@ def limited(work: Callable[[], Any], limit: int = LIMIT) -> Outcome:
     except (Exception, SystemExit, KeyboardInterrupt):
         return Outcome(1, "", traceback.format_exc(limit=-6))
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL):
+            signal.setitimer(timer, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return Outcome(0, "", "")
 
 

@@ -8,8 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.faults.calling import command
+
+if TYPE_CHECKING:
+    from tests.builders import Case
 
 ROWS, TEST_ROWS = 20, 4
 
@@ -22,7 +26,7 @@ class Place:
         kind: As the table calls it.
         moment: The run's state that it is damaged in.
         files: Globs below the moment's folder.
-        reads: Commands that read it: words, where RUN and RECIPE stand for the paths.
+        reads: Commands that read it: words as in :func:`words_in`.
         unread: The file is no result and may keep its damage where the results are right: a cache, a lock, a note of
             progress, or a figure's source that is checked when it is read again (another kind of this list does that).
     """
@@ -82,49 +86,55 @@ PLACES = (
     Place("vision: processors and configs", "vision", ("run/*/**/model/*.json",), (MERGE, EVALUATE, CHAIN)),
     Place("vision: base", "vision", ("base/*",), (SPLIT, MERGE), unread=True),
 )
-_NO_RESULT = (".lock", "progress.json")
+_OTHER_KINDS = (".lock", "progress.json", ".merit", ".hashes.json")
 
 
 def files_of(place: Place, top: Path) -> list[Path]:
-    """The files of a kind, in order; locks and notes of progress only where they are the kind."""
+    """The files of a kind, in order; locks, markers and notes only where the kind names them."""
+    named = {Path(glob).name for glob in place.files}
     found = {path for glob in place.files for path in top.glob(glob) if path.is_file()}
-    return sorted(path for path in found if place.kind == "locks and markers" or path.name not in _NO_RESULT)
+    return sorted(path for path in found if path.name in named or path.name not in _OTHER_KINDS)
 
 
 class Interrupted(KeyboardInterrupt):
     """Stands for Ctrl-C."""
 
 
-def make_run(folder: Path) -> dict[str, Path]:
-    """Finished runs below ``folder``, and copies of them with one stage to be done again; folders by moment."""
-    return _text_run(folder) | _vision_run(folder)
+def text_case(top: Path, **changes: Any) -> Case:
+    """A base, four small datasets, and a recipe below ``top``."""
+    from tests import builders
+
+    settings = {
+        "model": {"base": "base", "dtype": "float32"},
+        "conflict": {"examples": 8, "sketch_size": 256},
+        "evaluate": {"max_new_tokens": 3, "drift": {"prompts": 2, "tokens": 3}},
+    }
+    case = builders.make_case(top, builders.make_base(top / "base", hidden=8), **{**settings, **changes})
+    for task in list(builders.TASKS)[4:]:
+        shutil.rmtree(top / "mixture" / task)
+    for number, task in enumerate(list(builders.TASKS)[:4]):
+        builders.write_rows(top / "mixture" / task / "train.jsonl", builders.task_rows(task, ROWS + 4 * number, 0))
+        builders.write_rows(top / "mixture" / task / "test.jsonl", builders.task_rows(task, TEST_ROWS, 1))
+    return case
 
 
-def _text_run(folder: Path) -> dict[str, Path]:
+def text_run(folder: Path) -> dict[str, Path]:
+    """A finished run below ``folder``, and copies of it with one stage to be done again; folders by moment."""
     from tests import builders
 
     top = folder / "finished"
-    base = builders.make_base(top / "base", hidden=8)
-    case = builders.make_case(
+    case = text_case(
         top,
-        base,
         baselines=["joint", "random"],
-        model={"base": "base", "dtype": "float32"},
-        conflict={"examples": 8, "sketch_size": 256},
         evaluate={
             "max_new_tokens": 3,
             "drift": {"prompts": 2, "tokens": 3},
             "kept": [{"name": "kept", "path": "kept.jsonl"}],
         },
     )
-    for task in list(builders.TASKS)[4:]:
-        shutil.rmtree(top / "mixture" / task)
-    for number, task in enumerate(list(builders.TASKS)[:4]):
-        builders.write_rows(top / "mixture" / task / "train.jsonl", builders.task_rows(task, ROWS + 4 * number, 0))
-        builders.write_rows(top / "mixture" / task / "test.jsonl", builders.task_rows(task, TEST_ROWS, 1))
     builders.write_rows(top / "kept.jsonl", builders.task_rows("double", TEST_ROWS, 2))
-    _done("run", case.recipe, "--output", case.run, "--quiet")
-    _done("run", case.recipe, "--output", case.run, "--quiet")  # writes what a second look adds, such as known hashes
+    done("run", case.recipe, "--output", case.run, "--quiet")
+    done("run", case.recipe, "--output", case.run, "--quiet")  # writes what a second look adds, such as known hashes
     moments = {"finished": top}
     for moment in ("gradients", "evaluation", "half"):
         moments[moment] = folder / moment
@@ -139,7 +149,8 @@ def _text_run(folder: Path) -> dict[str, Path]:
     return moments
 
 
-def _vision_run(folder: Path) -> dict[str, Path]:
+def vision_run(folder: Path) -> dict[str, Path]:
+    """The same of a vision base."""
     import yaml
     from tests import builders
 
@@ -147,7 +158,7 @@ def _vision_run(folder: Path) -> dict[str, Path]:
     builders.make_vision_base("llava", top / "base")
     for number, task in enumerate(("colour", "shout", "twice", "embedded")):
         for split, count in (("train", 8 + 2 * number), ("test", 2)):
-            _write_pictures(top / "mixture" / task, task, split, count)
+            write_pictures(top / "mixture" / task, task, split, count)
     settings = {
         "name": "pictures",
         "model": {"base": "base", "dtype": "float32"},
@@ -159,14 +170,15 @@ def _vision_run(folder: Path) -> dict[str, Path]:
     }
     (top / "recipe.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     for _ in range(2):
-        _done("run", top / "recipe.yaml", "--output", top / "run", "--quiet")
+        done("run", top / "recipe.yaml", "--output", top / "run", "--quiet")
     untrained = folder / "untrained"
     shutil.copytree(top, untrained)
     shutil.rmtree(untrained / "run" / "branches" / "0")
     return {"vision": top, "untrained": untrained}
 
 
-def _write_pictures(place: Path, task: str, split: str, count: int) -> None:
+def write_pictures(place: Path, task: str, split: str, count: int) -> None:
+    """Rows of one task about pictures in files; of ``embedded``, in the rows' own Parquet file."""
     import pyarrow
     import pyarrow.parquet
     from tests import builders
@@ -194,34 +206,44 @@ def _write_pictures(place: Path, task: str, split: str, count: int) -> None:
 
 
 def _half_trained(run: Path) -> None:
+    from merit.train import checkpoint
+
     branch = run / "branches" / "0"
     shutil.rmtree(branch)
-    with _interrupted_after(2):
+    with interrupted_after(2, checkpoint, "save"):
         found = command("train", run, "--branch", "0", "--quiet", "--set", "train.checkpoint_steps=1")
     assert found.code == 75, found
     assert list(branch.glob("checkpoints/*/*")), found
 
 
 @contextmanager
-def _interrupted_after(saves: int) -> Iterator[None]:
-    from merit.train import checkpoint
+def interrupted_after(calls: int, owner: Any, name: str) -> Iterator[None]:
+    """Ctrl-C right after ``owner.name`` has been called so often."""
+    real, count = getattr(owner, name), 0
 
-    real, done = checkpoint.save, 0
-
-    def save(*words: object, **more: object) -> None:
-        nonlocal done
-        real(*words, **more)  # type: ignore[arg-type]
-        done += 1
-        if done == saves:
+    def counting(*words: Any, **more: Any) -> Any:
+        nonlocal count
+        found = real(*words, **more)
+        count += 1
+        if count == calls:
             raise Interrupted("stopped")
+        return found
 
-    checkpoint.save = save  # type: ignore[assignment]
+    setattr(owner, name, counting)
     try:
         yield
     finally:
-        checkpoint.save = real
+        setattr(owner, name, real)
 
 
-def _done(*words: object) -> None:
+def words_in(words: tuple[str, ...], top: Path) -> list[str]:
+    """The words of a command on the run in ``top``: RUN, RECIPE, and @ before other paths there."""
+    names = {"RUN": "@run", "RECIPE": "@recipe.yaml"}
+    named = [names.get(word, word) for word in words]
+    return [str(top / word[1:]) if word.startswith("@") else word for word in named]
+
+
+def done(*words: object) -> None:
+    """Run a `merit` command that has to succeed."""
     found = command(*words)
     assert found.code == 0, found

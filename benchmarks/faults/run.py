@@ -1,6 +1,6 @@
 """Damage files of a finished run at random places, run the command that reads them again, and see what it says.
 
-    python -m benchmarks.faults.run --places 1000
+    python -m benchmarks.faults.run --places 1140 --jobs 2
 
 Every place is one of: *named* (exit 2, or a note in the results: the file or its folder is named), *healed* (made again, and
 all files equal the undamaged run's), *harmless* (all results equal the undamaged run's; the file keeps its damage and is no
@@ -13,25 +13,43 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import multiprocessing
 import random
+import shutil
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.faults.calling import LIMIT, Outcome, command, settle
-from benchmarks.faults.case import PLACES, Place, files_of, make_run
+from benchmarks.faults.case import PLACES, Place, files_of, words_in
 from benchmarks.faults.damage import FAULTS, Tree, damage
+from benchmarks.faults.further import MAKERS, make_runs
+from benchmarks.faults.further import PLACES as FURTHER
 
 ENDS = ("named", "healed", "harmless", "unnamed", "silent", "traceback", "hang")
 BAD = ENDS[3:]
 _PASSING = {
     *("started", "finished", "seconds", "seconds_by_model", "checksum", "peak_memory_bytes", "resumed_from", "reused"),
-    *("reused_datasets", "merge_seconds", "host", "outputs", "since", "pid", "crc32"),
+    *(
+        "reused_datasets",
+        "merge_seconds",
+        "host",
+        "outputs",
+        "since",
+        "pid",
+        "crc32",
+        "retrained",
+        "unchanged",
+        "before",
+    ),
 }
 """Keys of files that another attempt at the same result may write otherwise."""
 
+_KINDS = 9
+"""Kinds of one run that are damaged in one process."""
 _NO_RESULT = (".lock", "progress.json", ".hashes.json", ".merit", "recipe.yaml")
 
 
@@ -61,13 +79,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--places", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kind", help="Only kinds whose name holds this.")
+    parser.add_argument("--kind", default="", help="Only kinds whose name holds this.")
+    parser.add_argument("--jobs", type=int, default=1, help="Processes; the places are the same.")
     parser.add_argument("--no-write", action="store_true", help="Print only.")
     given = parser.parse_args()
     settle()
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="merit-faults-") as folder:
-        findings = survey(Path(folder), given.places, given.seed, given.kind or "")
+        findings = survey(Path(folder), given.places, given.seed, given.kind, given.jobs)
     seconds = time.monotonic() - started
     text = summary(findings)
     print(text)
@@ -86,32 +105,44 @@ def main() -> None:
         )
 
 
-def survey(folder: Path, places: int, seed: int, kind: str = "") -> list[Finding]:
-    """Damage ``places`` places of a run that is made below ``folder``."""
-    rng = random.Random(seed)
-    moments = make_run(folder)
-    trees = {moment: Tree(top) for moment, top in moments.items()}
+def survey(folder: Path, places: int, seed: int, kind: str = "", jobs: int = 1) -> list[Finding]:
+    """Damage ``places`` places, as many of each kind, of runs that are made below ``folder``."""
+    chosen = [place for place in (*PLACES, *FURTHER) if kind in place.kind]
+    counts = {place: len(range(number, places, len(chosen))) for number, place in enumerate(chosen)}
+    groups = [[place for place in chosen if place.moment in moments] for moments in MAKERS.values()]
+    parts = [group[start : start + _KINDS] for group in groups for start in range(0, len(group), _KINDS)]
+    work = [(folder / str(number), {place: counts[place] for place in part}, seed) for number, part in enumerate(parts)]
+    if jobs == 1:
+        return [found for part in work for found in _part(*part)]
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        done = [pool.submit(_part, *part) for part in work]
+        return [found for part in done for found in part.result()]
+
+
+def _part(folder: Path, counts: dict[Place, int], seed: int) -> list[Finding]:
+    trees = {moment: Tree(top) for moment, top in make_runs(folder, {place.moment for place in counts}).items()}
     expected: dict[tuple[str, tuple[str, ...]], tuple[Outcome, dict[str, Any]]] = {}
-    chosen = [place for place in PLACES if kind in place.kind]
     findings: list[Finding] = []
-    while len(findings) < places:
-        place = chosen[len(findings) % len(chosen)]
-        words = rng.choice(place.reads)
-        tree = trees[place.moment]
-        if (place.moment, words) not in expected:
-            outcome = _call(tree.root, words)
-            assert outcome.code == 0, outcome
-            expected[place.moment, words] = outcome, _results(tree)
-            tree.restore()
-        found = _one(tree, place, words, rng, *expected[place.moment, words])
-        if found is not None:
-            findings.append(found)
+    for place, count in counts.items():
+        rng, before = random.Random(f"{place.kind}/{seed}"), len(findings)
+        while len(findings) - before < count:
+            words = rng.choice(place.reads)
+            tree = trees[place.moment]
+            if (place.moment, words) not in expected:
+                outcome = _call(tree.root, words)
+                assert outcome.code == 0, outcome
+                expected[place.moment, words] = outcome, _results(tree)
+                tree.restore()
+            found = _one(tree, place, words, rng, *expected[place.moment, words])
+            if found is not None:
+                findings.append(found)
+        print(f"{place.kind}: {count}", flush=True)
+    shutil.rmtree(folder)
     return findings
 
 
 def _call(top: Path, words: tuple[str, ...]) -> Outcome:
-    paths = {"RUN": top / "run", "RECIPE": top / "recipe.yaml"}
-    return command(*(paths.get(word, word) for word in words))
+    return command(*words_in(words, top))
 
 
 def _one(
@@ -139,7 +170,7 @@ def _end(
     tree: Tree, place: Place, found: Outcome, usual: Outcome, results: dict[str, Any], held: dict[str, bytes | None]
 ) -> tuple[str, str]:
     if found.code == -1:
-        return "hang", f"longer than {LIMIT} s"
+        return "hang", f"longer than {LIMIT} CPU seconds"
     if found.code == 2:
         return ("named" if _names(tree.root, list(held), found.err) else "unnamed"), ""
     if found.code != 0:
