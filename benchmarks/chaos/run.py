@@ -68,6 +68,7 @@ class Finding:
         survived: Whether it ended as one that was left alone.
         why: What was wrong.
         seconds: Wall time of all attempts.
+        seed: Of the survey: what its moments were drawn from.
     """
 
     launcher: str
@@ -75,6 +76,7 @@ class Finding:
     survived: bool = True
     why: str = ""
     seconds: float = 0.0
+    seed: int = 0
 
 
 class Case:
@@ -358,17 +360,23 @@ PLACES: dict[str, Callable[[Path, random.Random], AbstractContextManager[Place |
 }
 
 
-def survey(top: Path, launcher: str, moments: int, seed: int, until: float) -> list[Finding]:
-    """Break runs under one launcher until ``moments`` deaths were died, or the clock says ``until``."""
-    rng = random.Random(f"{seed}/{launcher}")
+def survey(top: Path, launcher: str, given: argparse.Namespace, until: float) -> list[Finding]:
+    """Break runs under one launcher until enough deaths were died, or the clock says ``until``.
+
+    Each finding is added to ``given.to`` as soon as there is one: a survey that is itself cut short keeps what it saw.
+    """
+    rng = random.Random(f"{given.seed}/{launcher}")
     case = Case(top, rng)
     findings: list[Finding] = []
     with PLACES[launcher](top, rng) as place:
-        while sum(len(item.moments) for item in findings) < moments and time.time() < until:
+        while sum(len(item.moments) for item in findings) < given.moments and time.time() < until:
             run, begun = top / f"{launcher}-{len(findings)}", time.monotonic()
-            found = chain(case, run, 4) if place is None else broken(case, run, 4, place)
-            found.seconds = round(time.monotonic() - begun, 1)
+            found = chain(case, run, given.deaths) if place is None else broken(case, run, given.deaths, place)
+            found.seconds, found.seed = round(time.monotonic() - begun, 1), given.seed
             findings.append(found)
+            if given.to is not None:
+                with given.to.open("a") as file:
+                    file.write(json.dumps(asdict(found)) + "\n")
             words = ", ".join(f"{m.victim} {m.sent} in {m.stage}" for m in found.moments)
             print(
                 f"{launcher}: {'survived' if found.survived else 'LOST ' + found.why}: {words} ({found.seconds} s)",
@@ -422,6 +430,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--moments", type=int, default=100, help="Deaths under each launcher.")
     parser.add_argument("--launchers", nargs="+", choices=LAUNCHERS, default=["chain", "local"])
+    parser.add_argument("--deaths", type=int, default=8, help="At most, in one run.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=600.0, help="No new run is begun after this.")
     parser.add_argument("--to", type=Path, help="Add the findings to this JSON Lines file; nothing else is written.")
@@ -438,11 +447,8 @@ def main() -> None:
         for launcher in given.launchers:
             top = Path(folder) / launcher
             top.mkdir()
-            findings += survey(top, launcher, given.moments, given.seed, until)
+            findings += survey(top, launcher, given, until)
     print(summary(findings))
-    if given.to is not None:
-        with given.to.open("a") as file:
-            file.writelines(json.dumps(asdict(item)) + "\n" for item in findings)
     sys.exit(any(not item.survived for item in findings))
 
 

@@ -58,9 +58,10 @@ AXOLOTL = {
 """Keys of axolotl's config schema (src/axolotl/utils/schemas) that are used; its validation refuses none of them."""
 LLAMAFACTORY = {
     *("model_name_or_path", "stage", "do_train", "finetuning_type", "template", "tokenized_path", "cutoff_len", "seed"),
+    "dataset",
     *("output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "learning_rate"),
     *("lr_scheduler_type", "lr_scheduler_kwargs", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"),
-    *("max_grad_norm", "bf16", "fp16", "report_to", "warmup_ratio", "save_strategy", "logging_steps", "use_rslora"),
+    *("max_grad_norm", "bf16", "fp16", "report_to", "warmup_steps", "save_strategy", "logging_steps", "use_rslora"),
     *("disable_gradient_checkpointing", "lora_rank", "lora_alpha", "lora_dropout", "lora_target", "quantization_bit"),
     *("quantization_type",),
 }
@@ -99,7 +100,7 @@ def test_configs_have_the_keys_that_the_tools_document(home: Case, tmp_path: Pat
 
     model = ModelSettings(base="b", trainable="lora" if adapters else "language")
     train = TrainSettings(batch_size=16, micro_batch_size=4, processes=2, scheduler="cosine_with_min_lr", epochs=2)
-    job = ToolJob("a run, branch 0", "b", train, model, 7)
+    job = ToolJob("a run, branch 0", "b", train, model, 7, 100)
     axolotl = yaml.safe_load(TOOLS["axolotl"].files(job)["axolotl.yaml"])
     assert axolotl.keys() <= AXOLOTL
     assert axolotl["datasets"] == [{"path": "data/train.jsonl", "ds_type": "json", "type": None}]

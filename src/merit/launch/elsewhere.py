@@ -119,7 +119,7 @@ def kubernetes_job(handover: Handover) -> str:
         "volumeMounts": [{"name": "branch", "mountPath": "/branch"}],
     }
     failures = [
-        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]},
+        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
         {
             "action": "FailJob",
             "onExitCodes": {"containerName": "branch", "operator": "In", "values": [UserError.exit_code]},

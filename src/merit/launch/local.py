@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from merit.errors import Interrupted, MeritError
@@ -115,7 +115,7 @@ class _Running:
                     stderr=subprocess.STDOUT,
                     env=_environment(job, rank, port),
                     start_new_session=True,  # Ctrl-C reaches it only through us, and once
-                    preexec_fn=_stop_with_parent if sys.platform == "linux" else None,
+                    preexec_fn=_stops_with(os.getpid()) if sys.platform == "linux" else None,
                 )
                 for rank in range(job.processes)
             ]
@@ -180,7 +180,13 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _PR_SET_PDEATHSIG = 1
 
 
-def _stop_with_parent() -> None:
-    """In the new process: SIGTERM when the parent dies, so that a killed run leaves no trainers behind."""
-    assert _LIBC is not None
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def _stops_with(parent: int) -> Callable[[], None]:
+    """For the new process: SIGTERM when its parent dies, so that a killed run leaves no trainers behind."""
+
+    def arrange() -> None:
+        assert _LIBC is not None
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died before it could be told
+            os._exit(Interrupted.exit_code)
+
+    return arrange

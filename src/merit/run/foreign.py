@@ -52,7 +52,8 @@ def export_for_tool(session: Session, branch: BranchId, folder: Path, tool: str)
     rows = load_split(session.run / "mixture", "train").only(manifest.group)
     require_space(folder, 24 * manifest.tokens, f"branch {branch}")
     title = f"{recipe.name}, branch {branch}"
-    job = ToolJob(title, str(session.base.folder.resolve()), recipe.train, recipe.model, recipe.seed)
+    base = str(session.base.folder.resolve())
+    job = ToolJob(title, base, recipe.train, recipe.model, recipe.seed, manifest.samples)
     files = trainer.files(job)
     with building(folder) as place:
         manifest.save(place)

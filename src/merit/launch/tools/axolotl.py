@@ -47,7 +47,7 @@ def _files(job: ToolJob) -> dict[str, str]:
             "adapter": "qlora" if job.model.quantize == "4bit" else "lora",
             "load_in_4bit": job.model.quantize == "4bit",
             "lora_r": lora.rank,
-            "lora_alpha": int(lora.alpha),
+            "lora_alpha": job.alpha,
             "lora_dropout": lora.dropout,
             "peft_use_rslora": lora.rslora,
         }

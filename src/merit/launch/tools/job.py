@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -30,6 +31,7 @@ class ToolJob:
         train: The recipe's ``train``.
         model: The recipe's ``model``.
         seed: The recipe's seed.
+        samples: Rows of the branch.
     """
 
     title: str
@@ -37,6 +39,7 @@ class ToolJob:
     train: TrainSettings
     model: ModelSettings
     seed: int
+    samples: int
 
     @property
     def micro_batch(self) -> int:
@@ -61,6 +64,12 @@ class ToolJob:
         return self.train.batch_size // rows
 
     @property
+    def warmup_steps(self) -> int:
+        """Optimizer steps of warm-up, counted as transformers' trainer counts steps."""
+        steps = math.ceil(math.ceil(self.samples / self.train.batch_size) * self.train.epochs)
+        return math.ceil(self.train.warmup_ratio * steps)
+
+    @property
     def lora(self) -> bool:
         """Whether adapters are trained."""
         return self.model.trainable == "lora"
@@ -74,6 +83,21 @@ class ToolJob:
     def optimizer(self) -> str:
         """transformers' name of the optimizer."""
         return _OPTIMIZERS[self.train.optimizer]
+
+    @property
+    def alpha(self) -> int:
+        """The adapters' ``alpha``, for trainers that take whole numbers only.
+
+        Raises:
+            RecipeError: It is not one.
+        """
+        alpha = self.model.lora.alpha
+        if not alpha.is_integer():
+            raise RecipeError(
+                f"model.lora.alpha is {alpha:g}, but this trainer takes whole numbers only.",
+                "Change model.lora.alpha, or export with --format trl.",
+            )
+        return int(alpha)
 
     def arguments(self) -> dict[str, Any]:
         """Those of transformers' ``TrainingArguments`` on which its trainers agree."""

@@ -17,11 +17,12 @@ def _files(job: ToolJob) -> dict[str, str]:
         "do_train": True,
         "finetuning_type": "lora" if job.lora else "full",
         "template": "empty",  # the rows are tokenized; it would only add what the base has already
+        "dataset": "merit",  # asked for, and not read: what lies in tokenized_path takes its place
         "tokenized_path": "data",
         "cutoff_len": job.train.max_length,
         "output_dir": "output",
         **job.arguments(),
-        "warmup_ratio": job.train.warmup_ratio,
+        "warmup_steps": job.warmup_steps,  # warmup_ratio is gone from newer versions of transformers
         "save_strategy": "epoch",
         "logging_steps": 1,
     }
@@ -29,7 +30,7 @@ def _files(job: ToolJob) -> dict[str, str]:
     if job.lora:
         config |= {
             "lora_rank": lora.rank,
-            "lora_alpha": int(lora.alpha),
+            "lora_alpha": job.alpha,
             "lora_dropout": lora.dropout,
             "use_rslora": lora.rslora,
             "lora_target": "all" if lora.target_modules == "all-linear" else _comma(lora.target_modules),
