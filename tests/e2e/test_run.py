@@ -173,6 +173,8 @@ def test_stages_one_by_one_give_the_same_bits(finished: Case, merit, tmp_path: P
     ):
         result = merit(*words)
         assert result.code == 0, (words, result.err)
+        if words[0] == "check":
+            assert "optimizer steps in all" in " ".join(result.out.split())
     for k in range(2):
         mine, theirs = (weights(run / "branches" / str(k) / "model") for run in (case.run, finished.run))
         assert all(np.array_equal(mine[name], theirs[name]) for name in theirs)

@@ -342,3 +342,13 @@ def test_a_kept_set_must_not_be_named_like_a_dataset(recipe, tmp_path):
     entry = {"name": "d", "path": path}
     with pytest.raises(MixtureError, match="named d"):
         check_sources(recipe({"datasets": [entry]}, evaluate={"kept": [entry]}))
+
+
+def test_the_rows_of_an_epoch_are_counted_before_they_are_read(recipe, tmp_path):
+    for name, count in (("a", 5), ("b", 9)):
+        lines(tmp_path / "folder" / name / "train.jsonl", [ROW] * count)
+    whole = recipe({"folder": str(tmp_path / "folder"), "samples": 7})
+    assert find_datasets(whole.mixture, whole.evaluate).most_rows() == 5 + 7
+    item = {"name": "d", "path": str(tmp_path / "folder" / "b" / "train.jsonl"), "repeat": 1.5}
+    listed = recipe({"datasets": [item]})
+    assert find_datasets(listed.mixture, listed.evaluate).most_rows() == 14

@@ -25,7 +25,8 @@ def add(
     name: Annotated[str | None, typer.Option(help="Its name. Default: after the file or folder.")] = None,
     test: Annotated[str | None, typer.Option(help="Its held-out rows.")] = None,
     branch: Annotated[
-        int | None, typer.Option("--branch", metavar="K", help="Put it there, instead of where its gradient says.")
+        int | None,
+        typer.Option("--branch", metavar="K", help="Put it into this branch, instead of where its gradient says."),
     ] = None,
     own_branch: Annotated[bool, typer.Option("--own-branch", help="Make a branch for it alone.")] = False,
     evaluate: Again = False,

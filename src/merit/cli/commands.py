@@ -77,17 +77,15 @@ app = typer.Typer(
     "communication, and merge the branches once.\n\n"
     "Start with `merit demo`, or `merit init` and then `merit run recipe.yaml`.",
 )
-for _command in (
-    *whole.COMMANDS,
-    *stages.COMMANDS,
-    *diagnose.COMMANDS,
-    study.study,
-    whole.status,
-    *changes.COMMANDS,
-    *pages.COMMANDS,
-):
-    app.command()(_command)
-app.add_typer(branch, name="branch")
+for _panel, _commands in {
+    "From a recipe to a result": (*whole.COMMANDS, whole.status, pages.report, study.study),
+    "Stage by stage": stages.COMMANDS,
+    "Around a run": (*diagnose.COMMANDS, *changes.COMMANDS, pages.push),
+    "For scripts": (whole.schema,),
+}.items():
+    for _command in _commands:
+        app.command(rich_help_panel=_panel)(_command)
+app.add_typer(branch, name="branch", rich_help_panel="Around a run")
 
 
 def _version(wanted: bool) -> None:

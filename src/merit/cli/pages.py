@@ -97,6 +97,3 @@ def _require_run(folder: Path) -> None:
 
     if not (folder.is_dir() and is_run_folder(folder) and (folder / "recipe.yaml").is_file()):
         raise RecipeError(f"{folder} is not a run folder.", "Give the folder that `merit run` wrote (runs/<name>).")
-
-
-COMMANDS = (report, push)

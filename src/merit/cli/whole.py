@@ -47,7 +47,7 @@ def run(
 ) -> None:
     """Run the whole chain in one run folder; run it again to resume.
 
-    check → (prepare) → mixture → gradients → split → train (one branch per group) → merge → evaluate
+    check → (prepare) → mixture → gradients → split → train (one branch per group) → merge → evaluate → report
 
     Example: `merit run recipe.yaml --jobs 2 --set train.learning_rate=2e-5`
     """
@@ -132,7 +132,7 @@ def show_results(session: Session, *, as_json: bool) -> None:
 
 
 def init(
-    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("recipe.yaml"),
+    path: Annotated[Path, typer.Argument(metavar="[FILE]", help="File to write.")] = Path("recipe.yaml"),
     vision: Annotated[bool, typer.Option("--vision", help="For a vision-language base and rows with images.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
     as_json: AsJson = False,
@@ -236,4 +236,4 @@ def status(
         out(*report.render(folder_status(folder, recipe)))
 
 
-COMMANDS = (run, demo, init, schema, check)
+COMMANDS = (demo, init, check, run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 from collections.abc import Iterator, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -64,6 +65,26 @@ class Found:
     def everything(self) -> tuple[Source, ...]:
         """The mixture's datasets, then those that only evaluation reads."""
         return (*self.sources, *self.kept, *self.unseen)
+
+    def most_rows(self) -> int | None:
+        """Rows per epoch at most, by the files' own counts and the recipe's budgets; None where the hub would have to say.
+
+        Raises:
+            MixtureError: A file cannot be read.
+        """
+        total = 0
+        for source in self.sources:
+            part, budget = source.train, source.samples
+            if part is None:
+                continue
+            if part.hub is not None and part.cut is None:
+                if budget is None:
+                    return None
+                rows = budget
+            else:
+                rows = part.count() if budget is None else min(budget, part.count())
+            total += math.ceil(rows * source.repeat)
+        return total
 
     def check(self, rows: int | None = 8) -> list[SourceSummary]:
         """Check, without a model, that every dataset has a known format and that its first rows can be used.

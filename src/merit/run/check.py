@@ -61,7 +61,7 @@ class Plan:
         unseen: Datasets that only evaluation reads: tasks that nobody trains on.
         base: Facts about the base; None if it was not checked (offline).
         weights: Its size, counted or published; None when neither is known.
-        steps: Optimizer steps of joint training, if every dataset has a row budget; else None.
+        steps: Optimizer steps of joint training at most; None where rows are not counted and a dataset has no budget.
         preparation: Steps that make the base first.
         disk_bytes: Disk for preparation, branches, baselines, merges, the training checkpoints that exist at once and the
             images that lie in rows; None if the base's size is unknown.
@@ -155,7 +155,8 @@ def make_plan(session: Session, *, offline: bool = False) -> Plan:
     if disk is not None and not begun and not offline:
         ways_out = "Free space, use another disk (--output DIR), or train fewer branches (split.axes, baselines)."
         require_space(run, disk, "the run's files", ways_out)
-    steps = _stated_steps(recipe)
+    rows = None if offline else session.found.most_rows()
+    steps = _stated_steps(recipe) if rows is None else _steps(recipe, rows)
     return Plan(recipe, run, datasets, kept, unseen, base, weights, steps, preparation, disk, memory, tuple(notes))
 
 
@@ -309,7 +310,11 @@ def _stated_steps(recipe: Recipe) -> int | None:
     cut = any(item.split_by for item in items)  # into an unknown number
     if not rows or cut or len(rows) < len(budgets):
         return None
-    return math.ceil(recipe.train.epochs * math.ceil(sum(rows) / recipe.train.batch_size))
+    return _steps(recipe, sum(rows))
+
+
+def _steps(recipe: Recipe, rows: int) -> int:
+    return math.ceil(recipe.train.epochs * math.ceil(rows / recipe.train.batch_size))
 
 
 def check_images(session: Session, *, offline: bool) -> image_check.ImageReport:
