@@ -36,6 +36,15 @@ def test_unknown_recipe_key(case: Case, merit) -> None:
     assert not case.run.exists()
 
 
+def test_a_dataset_that_dominates_is_told_before_anything_is_trained(case: Case, merit) -> None:
+    write_rows(case.folder / "mixture" / "upper" / "train.jsonl", task_rows("upper", 900, seed=0))
+    result = merit("check", case.recipe, "--output", case.run, "--json")
+    assert result.code == 0, result.err
+    plan = json.loads(result.out)
+    assert any("upper holds" in note and "%" in note for note in plan["notes"])
+    assert plan["steps"] > 0
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

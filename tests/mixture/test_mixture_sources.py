@@ -348,7 +348,7 @@ def test_the_rows_of_an_epoch_are_counted_before_they_are_read(recipe, tmp_path)
     for name, count in (("a", 5), ("b", 9)):
         lines(tmp_path / "folder" / name / "train.jsonl", [ROW] * count)
     whole = recipe({"folder": str(tmp_path / "folder"), "samples": 7})
-    assert find_datasets(whole.mixture, whole.evaluate).most_rows() == 5 + 7
+    assert find_datasets(whole.mixture, whole.evaluate).most_rows() == {"a": 5, "b": 7}
     item = {"name": "d", "path": str(tmp_path / "folder" / "b" / "train.jsonl"), "repeat": 1.5}
     listed = recipe({"datasets": [item]})
-    assert find_datasets(listed.mixture, listed.evaluate).most_rows() == 14
+    assert find_datasets(listed.mixture, listed.evaluate).most_rows() == {"d": 14}

@@ -43,6 +43,10 @@ class SourceSummary:
     """Size of the images that lie in its rows and will be copied into the run folder, as far as metadata tell it."""
 
 
+_COUNTED = 8 * 10**9
+"""Bytes of data files up to which rows are counted before they are read."""
+
+
 @dataclass(frozen=True)
 class Found:
     """The datasets that a recipe means, before they are read.
@@ -66,13 +70,18 @@ class Found:
         """The mixture's datasets, then those that only evaluation reads."""
         return (*self.sources, *self.kept, *self.unseen)
 
-    def most_rows(self) -> int | None:
-        """Rows per epoch at most, by the files' own counts and the recipe's budgets; None where the hub would have to say.
+    def most_rows(self) -> dict[str, int] | None:
+        """Rows of each dataset per epoch, at most, by its files and the recipe's budgets; None where only the hub knows.
+
+        None, too, where the files are so large that counting would take minutes.
 
         Raises:
             MixtureError: A file cannot be read.
         """
-        total = 0
+        found: dict[str, int] = {}
+        files = {file for source in self.sources for part in source.parts for file in part.files}
+        if sum(file.stat().st_size for file in files) > _COUNTED:
+            return None
         for source in self.sources:
             part, budget = source.train, source.samples
             if part is None:
@@ -83,8 +92,8 @@ class Found:
                 rows = budget
             else:
                 rows = part.count() if budget is None else min(budget, part.count())
-            total += math.ceil(rows * source.repeat)
-        return total
+            found[source.name] = math.ceil(rows * source.repeat)
+        return found
 
     def check(self, rows: int | None = 8) -> list[SourceSummary]:
         """Check, without a model, that every dataset has a known format and that its first rows can be used.
@@ -129,7 +138,10 @@ class Found:
             MixtureError: A source is missing.
         """
         memo = {} if memo is None else memo
-        found = {}
+        found: dict[str, int] = {}
+        files = {file for source in self.sources for part in source.parts for file in part.files}
+        if sum(file.stat().st_size for file in files) > _COUNTED:
+            return None
         for source in self.everything:
             parts = {"train": source.train, "test": source.test}
             content = {split: self._content(part, source, memo) for split, part in parts.items() if part is not None}

@@ -156,7 +156,8 @@ def make_plan(session: Session, *, offline: bool = False) -> Plan:
         ways_out = "Free space, use another disk (--output DIR), or train fewer branches (split.axes, baselines)."
         require_space(run, disk, "the run's files", ways_out)
     rows = None if offline else session.found.most_rows()
-    steps = _stated_steps(recipe) if rows is None else _steps(recipe, rows)
+    steps = _stated_steps(recipe) if rows is None else _steps(recipe, sum(rows.values()))
+    notes += _notes_on_sizes(recipe, rows or {})
     return Plan(recipe, run, datasets, kept, unseen, base, weights, steps, preparation, disk, memory, tuple(notes))
 
 
@@ -204,6 +205,15 @@ def _notes_on_tests(recipe: Recipe, datasets: Sequence[SourceSummary]) -> Iterat
     if without and recipe.evaluate.heldout:
         share = f"{len(without)} of {count(len(datasets), 'dataset')}"
         yield f"not scored, for lack of held-out rows: {share}, {_list(without)}."
+
+
+def _notes_on_sizes(recipe: Recipe, rows: Mapping[str, int]) -> Iterator[str]:
+    largest, total = max(rows, key=rows.__getitem__, default=""), sum(rows.values())
+    if recipe.group_count > 1 and total and (share := rows[largest] / total) > 1.5 / recipe.group_count:
+        yield (
+            f"{largest} holds {share:.0%} of the rows, and datasets are never cut: its group is at least that large (an "
+            f"equal one has {1 / recipe.group_count:.0%}). mixture.samples or mixture.temperature evens them out."
+        )
 
 
 def _notes_on_base(opened: Base | None, weights: Weights | None, *, looked_at: bool) -> Iterator[str]:
