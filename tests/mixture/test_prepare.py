@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from merit.errors import MixtureError, RunFolderError
-from merit.mixture import EncodedDataset, load_split, read_counts
+from merit.mixture import EncodedDataset, Mixture, load_split, read_counts
 from mixture.mixture_cases import encode, prepare_mixture
 
 
@@ -126,6 +126,8 @@ def test_rows_without_target_are_dropped_and_counted(recipe, byte_level, tmp_pat
     settings = recipe({"datasets": [{"name": "d", "path": str(path)}]}, train={"max_length": 64})
     [entry] = prepare_mixture(settings, byte_level, tmp_path / "out")
     assert (entry.rows, entry.rows_dropped, entry.rows_truncated) == (2, {"no_target_after_truncation": 1}, 1)
+    said = Mixture.load(tmp_path / "out").warnings
+    assert any("train.max_length" in text and "1 row, most of them in d" in text for text in said)
     write(path, rows[1:2])
     with pytest.raises(MixtureError, match=r"Dataset d: no row .* has a target left") as caught:
         prepare_mixture(settings, byte_level, tmp_path / "again")

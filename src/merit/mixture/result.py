@@ -228,16 +228,23 @@ class Mixture:
             said.append(
                 f"cut at {length} tokens (train.max_length): {count(total, 'row')} of {count(len(cut), 'dataset')}"
             )
+        gone = {item.name: item.rows_dropped.get("no_target_after_truncation", 0) for item in self.counts}
+        if any(gone.values()):
+            most = max(gone, key=gone.__getitem__)
+            said.append(
+                f"left out, with nothing of the answer within {self.encoding.max_length} tokens (train.max_length): "
+                f"{count(sum(gone.values()), 'row')}, most of them in {most}"
+            )
         limit = self.encoding.max_share
         lossy = [item for item in self.counts if item.rows_answer_lost or item.characters_lost.get("all", 0.0) > limit]
         if lossy:
             worst = max(lossy, key=lambda item: item.characters_lost["all"])
-            gone = sum(item.rows_answer_lost for item in lossy)
+            lost = sum(item.rows_answer_lost for item in lossy)
             said.append(
                 f"the tokenizer cannot represent part of the text of {count(len(lossy), 'dataset')}: up to "
                 f"{worst.characters_lost['all']:.1%} of the characters, in {worst.name} (such as "
                 f"{worst.characters_lost_most!r})"
-                + (f"; left out, with nothing left of the answer: {count(gone, 'row')}" if gone else "")
+                + (f"; left out, with nothing left of the answer: {count(lost, 'row')}" if lost else "")
             )
         said += [f"{item.name}: {text}" for item in self.counts for text in item.warnings]
         for why, small in (("the tokenizer cannot represent their text", False), ("they have too few rows", True)):
