@@ -7,10 +7,8 @@ datasets or write anything. Offline it uses only what is on this machine: sizes 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +23,13 @@ from merit.mixture.found import SourceSummary, find_datasets, refuse_images
 from merit.mixture.template import ChatTemplate
 from merit.prepare import stage_recipe
 from merit.progress import count, size
-from merit.recipe.schema import DatasetSettings, MixtureSettings, Recipe
+from merit.recipe.schema import DatasetSettings, Recipe
 from merit.run.machines import fits
 from merit.run.merge_check import check_merge, check_patterns
 from merit.run.needs import Weights, branch_count, file_sizes, items, needs, published_weights, weigh
 from merit.run.preparation import planned_base
 from merit.run.session import Session
+from merit.run.sizes import meant, notes_on_sizes, stated_steps, steps_of
 from merit.run.status import run_status
 from merit.run.store import Stage, is_run_folder
 from merit.run.suites import check_run_suites
@@ -156,8 +155,8 @@ def make_plan(session: Session, *, offline: bool = False) -> Plan:
         ways_out = "Free space, use another disk (--output DIR), or train fewer branches (split.axes, baselines)."
         require_space(run, disk, "the run's files", ways_out)
     rows = None if offline else session.found.most_rows()
-    steps = _stated_steps(recipe) if rows is None else _steps(recipe, sum(rows.values()))
-    notes += _notes_on_sizes(recipe, rows or {})
+    steps = stated_steps(recipe) if rows is None else steps_of(recipe, sum(rows.values()))
+    notes += notes_on_sizes(recipe, rows or {})
     return Plan(recipe, run, datasets, kept, unseen, base, weights, steps, preparation, disk, memory, tuple(notes))
 
 
@@ -205,15 +204,6 @@ def _notes_on_tests(recipe: Recipe, datasets: Sequence[SourceSummary]) -> Iterat
     if without and recipe.evaluate.heldout:
         share = f"{len(without)} of {count(len(datasets), 'dataset')}"
         yield f"not scored, for lack of held-out rows: {share}, {_list(without)}."
-
-
-def _notes_on_sizes(recipe: Recipe, rows: Mapping[str, int]) -> Iterator[str]:
-    largest, total = max(rows, key=rows.__getitem__, default=""), sum(rows.values())
-    if recipe.group_count > 1 and total and (share := rows[largest] / total) > 1.5 / recipe.group_count:
-        yield (
-            f"{largest} holds {share:.0%} of the rows, and datasets are never cut: its group is at least that large (an "
-            f"equal one has {1 / recipe.group_count:.0%}). mixture.samples or mixture.temperature evens them out."
-        )
 
 
 def _notes_on_base(opened: Base | None, weights: Weights | None, *, looked_at: bool) -> Iterator[str]:
@@ -272,7 +262,7 @@ def _sources(recipe: Recipe, *, offline: bool) -> list[SourceSummary]:
     if not offline:
         return find_datasets(recipe.mixture, recipe.evaluate).check()
     mixture, evaluate = recipe.mixture, recipe.evaluate
-    listed = _meant(mixture)
+    listed = meant(mixture)
     unseen = [SourceSummary(item.name, item.path, item.test, NOT_CHECKED) for item in listed if not _here(item)]
     away = [
         SourceSummary(item.name, item.path, item.path, NOT_CHECKED, role="kept")
@@ -299,32 +289,6 @@ def _sources(recipe: Recipe, *, offline: bool) -> list[SourceSummary]:
 
 def _here(item: DatasetSettings) -> bool:
     return Path(item.path).exists() and (item.test is None or Path(item.test).exists())
-
-
-def _meant(mixture: MixtureSettings) -> list[DatasetSettings]:
-    """The listed datasets that ``include`` and ``exclude`` leave; those split further by a column are all kept."""
-
-    def wanted(name: str) -> bool:
-        return any(fnmatchcase(name, p) for p in mixture.include) and not any(
-            fnmatchcase(name, p) for p in mixture.exclude
-        )
-
-    return [item for item in mixture.datasets or [] if item.split_by or wanted(item.name)]
-
-
-def _stated_steps(recipe: Recipe) -> int | None:
-    """Maximum optimizer steps of joint training, if every dataset has a row budget."""
-    items = _meant(recipe.mixture)
-    budgets = [item.samples or recipe.mixture.samples for item in items]
-    rows = [budget for budget in budgets if budget is not None]
-    cut = any(item.split_by for item in items)  # into an unknown number
-    if not rows or cut or len(rows) < len(budgets):
-        return None
-    return _steps(recipe, sum(rows))
-
-
-def _steps(recipe: Recipe, rows: int) -> int:
-    return math.ceil(recipe.train.epochs * math.ceil(rows / recipe.train.batch_size))
 
 
 def check_images(session: Session, *, offline: bool) -> image_check.ImageReport:
@@ -365,7 +329,7 @@ def _preparation(recipe: Recipe, base: BaseFacts | None, *, offline: bool) -> tu
                 _check_length(inner, base, "train.max_length")
         except UserError as error:
             raise type(error)(f"{where}: {error.message}", *error.ways_out) from None
-        train, most = stage.train, _stated_steps(inner)
+        train, most = stage.train, stated_steps(inner)
         data = count(len(found), "dataset") if found else "unseen data"
         does = (
             f"{' + '.join(items(stage.trainable))}; {data}, {count(train.epochs, 'epoch')}, batch {train.batch_size}, "
