@@ -6,7 +6,8 @@
    L(θ(α)) − [(1 − α) L(θ(0)) + α L(θ(1))], L being the mean over datasets of the loss on fixed test rows.
 3. Joint training at the demo's rate keeps at least a quarter of the base's exact match on the kept sets.
 
-None of them compares two splits, or a merge with joint training. Writes ``benchmarks/results/demo_readiness.md``.
+None of them compares two splits, or a merge with joint training. Writes ``benchmarks/results/demo_readiness.md``; runs
+of other names or seeds that were measured before stay in the table.
 
 Example:
     merit demo --seed 0 --output runs/demo-0 && python -m benchmarks.demo.readiness runs/demo-0
@@ -16,13 +17,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
-from benchmarks.report import table, write
+from benchmarks.report import RESULTS, table, write
 
 from merit.evaluation.figures import Average
 from merit.evaluation.fixed import FixedBatches, choose_rows
@@ -151,7 +153,8 @@ def report(found: list[Readiness], command: str) -> Path:
         f"Criteria: mixture loss of the base at most {LOSS:g} nats per target token; no barrier above {BARRIER:g} nats on "
         f"any branch–branch, branch–merged or base–merged path ({len(POINTS)} points, "
         f"{ROWS} test rows per dataset, both splits; negative: every inner point lies below the chord); joint training "
-        f"keeps at least {KEPT:.0%} of the base's exact match on the kept sets."
+        f"keeps at least {KEPT:.0%} of the base's exact match on the kept sets. Rows of runs that an "
+        "earlier call measured stay."
     )
     return write(
         "demo_readiness",
@@ -162,12 +165,23 @@ def report(found: list[Readiness], command: str) -> Path:
     )
 
 
+def measured_before(names: Sequence[str]) -> list[Readiness]:
+    """What the last result says of runs that are not measured now."""
+    file = RESULTS / "demo_readiness.json"
+    if not file.is_file():
+        return []
+    known = {field.name for field in fields(Readiness)}
+    runs = [{key: value for key, value in run.items() if key in known} for run in json.loads(file.read_text())["runs"]]
+    return [Readiness(**run) for run in runs if run["name"] not in names]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="finished runs of merit demo")
     runs = parser.parse_args().runs
     torch.set_num_threads(1)
     found = [measure(run) for run in runs]
+    found = [*measured_before([item.name for item in found]), *found]
     print(report(found, f"python -m benchmarks.demo.readiness {' '.join(run.name for run in runs)}").read_text())
 
 
