@@ -1,6 +1,6 @@
 """Do finer splits fail first at small learning rates? Joint against 1D, 2D and 3D with SGD at five rates (F.1 step 6).
 
-    python -m benchmarks.diagnostics.sgd_sweep [--base longer] [--write]
+    python -m benchmarks.diagnostics.sgd_sweep [--base longer] [--rates 0.01 0.1] [--write]
 
 Base and mixture of :mod:`benchmarks.diagnostics.probe`; one epoch, one seed; held-out loss (nats per target token), a mean
 over datasets.
@@ -30,6 +30,7 @@ SPLITS = {"joint": ("joint", 1), "1D": ("pca", 1), "2D": ("pca", 2), "3D": ("pca
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="longer", choices=list(BASES))
+    parser.add_argument("--rates", nargs="+", type=float, default=list(RATES))
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/sgd_sweep.json and .md")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -40,7 +41,7 @@ def main() -> None:
         related = write_mixture(root / "related", "of: {}", 200, 4)
         mixture = write_mixture(root / "mixture", "{}", 192, 12)
         base = write_base(root / "base", BASES[args.base], related)
-        for rate in RATES:
+        for rate in args.rates:
             for name, (method, axes) in SPLITS.items():
                 recipe = {
                     "name": "x",
@@ -64,20 +65,24 @@ def main() -> None:
                 losses.setdefault(f"{rate:g}", {})[name] = held_out_loss(session, "merged")
                 losses[f"{rate:g}"]["base"] = held_out_loss(session, "base")
                 print(rate, name, losses[f"{rate:g}"], flush=True)
+    report(losses, args.base, f"{time.process_time() - started:.0f} CPU seconds", write=args.write)
+
+
+def report(losses: dict[str, dict[str, float]], base: str, cost: str, *, write: bool) -> None:
+    """Print the table; with ``write``, also keep it."""
     facts = machine()
     rows = [[rate, *(f"{found[name]:.3f}" for name in ("base", *SPLITS))] for rate, found in losses.items()]
     lines = [
         "# SGD at five learning rates: joint, 1D, 2D, 3D",
         "",
-        f"`python -m benchmarks.diagnostics.sgd_sweep --base {args.base} --write` on {facts['date']}, {facts['cores']} CPU "
-        f"cores, {time.process_time() - started:.0f} CPU seconds. Held-out loss, mean over 12 datasets (nats per "
-        "target token); one epoch, one seed, a tiny Llama.",
+        f"`python -m benchmarks.diagnostics.sgd_sweep --base {base} --write` on {facts['date']}, {facts['cores']} CPU "
+        f"cores, {cost}. Held-out loss, mean over 12 datasets (nats per target token); one epoch, one seed, a tiny Llama.",
         "",
         table(["rate", "base", *SPLITS], rows),
         "",
     ]
     print("\n".join(lines))
-    if args.write:
+    if write:
         (RESULTS / "sgd_sweep.md").write_text("\n".join(lines))
         (RESULTS / "sgd_sweep.json").write_text(json.dumps({"machine": facts, "losses": losses}, indent=1))
 

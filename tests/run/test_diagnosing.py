@@ -135,6 +135,11 @@ def test_a_run_without_branches_is_told_what_to_do(case: Case, merit: Any) -> No
     result = merit("diagnose", case.run)
     assert result.code == 2
     assert "is not split yet" in result.err
+    merit("run", case.recipe, "--output", case.run, "--until", "split", "--quiet", "--set", "split.method=random")
+    result = merit("diagnose", case.run)
+    assert result.code == 2
+    assert "diagnose: branches 0, 1 of 2 not trained yet" in result.err
+    assert "merge: " not in result.err
 
 
 def test_a_recipe_is_probed_before_it_is_trained(case: Case, merit: Any) -> None:

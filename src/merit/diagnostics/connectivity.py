@@ -111,9 +111,10 @@ def measure(lab: Lab) -> Connectivity:
         ci = resampled(lambda values: barrier(values, alphas), sums, counts, lab.subject.seed)
         paths.append(Path(a, b, tuple(map(float, losses)), height, ci, height / float(losses[[0, -1]].mean())))
     worst = max(paths, key=lambda path: path.relative)
+    count = f"{len(paths)} path{'s' if len(paths) > 1 else ''}"
     reason = (
-        f"largest barrier of {len(paths)} paths: {worst.barrier:.4f} nats per token ({worst.relative:.1%} of the ends' "
-        f"loss), {worst.start} to {worst.end}"
+        f"largest barrier of {count}: {worst.barrier:.4f} nats per token ({worst.relative:.1%} of the ends' loss), "
+        f"{worst.start} to {worst.end}"
     )
     verdict = graded(worst.relative, READY, DOUBTFUL)
     return Connectivity(verdict, reason, tuple(map(float, alphas)), tuple(paths), len(counts))

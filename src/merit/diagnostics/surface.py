@@ -119,7 +119,7 @@ def measure(lab: Lab) -> Surface:
     reason = (
         f"inside the hull of {len(places)} models the loss rises at most {ridge:.1%} above the highest model"
         if len(places) > 1
-        else f"only the base is known; the loss on the grid is {losses.min():.3f} to {losses.max():.3f} nats per token"
+        else f"fewer than two branches; around the base the loss is {losses.min():.3f} to {losses.max():.3f} nats per token"
     )
     return Surface(
         graded(ridge, READY, DOUBTFUL) if len(places) > 1 else "doubtful",

@@ -14,10 +14,11 @@ from merit.conflict.result import Geometry
 from merit.diagnostics.lab import Lab, Subject
 from merit.diagnostics.registry import DIAGNOSTICS, chosen, lacks
 from merit.diagnostics.result import Diagnosis
-from merit.errors import RecipeError
+from merit.errors import RecipeError, RunFolderError
 from merit.files import write_json
 from merit.mixture import load_split, read_counts
 from merit.run import key
+from merit.run.branches import branch_stages
 from merit.run.evaluating import find_models
 from merit.run.merging import choose_branches
 from merit.run.scope import Scope
@@ -103,7 +104,17 @@ def _step(session: Session, lab: Lab, name: str, models: Mapping[str, str]) -> S
 def _subject(session: Session) -> tuple[Subject, dict[str, str]]:
     """The run's models and rows, checked, and the content of each."""
     scope = session.scope
-    taking, _ = choose_branches(session, scope, key.left_out(scope), False)
+    excluded = key.left_out(scope)
+    stages = branch_stages(session, scope)
+    missing = [k for k, stage in stages.items() if k not in excluded and not stage.is_done()]
+    if missing:
+        few = "branch" if len(missing) == 1 else "branches"
+        raise RunFolderError(
+            f"diagnose: {few} {', '.join(map(str, missing))} of {len(stages)} not trained yet in {scope.root / 'branches'}.",
+            f"Train what is missing (`merit train {session.run} --branch {missing[0]}`), or merge the others "
+            f"(`merit merge {session.run} --allow-missing`): the diagnostics are then of those.",
+        )
+    taking, _ = choose_branches(session, scope, excluded, False)
     trained = {k: BranchResult.load(stage.path) for k, stage in taking.items()}
     found, _ = find_models(session)
     models = {f"branch-{k}": key.model_content(stage) for k, stage in taking.items()}

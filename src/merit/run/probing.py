@@ -33,7 +33,8 @@ def probe_recipe(session: Session, mixture: Mixture, split: Split) -> Probe:
     """
     if len(split.groups) < 2:
         raise RecipeError(
-            "diagnose --probe: the split has one group; there is nothing to merge.", "Use split.axes ≥ 1."
+            "diagnose --probe: the split has one group; there is nothing to merge.",
+            "Set a split.method other than joint, or more than one of split.groups.",
         )
     inputs = {"base": session.base.fingerprint, **{f"{key.ROWS}{n}": v for n, v in mixture.fingerprints.items()}}
     inputs["split"] = Stage("split", session.run / "split").record().outputs["split.json"].xxh3
