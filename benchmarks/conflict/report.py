@@ -17,7 +17,7 @@ def report(found: dict[str, Any]) -> str:
     parts = [
         f"""# Conflict engine: measured
 
-`{COMMAND}`
+`{COMMAND}{f" --rows {found['rows']}" if "rows" in found else ""}`
 
 {m["date"]}; {m["cpus"]} CPU cores, no GPU, {m["memory_gib"]} GiB; Python {m["python"]}, torch {m["torch"]}, transformers
 {m["transformers"]}, NumPy {m["numpy"]}; one thread unless said. The cores were shared with other work, so times are CPU

@@ -104,6 +104,7 @@ def main() -> None:
         elif part == "memory":
             found["memory"] = memory_part(given.work)
         elif part == "blocks":
+            found["rows"] = given.rows
             blocks.measure_blocks(recipe, given.work, given.rows, given.jobs)
         elif part == "fidelity":
             found["fidelity"] = fidelity.fidelity(given.work, layout_of(recipe))
