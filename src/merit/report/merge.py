@@ -38,7 +38,7 @@ def render(result: MergeResult) -> list[RenderableType]:
 
 
 def _share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2%}"
+    return "–" if value is None else f"{100 * value:.3g}%"
 
 
 def _curve(search: ScaleSearch) -> list[RenderableType]:

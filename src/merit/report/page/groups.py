@@ -17,6 +17,7 @@ def build(data: RunData) -> Html:
         return section("groups", "Groups", paragraph("The mixture is not split yet."))
     counts = {item.name: item for item in data.counts}
     rows: list[Row] = []
+    shared: list[Row] = []
     samples, tokens = [], []
     for k, group in enumerate(split.groups):
         known = [counts[name] for name in group if name in counts]
@@ -38,22 +39,12 @@ def build(data: RunData) -> Html:
                 number(targets / samples[-1][1] if samples[-1][1] else None, "{:,.1f}"),
                 number(inside),
                 number(across),
-                _typical(data.geometry, group) or "–",
-                Cell(join(members), group[0]),
             ]
         )
+        shared.append([Cell(f"group {k}", k), _typical(data.geometry, group) or "–", Cell(join(members), group[0])])
     header = (
-        *(
-            "group",
-            "datasets",
-            "rows",
-            "tokens",
-            "target tokens",
-            "target tokens per row",
-            "cosine within",
-            "cosine across",
-        ),
-        *("most typical", "members"),
+        *("group", "datasets", "rows", "tokens", "target tokens", "target tokens per row", "cosine within"),
+        "cosine across",
     )
     parts = [
         paragraph(
@@ -62,6 +53,7 @@ def build(data: RunData) -> Html:
             "cosine to the others."
         ),
         table("groups-table", "The groups", header, rows),
+        table("members", "Members of the groups", ("group", "most typical", "members"), shared),
     ]
     if split.open:
         parts.append(paragraph("? Another calibration sample may move this dataset to another group.", class_="small"))

@@ -61,10 +61,10 @@ def _displacements(data: RunData, merge: MergeResult) -> Html:
     for other in data.methods[1:]:
         if other.merge is not None and other.merge.displacements is not None:
             models.append((other.name, other.merge.displacements, other.merge.displacements.merged))
-    rows: list[Row] = [[name, number(norm, "{:.4g}"), number(m.relative(norm), "{:.2%}")] for name, m, norm in models]
+    rows: list[Row] = [[name, number(norm, "{:.4g}"), _share(m.relative(norm))] for name, m, norm in models]
     items = [(name, 100 * (m.relative(norm) or 0.0)) for name, m, norm in models]
     title = "How far the models lie from the base"
-    drawing = charts.bars(title, items, "‖θ − θ0‖ in percent of ‖θ0‖", form="{:.2f}")
+    drawing = charts.bars(title, items, "‖θ − θ0‖ in percent of ‖θ0‖", form="{:.3g}")
     rest = own.rest(merge.weights)
     said = "" if rest is None else f"The merge lies {rest:.2f} × as far out as its branches (their root mean square)"
     joint = next((norm for name, _, norm in models if name == "joint"), None)
@@ -74,6 +74,10 @@ def _displacements(data: RunData, merge: MergeResult) -> Html:
     return join(
         [figure("displacements", title, drawing, f"{said}." if said else None), table("moved", title, header, rows)]
     )
+
+
+def _share(value: float | None) -> Cell:
+    return number(None) if value is None else Cell(f"{100 * value:.3g}%", value)
 
 
 def _scale(merge: MergeResult) -> Html:
