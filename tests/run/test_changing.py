@@ -79,6 +79,7 @@ def test_added_and_removed_again_every_branch_is_as_it_was(run: Path) -> None:
     k = statement["branch"]
     assert statement["scores"] is not None
     assert "double" in statement["group"]
+    assert statement["seconds"] > 0
     assert "double" in read(run / "split/split.json")["groups"][k]
     assert statement["unchanged"] == {f"branches/{1 - k}": records[1 - k]}
     assert statement["retrained"][f"branches/{k}"][0] == records[k]

@@ -346,7 +346,7 @@ def _state(run: Path, change: Change, groups: list[list[str]]) -> Statement:
     folders = sorted(change.before.keys() | after.keys())
     pairs = {folder: (change.before.get(folder), after.get(folder)) for folder in folders}
     gone = change.kind == "remove" and change.new
-    facts = {} if gone else Stage("branch", run / "branches" / str(change.branch)).record().facts
+    branch = None if gone else Stage("branch", run / "branches" / str(change.branch)).record()
     return Statement(
         kind=change.kind,
         dataset=change.dataset,
@@ -358,7 +358,7 @@ def _state(run: Path, change: Change, groups: list[list[str]]) -> Statement:
         retrained={folder: pair for folder, pair in pairs.items() if pair[0] != pair[1]},
         unchanged={folder: old for folder, (old, new) in pairs.items() if old is not None and old == new},
         group=[] if gone else groups[change.branch],
-        target_tokens=int(facts.get("target_tokens", 0)),
-        seconds=float(facts.get("seconds", 0.0)),
+        target_tokens=int(branch.facts.get("target_tokens", 0)) if branch else 0,
+        seconds=branch.seconds if branch else 0.0,
         sentences=sentences(change, change.before, after, len(groups)),
     )
