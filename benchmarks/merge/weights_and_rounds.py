@@ -6,14 +6,14 @@ For every seed: joint training, and a conflict-aware (pca) and a random split in
 rounds, all at the same budget of rows. The branches of R = 1 are also merged with other fixed weights and with searched
 ones; the joint model gets WiSE-FT's α by the same search with the same number of points. Every figure is measured on rows
 that chose nothing. Seeds that are done are kept in the output, so that a run can be stopped and gone on with. Writes
-benchmarks/results/merge_weights_and_rounds.json, .md and .png (matplotlib: extra plots).
+benchmarks/results/NAME.json, .md and .png (matplotlib: extra plots).
 
 Everything happens in one process and in memory: gradients, split, row order, learning rates, loss, optimizer and search are
 the package's own; the loop around them is written here, without checkpoints and files, which would take most of the time for
 budgets as small as these. For the first seed one branch is also trained by ``merit.train_branch`` and compared.
 
-Kept at equal learned: along the line θ0 + λ τ of every model, the kept loss where the learned loss has fallen by 50, 75 and
-90 % of what joint training learns (α = 1); interpolated between measured λ, never where the line does not get there.
+Kept at equal learned: along the line θ0 + λ τ of every model, the kept loss where the learned loss has fallen by 20, 50, 75
+and 90 % of what joint training learns (α = 1); interpolated between measured λ, never where the line does not get there.
 """
 
 from __future__ import annotations
@@ -59,11 +59,10 @@ from merit.train.branch import train_branch
 from merit.train.optimizers import make_optimizer, make_schedule
 from merit.train.rounds import Round
 
-OUT = RESULTS / "merge_weights_and_rounds"
 SETTINGS = ("rows", "batch", "rate", "measured", "evaluations", "examples")
 ROUNDS = (1, 2, 4, 8)
 SCALES = (0.25, 0.5, 0.75, 1.0)
-LEVELS = (0.5, 0.75, 0.9)
+LEVELS = (0.2, 0.5, 0.75, 0.9)
 FIXED = ("tokens", "target_tokens", "samples", "uniform")
 State = dict[str, torch.Tensor]
 
@@ -334,7 +333,7 @@ def write(seeds: list[dict[str, Any]], words: argparse.Namespace) -> None:
         "# Merge weights and rounds on the text demo's mixture",
         "",
         f"`OMP_NUM_THREADS=1 python benchmarks/merge/weights_and_rounds.py --seeds {len(seeds)} "
-        + " ".join(f"--{name} {getattr(words, name):g}" for name in SETTINGS)
+        + " ".join(f"--{name} {getattr(words, name)}" for name in (*SETTINGS, "name"))
         + "`",
         "",
         f"{len(seeds)} seeds; {words.rows} training rows per dataset, one epoch in batches of {words.batch}, peak rate "
@@ -374,14 +373,15 @@ def write(seeds: list[dict[str, Any]], words: argparse.Namespace) -> None:
         found = [f"λ {s[name]['scale']:.2f}, w {', '.join(f'{w:.2f}' for w in s[name]['weights'])}" for s in searches]
         lines.append(f"- {name}: {'; '.join(found)}")
     lines += ["", f"{host['cores']} cores ({host['cpu']}), {host['memory_gib']} GiB; {datetime.date.today()}.", ""]
-    OUT.with_suffix(".md").write_text("\n".join(lines))
+    out = RESULTS / words.name
+    out.with_suffix(".md").write_text("\n".join(lines))
     settings = {name: getattr(words, name) for name in SETTINGS}
     values = {"date": str(datetime.date.today()), "machine": host, "settings": settings, "seeds": seeds}
-    OUT.with_suffix(".json").write_text(json.dumps(values, indent=2) + "\n")
-    plot(seeds)
+    out.with_suffix(".json").write_text(json.dumps(values, indent=2) + "\n")
+    plot(seeds, out.with_suffix(".png"))
 
 
-def plot(seeds: list[dict[str, Any]]) -> None:
+def plot(seeds: list[dict[str, Any]], file: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -407,7 +407,7 @@ def plot(seeds: list[dict[str, Any]]) -> None:
     axes[0].set_ylabel("kept (loss on kept sets) ↓")
     figure.suptitle(f"Means of {len(seeds)} seeds; lines: λ from 0 (base) to 1")
     figure.tight_layout()
-    figure.savefig(OUT.with_suffix(".png"), dpi=110)
+    figure.savefig(file, dpi=110)
 
 
 def main() -> None:
@@ -421,12 +421,14 @@ def main() -> None:
     )
     parser.add_argument("--evaluations", type=int, default=20, help="Points per search.")
     parser.add_argument("--examples", type=int, default=6, help="Calibration examples per dataset.")
+    parser.add_argument("--name", default="merge_weights_and_rounds", help="Of the files in benchmarks/results.")
     words = parser.parse_args()
     torch.set_num_threads(1)
     settings = {name: getattr(words, name) for name in SETTINGS}
     seeds: list[dict[str, Any]] = []
-    if OUT.with_suffix(".json").is_file():
-        stored = json.loads(OUT.with_suffix(".json").read_text())
+    file = RESULTS / f"{words.name}.json"
+    if file.is_file():
+        stored = json.loads(file.read_text())
         seeds = stored["seeds"] if stored["settings"] == settings else []
     with tempfile.TemporaryDirectory() as place:
         data = Data.of(Path(place))
