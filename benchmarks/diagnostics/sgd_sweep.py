@@ -73,10 +73,11 @@ def report(losses: dict[str, dict[str, float]], base: str, cost: str, *, write: 
     facts = machine()
     rows = [[rate, *(f"{found[name]:.3f}" for name in ("base", *SPLITS))] for rate, found in losses.items()]
     lines = [
-        "# SGD at five learning rates: joint, 1D, 2D, 3D",
+        f"# SGD at {len(losses)} learning rates: joint, 1D, 2D, 3D",
         "",
-        f"`python -m benchmarks.diagnostics.sgd_sweep --base {base} --write` on {facts['date']}, {facts['cores']} CPU "
-        f"cores, {cost}. Held-out loss, mean over 12 datasets (nats per target token); one epoch, one seed, a tiny Llama.",
+        f"`python -m benchmarks.diagnostics.sgd_sweep --base {base} --rates {' '.join(losses)} --write` on {facts['date']}, "
+        f"{facts['cores']} CPU cores, {cost}. Held-out loss, mean over 12 datasets (nats per target token); one epoch, one "
+        "seed, a tiny Llama.",
         "",
         table(["rate", "base", *SPLITS], rows),
         "",

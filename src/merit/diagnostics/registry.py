@@ -80,7 +80,8 @@ def lacks(name: str, subject: Subject) -> str:
     """What a diagnostic needs and the subject does not have, in words; empty if it can be made."""
     entry = DIAGNOSTICS[name]
     if len(subject.branches) < entry.branches:
-        return f"it needs {entry.branches} branches or more, there are {len(subject.branches)}"
+        few = "a branch" if entry.branches == 1 else f"{entry.branches} branches or more"
+        return f"it needs {few}, there are {len(subject.branches)}"
     if len(subject.train) < entry.datasets:
         return f"it needs {entry.datasets} datasets or more, there are {len(subject.train)}"
     if entry.test and not any(len(dataset) for dataset in subject.test.values()):
