@@ -7,8 +7,9 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class Nodes:
         """Lose a node, with all that runs on it, and get another."""
         node = rng.choice(sorted(self.cluster.worker_nodes, key=lambda node: node.node_id))
         self.cluster.remove_node(node, allow_graceful=False)
-        patiently(lambda: self.cluster.add_node(num_cpus=1))
+        self.cluster.add_node(num_cpus=1)
 
     def kill_worker(self, rng: random.Random, trainers: list[psutil.Process]) -> bool:
         """Kill the Ray worker that watches a trainer."""
@@ -45,34 +46,46 @@ class Nodes:
         return False
 
 
-def patiently(make: Callable[[], Any]) -> Any:
-    """Start a node; on a busy machine one may take longer than the half minute that Ray gives it."""
-    before = {child.pid for child in psutil.Process().children(recursive=True)}
-    for attempt in range(6):
-        try:
-            return make()
-        except Exception:
-            for child in psutil.Process().children(recursive=True):
-                if child.pid not in before:  # what the failed start left behind
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        child.kill()
-            if attempt == 5:
-                raise
-    return None
+_PATIENCE = {
+    "RAY_agent_register_timeout_ms": "600000",
+    "RAY_worker_register_timeout_seconds": "600",
+    "RAY_health_check_timeout_ms": "60000",
+}
+"""On a busy machine Python starts slowly; none of this is waited for after a kill, which breaks a connection."""
+
+
+def _be_patient(seconds: float = 600.0) -> None:
+    """Ray gives a node half a minute to come up, whatever the machine; wait as long as it takes."""
+    services = import_module("ray._private.services")
+    ask = services.get_node
+
+    def get_node(*words: Any) -> Any:
+        until = time.monotonic() + seconds
+        while True:
+            try:
+                return ask(*words)
+            except RuntimeError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.5)
+
+    services.get_node = get_node
 
 
 @contextlib.contextmanager
 def cluster(folder: Path) -> Iterator[Nodes]:
     """Three nodes: one that only keeps house, and two of one CPU."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.setdefault("RAY_agent_register_timeout_ms", "600000")  # a raylet gives up when its agent starts slowly
+    for name, value in _PATIENCE.items():
+        os.environ.setdefault(name, value)
     from ray.cluster_utils import Cluster
 
     folder.mkdir(parents=True, exist_ok=True)
-    made = patiently(lambda: Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}))
+    _be_patient()
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         for _ in range(2):
-            patiently(lambda: made.add_node(num_cpus=1))
+            made.add_node(num_cpus=1)
         yield Nodes(made, made.address)
     finally:
         made.shutdown()

@@ -418,7 +418,7 @@ def sum_up(file: Path) -> None:
     findings = [Finding(**{**item, "moments": [Moment(**moment) for moment in item["moments"]]}) for item in found]
     text = (
         f"{summary(findings)}\n\n{sum(item.seconds for item in findings) / 60:.0f} minutes in all. FILE was filled by "
-        "several calls with `--to FILE`, launcher by launcher; their other options are not recorded."
+        "several calls with `--to FILE`, launcher by launcher; the seed of each run is in the JSON, where it was kept."
     )
     command = "python -m benchmarks.chaos.run --sum-up FILE"
     write("chaos", "Runs that were killed at random moments", command, text, {"findings": found})
