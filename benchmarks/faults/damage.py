@@ -33,6 +33,11 @@ class Tree:
         facts = path.stat()
         return facts.st_size, facts.st_mtime_ns, facts.st_ino
 
+    def with_links(self, names: Sequence[str]) -> list[str]:
+        """These files, and those that were the same file under another name."""
+        numbers = {self._facts[name][2] for name in names}
+        return [*names, *(name for name, facts in self._facts.items() if facts[2] in numbers and name not in names)]
+
     def changed(self, suspects: Sequence[str] = ()) -> dict[str, bytes | None]:
         """Files whose content is other than it was, with what they hold; None: no longer there. New ones are among them.
 

@@ -46,7 +46,7 @@ PLACES = (
     Place("shared cache of gradients", "cached", ("cache/*",), (GRADIENTS,), unread=True),
     Place("LoRA: adapters and configs", "lora", ("run/branches/*/model/*",), (MERGE, CHAIN)),
     Place("LoRA: merged model", "lora", ("run/merged/**/*",), (MERGE, EVALUATE)),
-    Place("rounds: records and logs", "rounds", ("run/rounds/*/**/*.json*",), (CHAIN, MERGE)),
+    Place("rounds: what the last one left", "rounds", ("run/rounds/*/**/*.json*",), (CHAIN, MERGE), unread=True),
     Place(
         "rounds: branches to be merged", "open", ("run/rounds/1/branches/*/*/*",), (("merge", "RUN", "--round", "1"),)
     ),
@@ -60,7 +60,13 @@ PLACES = (
     Place("search of weights, gone on with", "searching", ("run/.searched.search.jsonl",), (SEARCH,), unread=True),
     Place("change of a dataset, gone on with", "adding", ("run/change.json",), (ADD,)),
     Place("first split and statements", "added", ("run/split/*", "run/changes/*"), (REMOVE,), unread=True),
-    Place("exported branch", "exported", ("run/*.json", "run/*.yaml", "run/split/*", "run/mixture/**/*"), (TRAIN_OUT,)),
+    Place(
+        "exported branch",
+        "exported",
+        ("run/*.json", "run/*.yaml", "run/split/*", "run/mixture/**/*"),
+        (TRAIN_OUT,),
+        unread=True,
+    ),
     Place("exported branch, taken back", "returned", ("out/branch.json", "out/branch/**/*"), (IMPORT,), unread=True),
     Place("preparation: joined and trained models", "prepared", ("run/preparation/**/*",), (PREPARE, CHAIN)),
     Place("preparation: the base made", "prepared", ("run/prepared/**/*",), (PREPARE, CHAIN, SPLIT, MERGE)),

@@ -15,6 +15,7 @@ import collections
 import json
 import multiprocessing
 import random
+import re
 import shutil
 import tempfile
 import time
@@ -28,6 +29,7 @@ from benchmarks.faults.case import PLACES, Place, files_of, words_in
 from benchmarks.faults.damage import FAULTS, Tree, damage
 from benchmarks.faults.further import MAKERS, make_runs
 from benchmarks.faults.further import PLACES as FURTHER
+from benchmarks.report import RESULTS, table, write
 
 ENDS = ("named", "healed", "harmless", "unnamed", "silent", "traceback", "hang")
 BAD = ENDS[3:]
@@ -44,13 +46,22 @@ _PASSING = {
         "retrained",
         "unchanged",
         "before",
+        "memory",
     ),
 }
 """Keys of files that another attempt at the same result may write otherwise."""
 
 _KINDS = 9
 """Kinds of one run that are damaged in one process."""
-_NO_RESULT = (".lock", "progress.json", ".hashes.json", ".merit", "recipe.yaml")
+_NO_RESULT = (".lock", "progress.json", ".hashes.json", ".merit", "recipe.yaml", "report.html")
+_CALLED = {
+    "base/": ("input.base", "input.tokenizer"),
+    "vlm/": ("input.vision_from",),
+    "lm/": ("input.languagemodel", "input.tokenizer"),
+    "align/": ("sourceofalign-data", "sourceofinstruct-data"),
+}
+"""How the messages call what lies outside the run folder, by its folder."""
+_TIMES = re.compile(r"\d[\d.,]* (s|min|h)\b")
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--places", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kind", default="", help="Only kinds whose name holds this.")
+    parser.add_argument("--kind", default="", help="Only kinds whose name holds this, or one of these, with commas.")
+    parser.add_argument("--again", action="store_true", help="Put --kind's findings in place of the last whole run's.")
     parser.add_argument("--jobs", type=int, default=1, help="Processes; the places are the same.")
     parser.add_argument("--no-write", action="store_true", help="Print only.")
     given = parser.parse_args()
@@ -88,27 +100,42 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="merit-faults-") as folder:
         findings = survey(Path(folder), given.places, given.seed, given.kind, given.jobs)
     seconds = time.monotonic() - started
+    words = f"python -m benchmarks.faults.run --places {given.places} --seed {given.seed}"
+    notes, again = "", set[str]()
+    if given.again:
+        last = json.loads((RESULTS / "faults.json").read_text(encoding="utf-8"))
+        made = {item.kind for item in findings}
+        findings = [
+            found for found in (Finding(**item) for item in last["findings"]) if found.kind not in made
+        ] + findings
+        words, seconds = f"{words}, then with --again", seconds + last["seconds"]
+        again = made | set(last.get("again", ()))
+        notes = f" Run again on a later version: {', '.join(sorted(again))}."
     text = summary(findings)
     print(text)
     for item in findings:
         if item.end in BAD:
             print(f"\n{item.end}: {item.kind}, {item.fault} of {item.file}, {item.words}\n{item.said}")
     if not given.no_write:
-        from benchmarks.report import write
-
         write(
             "faults",
             "Damage at random places of a run",
-            f"python -m benchmarks.faults.run --places {given.places} --seed {given.seed}",
-            f"{text}\n\n{len(findings)} places in {seconds:.0f} s. Columns: see benchmarks/faults/run.py.",
-            {"places": len(findings), "seconds": round(seconds, 1), "findings": [asdict(item) for item in findings]},
+            words,
+            f"{text}\n\n{len(findings)} places in {seconds:.0f} s.{notes} Columns: see benchmarks/faults/run.py.",
+            {
+                "places": len(findings),
+                "seconds": round(seconds, 1),
+                "again": sorted(again),
+                "findings": [asdict(item) for item in findings],
+            },
         )
 
 
 def survey(folder: Path, places: int, seed: int, kind: str = "", jobs: int = 1) -> list[Finding]:
     """Damage ``places`` places, as many of each kind, of runs that are made below ``folder``."""
-    chosen = [place for place in (*PLACES, *FURTHER) if kind in place.kind]
-    counts = {place: len(range(number, places, len(chosen))) for number, place in enumerate(chosen)}
+    every = (*PLACES, *FURTHER)
+    counts = {place: len(range(number, places, len(every))) for number, place in enumerate(every)}
+    chosen = [place for place in every if any(word in place.kind for word in kind.split(","))]
     groups = [[place for place in chosen if place.moment in moments] for moments in MAKERS.values()]
     parts = [group[start : start + _KINDS] for group in groups for start in range(0, len(group), _KINDS)]
     work = [(folder / str(number), {place: counts[place] for place in part}, seed) for number, part in enumerate(parts)]
@@ -153,12 +180,12 @@ def _one(
     touched = damage(path, fault, rng, files)
     if touched is None:
         return None
-    names = [file.relative_to(tree.root).as_posix() for file in touched]
+    names = tree.with_links([file.relative_to(tree.root).as_posix() for file in touched])
     held = {name: _content(tree.root / name) for name in names}
     found = _call(tree.root, words)
     end, why = _end(tree, place, found, usual, results, held)
     tree.restore(names)
-    said = (found.err[-1500:] if end in BAD else "") + why
+    said = ((found.err[-1500:] if end in BAD else "") + why).replace(str(tree.root), place.moment)
     return Finding(place.kind, fault, names[0], " ".join(words), end, said)
 
 
@@ -175,12 +202,13 @@ def _end(
         return ("named" if _names(tree.root, list(held), found.err) else "unnamed"), ""
     if found.code != 0:
         return "traceback", f"exit {found.code}"
-    if found.out != usual.out and _names(tree.root, list(held), found.out + found.err):
+    same = _TIMES.sub("", found.out) == _TIMES.sub("", usual.out)
+    if not same and _names(tree.root, list(held), found.out + found.err):
         return "named", ""
     now = _results(tree)
     kept = {name for name in held if _keeps(tree, name, held[name], results)}
     wrong = sorted(name for name in {*results, *now} - kept if results.get(name) != now.get(name))
-    if wrong or found.out != usual.out:
+    if wrong or not same:
         return "silent", f"other than without damage: {', '.join(wrong) or 'what it printed'}"
     lasting = {name for name in kept if not _same_json(held[name], tree.files[name])}
     if lasting and not place.unread:
@@ -215,11 +243,11 @@ def _names(root: Path, names: list[str], said: str) -> bool:
         ]
         if any(str(item) in flat for item in (path, *folders)):
             return True
-        if name.startswith("base/") and ("input.base" in flat or "input.tokenizer" in flat):
+        if any(name.startswith(folder) and any(word in flat for word in words) for folder, words in _CALLED.items()):
             return True
         if name.startswith("mixture/") and f"sourceof{path.parent.name}" in flat:
             return True
-        if path.name == "recipe.yaml" and str(path.parent) in flat:
+        if path.parent == root / "run" and str(path.parent) in flat:
             return True
     return False
 
@@ -255,8 +283,6 @@ def _lasting(value: Any) -> Any:
 
 def summary(findings: list[Finding]) -> str:
     """Two tables: by kind of file, and by fault."""
-    from benchmarks.report import table
-
     parts = []
     for title, key in (("file", "kind"), ("fault", "fault")):
         counts: dict[str, collections.Counter[str]] = {}

@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+from tests import builders
 
 from merit.errors import MixtureError, RunFolderError
 from merit.recipe.load import parse_recipe
 from merit.report.terminal import Terminal
 from merit.run.scope import Scope, recipe_of, scopes_of
 from merit.run.session import HASHES, Session
-from merit.run.store import claim
+from merit.run.store import Stage, claim
 
 
 def session(tmp_path: Path, **more: object) -> Session:
@@ -50,6 +51,18 @@ def test_a_base_to_be_prepared_is_asked_for(tmp_path: Path) -> None:
     assert not opened.base_stands
     with pytest.raises(RunFolderError, match="not prepared yet"):
         _ = opened.base
+
+
+def test_a_prepared_base_that_was_changed_is_named(tmp_path: Path) -> None:
+    """Before this test it was taken for another base: "gradients was made with settings other than the current ones"."""
+    opened = session(tmp_path, prepare={"assemble": {"vision_from": str(tmp_path)}})
+    with Stage("prepared", opened.run / "prepared").writing(seed=0):
+        builders.make_base(opened.run / "prepared" / "base", hidden=8)
+    assert opened.base.parameters
+    file = opened.run / "prepared" / "base" / "generation_config.json"
+    file.write_text(file.read_text().replace('"bos_token_id": 1', '"bos_token_id": 2'))
+    with pytest.raises(RunFolderError, match=r"generation_config\.json is damaged"):
+        _ = opened.reopened().base
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "[1]", "null", '{"a": 1}'])

@@ -172,7 +172,7 @@ class Part:
             text: Rows of text have images, too, as base64.
             most: Maximum rows that are used.
         """
-        columns = [dict(self.columns).get(name, name) for name in IMAGE_COLUMNS]
+        columns = {*IMAGE_COLUMNS, *(own for name, own in self.columns if name in IMAGE_COLUMNS)}
         sources = [self.hub] if self.hub is not None else self.files
         total = sum(embedded_bytes(source, columns, text=text) for source in sources)
         if not total or (most is None and self.cut is None):

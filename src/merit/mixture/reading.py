@@ -16,7 +16,7 @@ import importlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
@@ -258,7 +258,7 @@ def holds_bytes(file: Path) -> bool:
         return False
 
 
-def embedded_bytes(source: Path | Hub, columns: Sequence[str], *, text: bool) -> int:
+def embedded_bytes(source: Path | Hub, columns: Collection[str], *, text: bool) -> int:
     """Bytes of the images embedded in these columns, repeated ones included; no row is read.
 
     Args:
@@ -268,7 +268,7 @@ def embedded_bytes(source: Path | Hub, columns: Sequence[str], *, text: bool) ->
     """
     if not isinstance(source, Path):
         table = _hub_table(*source).data
-        fields = [table.schema.field(name) for name in columns if name in table.schema.names]
+        fields = [table.schema.field(name) for name in table.schema.names if name in columns]
         return sum(int(table.column(field.name).nbytes) for field in fields if "binary" in str(field.type))
     size = source.stat().st_size
     if kind_of(source) != ".parquet":

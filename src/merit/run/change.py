@@ -97,7 +97,7 @@ def load_change(run: Path) -> Change | None:
     Raises:
         RunFolderError: Its file is damaged.
     """
-    if not (run / CHANGE).is_file():
+    if not (run / CHANGE).exists():
         return None
     read_change(run)
     return read_as(run / CHANGE, Change)

@@ -58,12 +58,14 @@ class Session:
         """The base.
 
         Raises:
-            RunFolderError: The recipe prepares its base, and that has not been done.
+            RunFolderError: The recipe prepares its base, and that has not been done; or a file of it was changed since.
         """
         if not self.base_stands:
             raise RunFolderError(
                 f"{self.run}: the base is not prepared yet.", "`merit prepare` makes it; `merit run` does everything."
             )
+        if self.given.prepare is not None:
+            Stage("prepared", self.run / "prepared").verify()
         with self.hashes() as known:
             base = open_base(self.recipe.model, known)
             _ = base.fingerprint

@@ -238,7 +238,7 @@ def refuse_unfinished(run: Path) -> None:
     Raises:
         RunFolderError: It is.
     """
-    if (run / CHANGE).is_file():
+    if (run / CHANGE).exists():
         change = read_change(run)
         raise RunFolderError(
             f"{run}: `merit {change['kind']}` of {change['dataset']} is not finished.",
