@@ -61,7 +61,7 @@ _CALLED = {
     "align/": ("sourceofalign-data", "sourceofinstruct-data"),
 }
 """How the messages call what lies outside the run folder, by its folder."""
-_TIMES = re.compile(r"\d[\d.,]* (s|min|h)\b")
+_PASSING_WORDS = re.compile(r"\d[\d.,]* (s|min|h)\b|\b[0-9a-f]{16}\b")
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def _end(
         return ("named" if _names(tree.root, list(held), found.err) else "unnamed"), ""
     if found.code != 0:
         return "traceback", f"exit {found.code}"
-    same = _TIMES.sub("", found.out) == _TIMES.sub("", usual.out)
+    same = _PASSING_WORDS.sub("", found.out) == _PASSING_WORDS.sub("", usual.out)
     if not same and _names(tree.root, list(held), found.out + found.err):
         return "named", ""
     now = _results(tree)
