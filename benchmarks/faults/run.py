@@ -110,7 +110,7 @@ def main() -> None:
         ] + findings
         words, seconds = f"{words}, then with --again", seconds + last["seconds"]
         again = made | set(last.get("again", ()))
-        notes = f" Run again on a later version: {', '.join(sorted(again))}."
+        notes = f" Run again on a later version: {'; '.join(sorted(again))}."
     text = summary(findings)
     print(text)
     for item in findings:
