@@ -218,6 +218,9 @@ def test_the_gap_is_between_training_and_held_out_rows(lab: QuadraticLab) -> Non
     assert found.gain_over_branches == pytest.approx(branches, rel=1e-4)
     assert found.gain_over_base == pytest.approx(lab.loss(-0.5 * np.ones(WIDTH)) - lab.loss(merged - 0.5), rel=1e-4)
     assert found.train_over_joint is None
+    still = QuadraticLab(lab.hessian, 0 * CHANGES, WEIGHTS)
+    still.__dict__["test"] = still.train
+    assert gap.measure(still).verdict == "doubtful"  # neither better nor worse than the base
     joint = QuadraticLab(lab.hessian, CHANGES, WEIGHTS, joint=2 * CHANGES[0])
     joint.__dict__["test"] = lab.test
     against = gap.measure(joint)

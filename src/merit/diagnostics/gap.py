@@ -94,7 +94,7 @@ def measure(lab: Lab) -> Gap:
     verdict: Verdict = "not ready"
     if base_ci[0] > 0 and branches_ci[0] > 0:
         verdict = "ready"
-    elif base_ci[1] > 0:
+    elif base_ci[1] >= 0:
         verdict = "doubtful"
     reason = (
         f"held out, the merged model gains {base:+.3f} nats per token over the base ({_shown(base_ci)}) and "
