@@ -117,6 +117,27 @@ def test_the_same_losses_give_the_same_points_and_the_budget_is_kept():
     assert other.points != one.points
 
 
+@pytest.mark.parametrize(
+    ("coefficients", "scale_range", "said"),
+    [
+        ((0.6, 0.6), (0.0, 1.5), []),
+        ((0.8, 0.69), (0.0, 1.5), ["the end of its range of λ (1.5)"]),
+        ((0.002, 0.003), (0.0, 1.5), ["low end of its range of λ (0)"]),
+        ((0.0, 0.0), (0.0, 1.5), ["low end of its range of λ (0)"]),
+        ((0.02, 0.98), (0.0, 1.5), ["branch 1 has 0.98 of the weight"]),
+        ((1.5, 0.0), (0.0, 1.5), ["the end of its range of λ (1.5)", "branch 0 has 1.00 of the weight"]),
+        ((0.5, 0.5), (1.0, 1.0), []),
+        ((1.0,), (0.0, 1.5), []),
+    ],
+)
+def test_an_end_of_the_range_and_a_branch_alone_are_warned_of(coefficients, scale_range, said):
+    count, point = len(coefficients), WeightPoint(1.0, 1.0, coefficients)
+    names = tuple(f"branch {k}" for k in range(count))
+    search = WeightSearch("knee", 0.05, scale_range, 0, names, (1 / count,) * count, point, (point,))
+    assert len(search.warnings) == len(said)
+    assert all(words in text for words, text in zip(said, search.warnings, strict=True))
+
+
 def test_what_cannot_be_searched_is_refused():
     with pytest.raises(MergeError, match="not finite"):
         search_weights(lambda c: Losses(math.nan, 0.0), [1.0], SearchSettings(), seed=0)

@@ -73,7 +73,7 @@ def later_commands_find_it_done(run: Path) -> None:
 
 
 def test_added_and_removed_again_every_branch_is_as_it_was(run: Path) -> None:
-    before = models(run)
+    before, groups = models(run), read(run / "split/split.json")["groups"]
     records = {k: read(run / f"branches/{k}/record.json")["checksum"] for k in (0, 1)}
     statement = add(run)
     k = statement["branch"]
@@ -89,10 +89,12 @@ def test_added_and_removed_again_every_branch_is_as_it_was(run: Path) -> None:
     later_commands_find_it_done(run)
     statement = remove(run, "double")
     assert "No other branch ever saw it" in statement["sentences"][1]
+    assert "which datasets are grouped together was chosen with its gradient" in statement["sentences"][2]
+    assert statement["unchanged"] == {f"branches/{1 - k}": records[1 - k]}
     after = models(run)
     assert after.keys() == before.keys()
     assert all(same(after[name], before[name]) for name in before)
-    assert read(run / "split/split.json")["groups"] == read(run.parent / "run/split/split.json")["groups"]
+    assert read(run / "split/split.json")["groups"] == groups
     assert [path.name for path in sorted((run / "changes").glob("*"))] == [
         "001-add-double.json",
         "002-remove-double.json",
@@ -198,3 +200,4 @@ def test_with_rounds_no_branch_can_be_trained_again_alone(run: Path) -> None:
     recipe.write_text(recipe.read_text().replace("rounds: 1", "rounds: 2"))
     result = call("add", run, run.parent / "double", "--quiet")
     assert result.code == 2
+    assert "train.rounds" in result.err

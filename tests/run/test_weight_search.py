@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,11 @@ import torch
 from safetensors.torch import load_file
 from tests.builders import Case, encoded, read, task_rows, weights, write_rows
 
+from merit.evaluation.fixed import FixedBatches
 from merit.evaluation.halves import halves_of
 from merit.merge.direction import AdapterDirection
 from merit.merge.weights import Losses
-from merit.run import weight_search
+from merit.run import evaluating, weight_search
 from merit.run.evaluating import held_out_rows, reporting_rows
 from merit.run.weight_search import log_file
 
@@ -24,9 +26,56 @@ FEW = ("--set", "merge.search.evaluations=12", "--set", "merge.search.rows=3")
 
 
 def content(rows) -> set[bytes]:
-    return {
-        row.input_ids.tobytes() + row.targets.tobytes() for sets in rows.values() for part in [sets] for row in part
-    }
+    return {row.input_ids.tobytes() + row.targets.tobytes() for row in rows}
+
+
+def held_out(sets) -> set[bytes]:
+    return content(row for rows in sets.values() for row in rows)
+
+
+@dataclass
+class Seen:
+    """Rows that went through a model while weights were searched, and rows that prompts of the drift were taken from."""
+
+    choosing: set[bytes] = field(default_factory=set)
+    reporting: set[bytes] = field(default_factory=set)
+
+
+@pytest.fixture
+def seen(monkeypatch) -> Seen:
+    """Filled while searches run."""
+    found, prompts, now = Seen(), {}, []
+    read_rows, reference = FixedBatches.losses, weight_search.drift_reference
+
+    def measured(batches, model):
+        for side in now:
+            side |= content(batches.rows)
+        return read_rows(batches, model)
+
+    def referred(session, model, datasets, folder):
+        made = reference(session, model, datasets, folder)
+        prompts[id(made)] = held_out(datasets)
+        return made
+
+    def during(name, side):
+        original = getattr(weight_search._Half, name)
+
+        def wrapped(half, model):
+            if half.reference is not None:
+                side.update(prompts[id(half.reference)])
+            now.append(side)
+            try:
+                return original(half, model)
+            finally:
+                now.pop()
+
+        monkeypatch.setattr(weight_search._Half, name, wrapped)
+
+    monkeypatch.setattr(FixedBatches, "losses", measured)
+    monkeypatch.setattr(weight_search, "drift_reference", referred)
+    during("losses", found.choosing)
+    during("rows", found.reporting)
+    return found
 
 
 def test_searched_weights_are_merged_as_they_were_measured(finished: Case, merit, tmp_path: Path) -> None:
@@ -113,8 +162,14 @@ def test_a_killed_search_goes_on_to_the_same_result(
 
 
 def test_baselines_search_their_own_and_the_evaluation_reads_the_other_rows(
-    finished: Case, merit, tmp_path: Path
+    finished: Case, merit, tmp_path: Path, seen: Seen, monkeypatch
 ) -> None:
+    evaluated, evaluate = [], evaluating.evaluate
+    monkeypatch.setattr(
+        evaluating,
+        "evaluate",
+        lambda models, rows, *args, **kwargs: evaluated.append(rows) or evaluate(models, rows, *args, **kwargs),
+    )
     run = tmp_path / "run"
     shutil.copytree(finished.run, run)
     for folder in ("merged", "baselines/random/merged", "evaluation"):
@@ -125,21 +180,22 @@ def test_baselines_search_their_own_and_the_evaluation_reads_the_other_rows(
     assert found[0]["points"] != found[1]["points"]
     assert not (run / "merged" / ".model.search.jsonl").exists()
     assert merit("run", run, "--set", "merge.weights=auto", *FEW, "--quiet").code == 0, "done stages stand"
-    rows = held_out_rows(run / "mixture")
-    reporting = reporting_rows(rows, 0)
-    halves = halves_of(rows.test, rows.kept, 0)["test"]
-    choosing = {name: [rows.test[name][i] for i in numbers] for name, numbers in halves.choosing.items()}
-    assert not content(choosing) & content(reporting.test)
-    assert content(choosing) | content(reporting.test) == content(rows.test)
+    (reporting,) = evaluated
+    assert seen.choosing
+    assert not seen.choosing & (seen.reporting | held_out(reporting.test))
+    assert seen.choosing | held_out(reporting.test) <= held_out(held_out_rows(run / "mixture").test)
     results = read(run / "evaluation" / "results.json")
     assert {name: figures["examples"] for name, figures in results["merged"].items()} == {
         name: len(part) for name, part in reporting.test.items()
     }
     stale = merit("evaluate", run, "--set", "merge.weights=tokens")
     assert stale.code == 2
+    assert "merge.weights" in stale.err
 
 
-def test_kept_sets_take_the_place_of_drift_and_bound_what_is_lost(finished: Case, merit, tmp_path: Path) -> None:
+def test_kept_sets_take_the_place_of_drift_and_bound_what_is_lost(
+    finished: Case, merit, tmp_path: Path, seen: Seen
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished.run, run)
     write_rows(tmp_path / "kept" / "old" / "test.jsonl", task_rows("double", 9, seed=5))
@@ -152,6 +208,11 @@ def test_kept_sets_take_the_place_of_drift_and_bound_what_is_lost(finished: Case
     search = read(run / "merged" / "record.json")["weight_search"]
     assert search["kept"] == "held-out loss on the kept sets"
     assert search["chosen"]["kept"] <= search["points"][0]["kept"] + 0.01
+    rows = held_out_rows(run / "mixture")
+    reporting = reporting_rows(rows, 0)
+    assert seen.choosing & held_out(rows.kept)
+    assert seen.reporting & held_out(rows.kept)
+    assert not seen.choosing & (seen.reporting | held_out(reporting.test) | held_out(reporting.kept))
     refused = merit(
         "check", finished.recipe, "--set", "merge.weights=auto", "--set", "merge.search.objective=learned_under_kept"
     )
@@ -166,13 +227,16 @@ def test_equal_rows_of_test_and_kept_sets_are_in_one_half() -> None:
 
 
 def test_streamed_and_held_branches_give_the_same_weights(finished: Case, merit, tmp_path: Path, monkeypatch) -> None:
-    words = ("merge", finished.run, "--weights", "auto", *FEW, "--json")
+    words = ("merge", finished.run, "--weights", "auto", *FEW, "--json", "--set", "merge.search.scale_range=[0, 0.2]")
+    words += ("--set", "merge.search.objective=learned_under_drift", "--set", "merge.search.bound=10")
     held = json.loads(merit(*words, "--output", tmp_path / "held").out)
     monkeypatch.setattr(weight_search.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000})())
     streamed = json.loads(merit(*words, "--output", tmp_path / "streamed").out)
     assert held["weight_search"]["memory"].startswith("held in memory")
     assert streamed["weight_search"]["memory"].startswith("read from disk")
     assert streamed["model_fingerprint"] == held["model_fingerprint"]
+    assert [text for text in held["warnings"] if "the end of its range of λ (0.2)" in text]
+    assert "the end of its range of λ (0.2)" in (tmp_path / "held" / "README.md").read_text()
 
 
 def test_a_run_without_two_different_test_rows_says_so(finished: Case, merit, tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ import sys
 import traceback
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from tests.train import cases
 from tests.train.cases import assert_same_bits, log_rows, weights
@@ -20,6 +22,8 @@ from merit.errors import TrainingError
 from merit.launch.job import BranchJob
 from merit.launch.local import run_branches
 from merit.launch.outcome import Outcome, outcome_of
+from merit.recipe.schema import ModelSettings, TrainSettings
+from merit.train import processes
 from merit.train.checkpoint import newest
 from merit.train.result import BranchResult
 
@@ -150,3 +154,26 @@ def test_the_launcher_starts_them_and_brings_their_error_back(root: Path) -> Non
     job = BranchJob("0", argv, root / "log.txt", root / "outcome.json", processes=2)
     with pytest.raises(TrainingError, match=r"branch 0: .*(loss|gradient norm) is (nan|inf) at step"):
         run_branches([job], 1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "precision"),
+    [
+        ("float32", "cuda", "no"),
+        ("float16", "cuda", "fp16"),
+        ("bfloat16", "cuda", "bf16"),
+        ("float16", "cpu", "no"),
+        ("bfloat16", "cpu", "no"),
+    ],
+)
+def test_the_model_s_dtype_is_the_mixed_precision_of_a_gpu(monkeypatch, tmp_path: Path, dtype, device, precision):
+    asked = {}
+
+    def accelerator(**words):
+        asked.update(words)
+        return SimpleNamespace(num_processes=1, process_index=0, device=torch.device(device))
+
+    monkeypatch.setattr(processes, "Accelerator", accelerator)
+    processes.Team(TrainSettings(), ModelSettings(base="x", dtype=dtype), torch.device(device), tmp_path)
+    assert asked["mixed_precision"] == precision
+    assert asked["cpu"] is (device == "cpu")

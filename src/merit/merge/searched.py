@@ -91,11 +91,37 @@ class WeightSearch:
         """w_k of the chosen point, Σ w_k = 1; where it begins if the base was chosen (λ = 0)."""
         return weights_of(self.chosen.coefficients, self.start)
 
+    @property
+    def warnings(self) -> list[str]:
+        """What speaks against the chosen point: it lies at an end of the range of λ, or is nearly one branch alone."""
+        found, (low, high) = [], self.scale_range
+        margin = _END * (high - low)
+        if low < high and self.scale >= high - margin:
+            found.append(
+                f"The search ended at the end of its range of λ ({high:g}): the branches look undertrained; train them "
+                "longer, or widen merge.search.scale_range."
+            )
+        if low < high and self.scale <= low + margin:
+            found.append(
+                f"The search ended at the low end of its range of λ ({low:g}): by merge.search's objective and bound the "
+                "branches lose too much for what they learned."
+            )
+        if len(self.weights) > 1 and self.scale > 0:
+            found += [
+                f"{name} has {weight:.2f} of the weight: the merged model is nearly this branch alone; the others look "
+                "undertrained."
+                for name, weight in zip(self.branches, self.weights, strict=True)
+                if weight > _ALONE
+            ]
+        return found
+
     def weigh(self, branches: Sequence[Branch]) -> list[Branch]:
         """The branches with the chosen weights: with λ as the scale, their coefficients are exactly those measured."""
         chosen = self.chosen.coefficients if self.scale else self.start
         return [replace(branch, weight=c, counted="auto") for branch, c in zip(branches, chosen, strict=True)]
 
+
+_END, _ALONE = 0.01, 0.95  # share of the range that counts as its end; weight of a branch that is nearly alone
 
 DIGITS = 6
 """Decimals of a coefficient: a point is measured and merged with the same short numbers."""

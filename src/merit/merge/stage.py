@@ -107,7 +107,10 @@ def merge_branches(
                 search = _search(judge.scales(place / "model", place), settings, progress)
             chosen = search.chosen
         settings = settings.model_copy(update={"scale": chosen})
-    return run_merge(plan(output, settings), progress, search)
+    final = plan(output, settings)
+    if isinstance(search, WeightSearch):
+        final = replace(final, warnings=(*final.warnings, *search.warnings))
+    return run_merge(final, progress, search)
 
 
 def _search(judge: Judge, settings: MergeSettings, progress: Progress) -> ScaleSearch:
