@@ -5,15 +5,20 @@ Needs playwright and axe (the extra ``browser``) and a Chromium of the system; s
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+from PIL import Image
 
+from merit.diagnostics.result import Diagnosis
 from merit.report.page.document import page
-from report.page_cases import make_run
+from report.page_cases import make_run, make_study
 from report.test_page import HOSTILE
 
 CHROMIUM = os.environ.get("MERIT_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
@@ -23,6 +28,14 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine (set MERIT_CHROMIUM)"),
 ]
+
+
+@dataclass(frozen=True)
+class Found(Diagnosis):
+    """A diagnosis with a drawing."""
+
+    name, title, rule, units = "found", "a title", "ready up to 1, doubtful up to 2", {}
+
 
 SIZES = {"desktop": (1200, 900, "light"), "phone": (390, 844, "dark")}
 
@@ -35,8 +48,12 @@ def file(tmp_path_factory) -> Path:
     for model in ("base", "joint", "merged"):
         row = {"part": "mixture", "dataset": "a", "row": 0, "match": True, "prompt": HOSTILE[1], "answer": HOSTILE[0]}
         (models / f"{model}.answers.jsonl").write_text(json.dumps(row | {"reference": HOSTILE[2]}), encoding="utf-8")
+    drawing = '<svg xmlns="http://www.w3.org/2000/svg" width="40" height="30"><circle cx="20" cy="15" r="9"/></svg>'
+    (folder / "diagnostics").mkdir()
+    (folder / "diagnostics" / "found.svg").write_text(drawing, encoding="utf-8")
+    run = make_run(folder, sorted([*HOSTILE, *(f"dataset-{i:02d}" for i in range(32))]))
     found = folder / "report.html"
-    found.write_text(page(make_run(folder, sorted([*HOSTILE, *(f"dataset-{i:02d}" for i in range(32))]))), "utf-8")
+    found.write_text(page(replace(run, study=make_study(), diagnoses={"found": Found("ready", "0.5")})), "utf-8")
     return found
 
 
@@ -98,26 +115,48 @@ def test_tables_sort_by_keyboard(opened):
     assert opened.locator("#mixture-loss").evaluate(column) == sorted(values, reverse=True)
 
 
-@pytest.mark.parametrize("kind", ["svg", "png"])
-@pytest.mark.parametrize("figure", ["cosines", "scatter"])
-def test_figures_save(opened, tmp_path, figure, kind):
-    with opened.expect_download() as waiting:
-        opened.locator(f"button[data-figure={figure}][data-kind={kind}]").click()
-    saved = tmp_path / waiting.value.suggested_filename
-    waiting.value.save_as(saved)
-    assert saved.name == f"{figure}.{kind}"
-    data = saved.read_bytes()
-    assert data.startswith(b"\x89PNG" if kind == "png" else b"<svg")
-    assert len(data) > 2000
+def test_every_figure_saves(opened, tmp_path):
+    opened.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+    buttons = opened.locator("button[data-figure]").all()
+    names = {button.get_attribute("data-figure") for button in buttons}
+    assert names >= {"cosines", "scatter", "diagnosis-found", "study-kept"}
+    assert len(buttons) == 2 * len(names)
+    for button in buttons:
+        key, kind = button.get_attribute("data-figure"), button.get_attribute("data-kind")
+        saved = _saved(opened, button, tmp_path)
+        assert saved.name == f"{key}.{kind}"
+        if kind == "png":
+            with Image.open(saved) as image:
+                assert any(low < high for low, high in image.convert("RGBA").getextrema()), f"{key} is one colour"
+        else:
+            assert ElementTree.parse(saved).getroot().tag == "{http://www.w3.org/2000/svg}svg"
     assert opened.said == []
 
 
-def test_tables_save_as_csv(opened, tmp_path):
-    with opened.expect_download() as waiting:
-        opened.locator("button[data-csv=mixture-loss]").click()
-    saved = tmp_path / "table.csv"
+def test_every_table_saves_as_csv(opened, tmp_path):
+    opened.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+    buttons = opened.locator("button[data-csv]").all()
+    assert {button.get_attribute("data-csv") for button in buttons} >= {"overview", "mixture-loss", "study-0"}
+    for button in buttons:
+        key = button.get_attribute("data-csv")
+        saved = _saved(opened, button, tmp_path)
+        assert saved.name == f"{key}.csv"
+        with saved.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.reader(file))
+        shown = opened.locator(f"table[id='{key}']").evaluate("(t) => [...t.rows].map((r) => r.cells.length)")
+        assert [len(row) for row in rows] == shown, key
+        assert not [
+            cell for row in rows for cell in row if cell.startswith(("=", "+", "@"))
+        ]  # a spreadsheet would run it
+        if key == "mixture-loss":
+            assert rows[0][:5] == ["dataset", "rows", "base", "joint", "merged"]
+            assert any(cell.startswith("'=cmd") for row in rows for cell in row)
+    assert opened.said == []
+
+
+def _saved(tab, button, folder: Path) -> Path:
+    with tab.expect_download() as waiting:
+        button.click()
+    saved = folder / waiting.value.suggested_filename
     waiting.value.save_as(saved)
-    text = saved.read_text(encoding="utf-8-sig")
-    assert text.splitlines()[0].startswith("dataset,rows,base,joint,merged")
-    assert "\n=cmd" not in text  # a spreadsheet would run it
-    assert "'=cmd" in text
+    return saved

@@ -7,20 +7,27 @@ import re
 from base64 import b64decode
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
+from io import BytesIO
 
 import numpy as np
 import pytest
+from PIL import Image
+from tests.builders import make_vision_base
+from tests.hf.vision_cases import COLOURS, picture, save
 
 from merit.diagnostics.result import Diagnosis
+from merit.hf.base import open_base
 from merit.merge import MergeResult
 from merit.merge.result import Displacements, Source
 from merit.merge.searched import Ratio, WeightPoint, WeightSearch
 from merit.merge.weights import Losses
 from merit.progress import size
+from merit.recipe.load import parse_recipe
 from merit.report.page import charts
 from merit.report.page.document import page
 from merit.report.page.markup import Cell, Html, join, number, page_data, table, tag
 from merit.run.round_stages import RoundLine
+from mixture.mixture_cases import prepare_mixture
 from report.page_cases import make_run, make_study
 
 HOSTILE = [
@@ -250,13 +257,36 @@ def test_a_study_is_a_section_with_its_tables_and_lines(names, tmp_path):
     text = page(replace(make_run(tmp_path, names), evaluation=None, study=study))
     found = read(text)
     assert found.wrong == []
-    assert "Own does better than joint &lt;here&gt;." in text
+    main = text[text.index("<main") :]
+    assert re.findall(r"<p[^>]*>.*?</p>", main)[0] == '<p class="verdict">Own does better than joint &lt;here&gt;.</p>'
     mean = np.mean([run.values["kept"] for run in study.of("random-4")])
     assert f"{mean:.3f} ±" in text
     assert ("a", {"href": "#study"}) in found.elements
     assert "Learned against kept" in text
     assert "Learned against unseen" not in text  # not measured
     assert 'href="#study"' not in page(make_run(tmp_path, names))
+
+
+def test_sample_answers_show_the_pictures_of_their_rows(tmp_path):
+    save(picture("red", (224, 160)), tmp_path / "data" / "d" / "0.png")
+    save(picture("blue", (32, 48)), tmp_path / "data" / "d" / "1.png")
+    for part in ("train", "test"):
+        rows = [{"image": f"{i}.png", "prompt": "<image>\nWhich?", "completion": "a"} for i in (0, 1)]
+        (tmp_path / "data" / "d" / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    base = open_base(make_vision_base("llava", tmp_path / "base"))
+    settings = {"name": "t", "model": {"base": "none"}, "mixture": {"folder": str(tmp_path / "data")}}
+    counts = prepare_mixture(parse_recipe(settings, folder=tmp_path), base, tmp_path / "mixture")
+    models = tmp_path / "evaluation" / "models"
+    models.mkdir(parents=True)
+    answer = {"part": "mixture", "dataset": "d", "match": True, "prompt": "Which?", "answer": "a", "reference": "a"}
+    rows = [json.dumps(answer | {"row": row}) for row in (0, 1)]
+    (models / "merged.answers.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    text = page(replace(make_run(tmp_path, [f"d{i}" for i in range(8)]), counts=tuple(counts)))
+    answers = text[text.index('id="answers"') :]
+    sources = re.findall(r'src="data:image/png;base64,([^"]+)"', answers[: answers.index("</table>")])
+    shown = [Image.open(BytesIO(b64decode(source))).convert("RGB") for source in sources]
+    assert [image.size for image in shown] == [(112, 80), (32, 48)]
+    assert [image.getpixel((8, 8)) for image in shown] == [COLOURS["red"], COLOURS["blue"]]
 
 
 @pytest.mark.parametrize(("count", "limit"), [(8, 200_000), (200, 1_500_000)])

@@ -21,7 +21,7 @@ def build(data: RunData) -> Html:
     result = data.study
     if result is None:
         return Html("")
-    parts = [paragraph(result.verdict[0], class_="verdict" if data.evaluation is None else None)]
+    parts = [paragraph(result.verdict[0])]
     parts += [_lines(result, part, title) for part, title in _AXES.items()]
     for number, (title, note, (header, rows)) in enumerate(tables(result)):
         parts += [

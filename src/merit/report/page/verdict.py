@@ -8,9 +8,9 @@ from merit.report.page.markup import Html, Row, details, join, notes, number, pa
 
 
 def build(data: RunData) -> Html:
-    """The verdict's first sentence, the overview of all models, the other sentences."""
+    """The verdict's first sentence, the overview of all models, the other sentences; of a study alone its first sentence."""
     if data.evaluation is None and data.study is not None:
-        return section("verdict", "Verdict", paragraph("This folder holds a study; its verdict is below."))
+        return section("verdict", "Verdict", paragraph(data.study.verdict[0], class_="verdict"))
     if data.evaluation is None:
         text = "Nothing is measured yet: the run has no finished evaluation."
         return section(
