@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmarks.conflict.blocks import make_recipe
 from scipy.optimize import linear_sum_assignment
 
 from merit.conflict.geometry import gram_matrix
@@ -60,7 +61,8 @@ class Pool:
             torch.set_num_threads(1)
             opened = open_base(base)
             with tempfile.TemporaryDirectory() as scratch:
-                encoded = encode_mixture(find_datasets(mixture), opened, Path(scratch), max_length=512).train
+                found = find_datasets(make_recipe(base, mixture, 512, ["*"]).mixture)
+                encoded = encode_mixture(found, opened, Path(scratch), max_length=512).train
                 cpu = torch.device("cpu")
                 model = load_model(opened, cpu, trainable=True)
                 meter = GradientMeter(

@@ -346,8 +346,7 @@ def test_a_loss_that_is_not_finite_is_an_error_that_says_so() -> None:
     assert torch.equal(lab.model.flat(), torch.as_tensor(lab.start, dtype=torch.float32))
 
 
-def test_the_map_shows_the_axes_that_the_split_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedding, "PERMUTATIONS", 60)
+def test_the_map_shows_the_axes_that_the_split_cuts() -> None:
     signs = np.array([(4, 1), (4, -1), (5, 1), (5, -1), (-4, 1), (-4, -1), (-5, 1), (-5, -1.0)])
     names = [str(t) for t in range(8)]
     apart = embedding.measure(lab_of(signs, groups=[names[:4], names[4:]]))
@@ -359,7 +358,7 @@ def test_the_map_shows_the_axes_that_the_split_cuts(monkeypatch: pytest.MonkeyPa
     other = [(distances[t, 4:] if t < 4 else distances[t, :4]).mean() for t in range(8)]
     exact = np.mean([(b - a) / max(a, b) for a, b in zip(own, other, strict=True)])
     assert apart.silhouette == pytest.approx(exact, rel=1e-6)
-    assert apart.verdict == "ready"
+    assert apart.verdict == "ready"  # 1 in 35 groupings is as good
     assert embedding.measure(lab_of(signs, groups=[names[::2], names[1::2]])).verdict == "not ready"
     alone = embedding.measure(lab_of(signs))
     assert (alone.silhouette, alone.verdict) == (None, "doubtful")  # the rule cannot be applied
