@@ -224,8 +224,10 @@ def stability_calibration(pool: Pool, draws: int = 12) -> list[dict[str, Any]]:
 
 def report(facts: dict[str, Any]) -> str:
     """The results as tables."""
+    draws = next(iter(facts["pools"].values()))["even"]["draws"]
     intro = (
-        f"`python -m benchmarks.conflict.null`. {DATASETS} datasets dealt at random from one pool of real rows; recommended "
+        f"`python -m benchmarks.conflict.null --work SCRATCH --draws {draws} --real BASE MIXTURE`. "
+        f"{DATASETS} datasets dealt at random from one pool of real rows; recommended "
         "= `suggested_axes` above 0. Signal and limit (the largest of 99 mixtures without conflict, made from the measured "
         "noise) are means over draws, for axes 1 / 2 / 3."
     )
