@@ -41,9 +41,10 @@ def sketch(values: np.ndarray, *, size: int = 1024, seed: int = 0, name: str = "
     return made.vector().numpy()
 
 
-@pytest.mark.parametrize("size", [64, 512, 4096])
-def test_equals_a_reference_written_with_python_integers(size):
-    values = np.random.default_rng(0).normal(size=1700).astype(np.float32)
+@pytest.mark.parametrize(("size", "count"), [(64, 1700), (512, 1700), (4096, 1700), (4096, 8192 + 300)])
+def test_equals_a_reference_written_with_python_integers(size, count):
+    """Short and long parameters take ways of their own."""
+    values = np.random.default_rng(0).normal(size=count).astype(np.float32)
     np.testing.assert_allclose(
         sketch(values, size=size, seed=5), reference_sketch(values, "w", 5, size), rtol=0, atol=1e-12
     )
@@ -134,6 +135,21 @@ def test_parameters_add_in_any_order_and_names_matter():
             made.add(name, values)
     assert torch.allclose(one.vector(), two.vector(), rtol=0, atol=1e-13)
     assert not torch.allclose(one.vector(), swapped.vector())
+
+
+@pytest.mark.parametrize("kept", [0, 2, 256])
+def test_kept_hashes_change_nothing(kept, monkeypatch):
+    """Gradients of all lengths, three times over: from the second time on, hashes come from the first."""
+    monkeypatch.setattr(module, "_KEPT", kept)
+    rng = torch.Generator().manual_seed(0)
+    gradients = {f"p{n}": torch.randn(n, generator=rng) for n in (1, 63, 8192, 8193, 2**17 + 5)}
+    made = Sketch(2048, 1)
+    for _ in range(3):
+        made.reset()
+        for name, values in gradients.items():
+            made.add(name, values)
+        expected = sum(sketch(values.numpy(), name=name, size=2048, seed=1) for name, values in gradients.items())
+        np.testing.assert_allclose(made.vector().numpy(), expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(("chunk", "piece"), [(2**10, 2**8), (2**12, 2**12), (2**20, 2**15)])
