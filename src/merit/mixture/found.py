@@ -41,6 +41,8 @@ class SourceSummary:
     """Place of the first row with an image, among those examined."""
     embedded_bytes: int = 0
     """Size of the images that lie in its rows and will be copied into the run folder, as far as metadata tell it."""
+    cached: bool = True
+    """Whether it is on this machine, if only in the hub's cache."""
 
 
 _COUNTED = 8 * 10**9

@@ -32,6 +32,7 @@ from merit.mixture.images import IMAGE_COLUMNS
 from merit.mixture.reading import (
     Hub,
     Place,
+    cached_bytes,
     count_hub,
     count_rows,
     embedded_bytes,
@@ -172,13 +173,20 @@ class Part:
             text: Rows of text have images, too, as base64.
             most: Maximum rows that are used.
         """
-        columns = {*IMAGE_COLUMNS, *(own for name, own in self.columns if name in IMAGE_COLUMNS)}
         sources = [self.hub] if self.hub is not None else self.files
-        total = sum(embedded_bytes(source, columns, text=text) for source in sources)
+        total = sum(embedded_bytes(source, self._image_columns, text=text) for source in sources)
         if not total or (most is None and self.cut is None):
             return total
         rows = count_hub(self.hub) if self.hub is not None else sum(map(count_rows, self.files))
         return math.ceil(total * min(most or rows, self.count()) / max(rows, 1))
+
+    def cached_bytes(self, most: int | None = None) -> int | None:
+        """:meth:`embedded_bytes` of a hub dataset of which nothing is fetched; None if it is not on this machine."""
+        return None if self.hub is None else cached_bytes(self.hub, self._image_columns, most)
+
+    @property
+    def _image_columns(self) -> set[str]:
+        return {*IMAGE_COLUMNS, *(own for name, own in self.columns if name in IMAGE_COLUMNS)}
 
     def count(self) -> int:
         """Number of rows, as cheaply as the file's kind allows; blank lines of JSON Lines are counted too.

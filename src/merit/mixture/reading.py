@@ -11,10 +11,12 @@ from __future__ import annotations
 import contextlib
 import csv
 import functools
+import glob
 import gzip
 import importlib
 import io
 import json
+import math
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -267,9 +269,7 @@ def embedded_bytes(source: Path | Hub, columns: Collection[str], *, text: bool) 
         text: Rows of text have them, too, as base64.
     """
     if not isinstance(source, Path):
-        table = _hub_table(*source).data
-        fields = [table.schema.field(name) for name in table.schema.names if name in columns]
-        return sum(int(table.column(field.name).nbytes) for field in fields if "binary" in str(field.type))
+        return _binary_bytes(_hub_table(*source), columns)
     size = source.stat().st_size
     if kind_of(source) != ".parquet":
         compressed = source.suffix in (".gz", ".zst")
@@ -349,6 +349,39 @@ def _hub_table(name: str, subset: str | None, split: str) -> Dataset:
             f"{type(error).__name__}: {first}",
             "If you meant a local file: it does not exist.",
         ) from error
+
+
+def cached_bytes(hub: Hub, columns: Collection[str], most: int | None = None) -> int | None:
+    """:func:`embedded_bytes` of a hub dataset as the ``datasets`` library keeps it on this machine; nothing is fetched.
+
+    Args:
+        hub: The dataset; of a sliced split (``train[:1%]``) the whole counts.
+        columns: Names of the columns that images are in.
+        most: Maximum rows that are used.
+
+    Returns:
+        None if the library has not kept it.
+    """
+    datasets = _datasets()
+    *owner, own = hub[0].split("/")
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "___".join([*owner, datasets.naming.camelcase_to_snakecase(own)])
+    split = glob.escape(hub[2].split("[")[0])
+    made = {path.parent for path in folder.glob(f"{glob.escape(hub[1]) if hub[1] else '*'}/*/*/dataset_info.json")}
+    for place in sorted(made, key=lambda path: path.stat().st_mtime, reverse=True):
+        files = [*place.glob(f"*-{split}.arrow"), *place.glob(f"*-{split}-*-of-*.arrow")]
+        if files:
+            try:
+                tables = [datasets.Dataset.from_file(str(file)) for file in files]
+            except (OSError, ValueError):  # damaged: the library makes it again
+                continue
+            total, rows = sum(_binary_bytes(table, columns) for table in tables), sum(map(len, tables))
+            return total if most is None else math.ceil(total * min(most, rows) / max(rows, 1))
+    return None
+
+
+def _binary_bytes(table: Dataset, columns: Collection[str]) -> int:
+    fields = [table.data.schema.field(name) for name in table.column_names if name in columns]
+    return sum(int(table.data.column(field.name).nbytes) for field in fields if "binary" in str(field.type))
 
 
 def hub_caches() -> tuple[Path, ...]:

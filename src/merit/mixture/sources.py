@@ -153,6 +153,23 @@ def find_unseen(evaluate: EvaluateSettings) -> list[Source]:
     return _from_folder(Path(evaluate.unseen_folder), "auto", "evaluate.unseen_folder", role="unseen")
 
 
+def cached_bytes(item: DatasetSettings, samples: int | None = None) -> int | None:
+    """Bytes of the images in a hub dataset's rows, from this machine's cache alone; None where it is not there.
+
+    Args:
+        item: A listed dataset. Its test rows count too, if they are on the hub and in the cache.
+        samples: The mixture's budget of rows, for a dataset that has none of its own.
+    """
+    if not _HUB_ID.fullmatch(item.path):
+        return None
+    train, test = (
+        _named(Part(name, hub=(name, item.subset, split)), item.columns)
+        for name, split in ((item.path, item.split), (item.test or "", "test"))
+    )
+    found = train.cached_bytes(item.samples or samples)
+    return found if found is None or not _HUB_ID.fullmatch(test.where) else found + (test.cached_bytes() or 0)
+
+
 # -- finding ----------------------------------------------------------------------------------------------------------
 
 

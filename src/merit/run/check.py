@@ -20,6 +20,7 @@ from merit.hf.models import pick_device
 from merit.hf.published import PUBLISHED
 from merit.mixture import image_check
 from merit.mixture.found import SourceSummary, find_datasets, refuse_images
+from merit.mixture.sources import Role, cached_bytes
 from merit.mixture.template import ChatTemplate
 from merit.prepare import stage_recipe
 from merit.progress import count, size
@@ -147,7 +148,8 @@ def make_plan(session: Session, *, offline: bool = False) -> Plan:
         *_notes_on_tests(recipe, datasets),
         *_notes_on_base(opened, weights, looked_at=base is not None),
         *_notes_on_unseen(summaries, preparation if opened is None else ()),
-        *_notes_on_embedded_images(recipe, base, embedded, offline=offline),
+        *_notes_on_embedded_images(embedded),
+        *(_notes_on_hub_datasets(recipe, base, summaries, preparation) if offline else ()),
     ]
     disk, memory = needs(recipe, weights, embedded=embedded) if weights is not None else (None, None)
     begun = any((run / "branches").glob("*/record.json")) or (run / "preparation").is_dir()
@@ -227,16 +229,24 @@ def _notes_on_unseen(summaries: Sequence[SourceSummary], preparation: Sequence[S
     ]
     if unseen or not any(item.role == "mixture" for item in summaries):
         what = f"{count(len(unseen), 'dataset')}, {_list(unseen)}" if unseen else "the mixture"
-        yield f"not on this machine, so not checked: {what}."
+        yield f"not here as files, so not checked: {what}."
 
 
-def _notes_on_embedded_images(recipe: Recipe, base: BaseFacts | None, embedded: int, *, offline: bool) -> Iterator[str]:
+def _notes_on_embedded_images(embedded: int) -> Iterator[str]:
     if embedded:
         yield f"images that lie in rows are copied to the run folder: about {size(embedded)} of the disk."
-    away = {item.id for item in hub_ids(recipe) if item.kind == "dataset"} if offline and _sees(recipe, base) else ()
+
+
+def _notes_on_hub_datasets(
+    recipe: Recipe, base: BaseFacts | None, summaries: Sequence[SourceSummary], preparation: Sequence[StagePlan]
+) -> Iterator[str]:
+    everything = [*summaries, *(item for step in preparation for item in step.datasets)]
+    cached = {item.path for item in everything if item.cached}
+    away = sorted({item.id for item in hub_ids(recipe) if item.kind == "dataset"} - cached)
     if away:
-        hub = count(len(away), "hub dataset")
-        yield f"images in the rows of {hub} are copied to the run folder; not here, so not in the disk estimate."
+        what = f"{count(len(away), 'hub dataset')}, {_list(away)}"
+        images = ", nor do the images in the rows, which are copied to the run folder" if _sees(recipe, base) else ""
+        yield f"not on this machine: {what}; the download does not count in the disk estimate{images}."
 
 
 def _embedded_bytes(session: Session, summaries: Sequence[SourceSummary], preparation: Sequence[StagePlan]) -> int:
@@ -263,12 +273,8 @@ def _sources(recipe: Recipe, *, offline: bool) -> list[SourceSummary]:
         return find_datasets(recipe.mixture, recipe.evaluate).check()
     mixture, evaluate = recipe.mixture, recipe.evaluate
     listed = meant(mixture)
-    unseen = [SourceSummary(item.name, item.path, item.test, NOT_CHECKED) for item in listed if not _here(item)]
-    away = [
-        SourceSummary(item.name, item.path, item.path, NOT_CHECKED, role="kept")
-        for item in evaluate.kept
-        if not _here(item)
-    ]
+    unseen = [_unchecked(item, item.test, "mixture", mixture.samples) for item in listed if not _here(item)]
+    away = [_unchecked(item, item.path, "kept") for item in evaluate.kept if not _here(item)]
     if mixture.datasets is not None:
         if unseen:  # a pattern may mean datasets that are not here
             here = [item for item in listed if _here(item)]
@@ -285,6 +291,13 @@ def _sources(recipe: Recipe, *, offline: bool) -> list[SourceSummary]:
     found = find_datasets(mixture, evaluate).check()
     places = {item.name: place for place, item in enumerate(recipe.mixture.datasets or [])}
     return sorted([*found, *unseen, *away], key=lambda item: (item.role != "mixture", places.get(item.name, 0)))
+
+
+def _unchecked(item: DatasetSettings, test: str | None, role: Role, samples: int | None = None) -> SourceSummary:
+    found = cached_bytes(item, samples)
+    return SourceSummary(
+        item.name, item.path, test, NOT_CHECKED, role, embedded_bytes=found or 0, cached=found is not None
+    )
 
 
 def _here(item: DatasetSettings) -> bool:
