@@ -1,10 +1,9 @@
-"""The documentation: every page is in the site, the reference is whole, the commands of "Start here" run as they stand."""
+"""The documentation: every page is in the site, the reference is whole, recipes and links in the pages are valid."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
-import shlex
 import sys
 import tomllib
 from pathlib import Path
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 import yaml
 from pydantic import BaseModel
-from tests.builders import TASKS, task_rows, write_rows
 
 from merit.cli.commands import app
 from merit.recipe.schema import Recipe
@@ -104,25 +102,3 @@ def test_recipes_in_the_pages_are_valid():
             Recipe.model_validate(whole)
             seen += 1
     assert seen >= 5
-
-
-@pytest.mark.slow
-def test_the_commands_of_start_here_run(merit, base, tmp_path, monkeypatch):
-    for seed, task in enumerate(TASKS):
-        folder = tmp_path / "data" / "mixture" / task
-        folder.mkdir(parents=True)
-        write_rows(folder / "train.jsonl", task_rows(task, 20, seed))
-        write_rows(folder / "test.jsonl", task_rows(task, 4, 90 + seed))
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```bash\n(.*?)```", (DOCS / "index.md").read_text(encoding="utf-8"), re.DOTALL)
-    lines = [line for block in blocks for line in block.splitlines() if line.startswith("merit ")]
-    assert len(lines) >= 7
-    for line in lines:
-        words = shlex.split(line.replace("Qwen/Qwen2.5-0.5B", str(base)))[1:]
-        done = merit(*words)
-        assert done.code == 0, f"{line}\n{done.err}"
-        if words[0] == "init":  # the tiny base has a context of 128 tokens
-            recipe = tmp_path / "recipe.yaml"
-            recipe.write_text(recipe.read_text().replace("max_length: 2048", "max_length: 96"))
-    assert (tmp_path / "report.html").stat().st_size > 20_000
-    assert (tmp_path / "runs/my-run/merged/model/model.safetensors").is_file()
