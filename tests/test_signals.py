@@ -132,6 +132,18 @@ def test_a_stop_while_libraries_load_says_so() -> None:
     assert said == ["merit: stopped by SIGTERM before anything was done."]
 
 
+@pytest.mark.parametrize("method", ["make_context", "invoke"])
+def test_a_stop_while_the_command_line_is_read_says_so(method: str) -> None:
+    """Fails on commit 510c342: Typer made an exit code 130 of it, without a word."""
+    done = run(
+        "import signal, sys; import merit.cli; from merit.cli import commands; sys.argv = ['merit', 'schema']\n"
+        f"commands._Commands.{method} = lambda *_, **__: signal.raise_signal(signal.SIGTERM)\n"
+        "merit.cli.main()"
+    )
+    said = "merit: stopped by SIGTERM. Run the same command again to resume."
+    assert (done.returncode, done.stderr.strip()) == (75, said)
+
+
 def test_only_lost_stops_are_passed_over_silently() -> None:
     done = run(
         "import sys; import merit.cli as cli; from merit.signals import Stop; sys.argv = ['merit', '--version']\n"

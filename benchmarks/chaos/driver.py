@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+_STOPS = (signal.SIGTERM, signal.SIGINT)
 _LIBRARIES = ("torch", "transformers.models.llama.modeling_llama", "peft", "accelerate", "datasets", "merit.run.chain")
 
 
@@ -35,10 +36,12 @@ class Driver:
 
     def __init__(self, words: list[str], log: Path, environment: dict[str, str] | None = None) -> None:
         sys.stdout.flush()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)  # a command that has begun to start is one that can be stopped
         self.pid = os.fork()
         self._code: int | None = None
         if not self.pid:
             _become(words, log, environment or {})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
 
     def __enter__(self) -> Driver:
         return self
@@ -54,13 +57,13 @@ class Driver:
                 self._code = os.waitstatus_to_exitcode(status)
         return self._code
 
-    def until(self, there: Callable[[], bool], seconds: float = 900.0) -> bool:
-        """Wait for something; False if the command ended before."""
+    def until(self, there: Callable[[], bool], seconds: float = 900.0, every: float = 0.003) -> bool:
+        """Wait for something, asked for ``every`` so many seconds; False if the command ended before."""
         until = time.monotonic() + seconds
         while self.code() is None and time.monotonic() < until:
             if there():
                 return True
-            time.sleep(0.003)
+            time.sleep(every)
         return False
 
     def wait(self, seconds: float) -> int:
@@ -93,13 +96,16 @@ def _become(words: list[str], log: Path, environment: dict[str, str]) -> None:
         os.dup2(file, 2)
         sys.stdout = os.fdopen(1, "w", closefd=False)
         sys.stderr = os.fdopen(2, "w", closefd=False, buffering=1)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+        for number in _STOPS:
+            signal.signal(number, signal.default_int_handler)
         os.environ.update(environment)
         sys.argv = ["merit", *words]
         cli = importlib.import_module("merit.cli")
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
         cli.main()
         code = 0
+    except KeyboardInterrupt:
+        code = 75
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1 if error.code else 0
     except BaseException:

@@ -82,7 +82,8 @@ def cluster(folder: Path) -> Iterator[Nodes]:
 
     folder.mkdir(parents=True, exist_ok=True)
     _be_patient()
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    # Its handlers at exit would take this process's SIGTERM, and cannot be set outside of the main thread.
+    made = Cluster(True, head_node_args={"num_cpus": 0, "include_dashboard": False}, shutdown_at_exit=False)
     try:
         for _ in range(2):
             made.add_node(num_cpus=1)

@@ -6,15 +6,16 @@ A tiny run (four datasets, two branches, a joint baseline, all stages) is broken
 SIGKILL or SIGTERM, started again, broken again, and in the end left alone. *chain* is one process that does every stage;
 *local* is `--jobs 2`, whose workers are killed, too; *ray* a cluster of three nodes on this machine, whose workers, nodes
 and driver are killed; *slurm* a real Slurm on loopback, whose workers, nodes and driver are killed, and whose tasks are
-preempted and requeued.
-A run survives if its merged weights are those of a run that was left alone, byte for byte, its evaluation is equal, and no
-process and no unfinished file is left.
+preempted and requeued. Under these two gradients and evaluation are done on the cluster, too.
+A run survives if its branches and its merged weights are those of a run that was left alone under the same launcher, byte
+for byte, its evaluation is equal, and no process and no unfinished file is left.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import json
 import os
 import random
@@ -36,6 +37,8 @@ STAGES = (
     "mixture", "conflict", "split", "branches/0", "branches/1", "baselines/joint/branches/0", "merged", "evaluation",
 )  # fmt: skip
 LAUNCHERS = ("chain", "local", "ray", "slurm")
+RECORD = "record.json"
+_ALL_STAGES = ("--set", "launch.stages=[gradients,train,evaluate]")
 _PATIENCE = 900.0
 
 
@@ -80,7 +83,15 @@ class Finding:
 
 
 class Case:
-    """The tiny run, its reference, and how to break it."""
+    """The tiny run, its reference, and how to break it.
+
+    Attributes:
+        top: Folder of everything.
+        rng: What moments are drawn from.
+        recipe: The tiny run's.
+        reference: The run that nobody touches, under the launcher that is broken.
+        spans: What a stage waits for and how long it takes from there (seconds), in the order they end in.
+    """
 
     def __init__(self, top: Path, rng: random.Random) -> None:
         from tests import builders
@@ -102,21 +113,24 @@ class Case:
             shutil.rmtree(top / "mixture" / task)
         self.recipe = case.recipe
         self.reference = top / "reference"
-        begun = time.monotonic()
-        with Driver(self.words(self.reference), top / "reference.txt") as driver:
+        self.spans: list[tuple[Path | None, float]] = []
+
+    def refer(self, place: Place) -> None:
+        """Make the reference under a launcher, and time its stages."""
+        begun, log = time.time(), self.top / "reference.txt"
+        with Driver(self.words(self.reference, *place.words), log, place.environment) as driver:
             code = driver.wait(_PATIENCE)
-        assert code == 0, (top / "reference.txt").read_text()
-        print(f"reference run: {time.monotonic() - begun:.0f} s", flush=True)
+        assert code == 0, log.read_text()
+        ends = sorted((record_of(self.reference, stage).stat().st_mtime, stage) for stage in STAGES)
+        waits_for: Path | None = None
+        for end, stage in ends:
+            self.spans.append((waits_for, end - begun))
+            waits_for, begun = Path(stage) / RECORD, end
+        shown = ", ".join(f"{stage} {span:.1f}" for (_, stage), (_, span) in zip(ends, self.spans, strict=True))
+        print(f"{place.name}: reference run, seconds of each stage: {shown}", flush=True)
 
     def words(self, run: Path, *more: str) -> list[str]:
         return ["run", str(self.recipe), "--output", str(run), *more]
-
-    def prepared(self, run: Path) -> None:
-        """A copy of the reference up to the split, for launchers that only differ in training."""
-        shutil.copytree(self.reference, run)
-        for name in ("branches", "merged", "evaluation", "report.html", "baselines/joint/branches", "logs"):
-            path = run / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def compare(self, run: Path) -> str:
         """What is wrong with a finished run; empty if nothing."""
@@ -126,9 +140,7 @@ class Case:
             if not (run / name).is_file() or (run / name).read_bytes() != (self.reference / name).read_bytes():
                 return f"{name} differs"
         results = "evaluation/results.json"
-        if (run / results).is_file() and json.loads((run / results).read_text()) != json.loads(
-            (self.reference / results).read_text()
-        ):
+        if json.loads((run / results).read_text()) != json.loads((self.reference / results).read_text()):
             return f"{results} differs"
         left = [path for path in run.rglob("*") if path.name.endswith(".partial") or path.name == "checkpoints"]
         if left:
@@ -148,8 +160,14 @@ def processes_of(run: Path) -> list[psutil.Process]:
 
 
 def workers_of(run: Path) -> list[psutil.Process]:
-    """The processes that train branches."""
-    return [process for process in processes_of(run) if "merit.run.worker" in process.cmdline()]
+    """The processes that train branches, measure gradients or evaluate models."""
+    modules = {"merit.run.worker", "merit.run.measuring"}
+    found = []
+    for process in processes_of(run):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if modules & set(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def settled(run: Path) -> None:
@@ -159,55 +177,17 @@ def settled(run: Path) -> None:
         time.sleep(0.2)
 
 
-# ---- one process does it all ------------------------------------------------------------------------------------------
-
-
-def chain(case: Case, run: Path, deaths: int) -> Finding:
-    """The whole chain in one process, killed ``deaths`` times."""
-    found, rng = Finding("chain"), case.rng
-    places = sorted(rng.sample(range(len(STAGES)), min(deaths, len(STAGES))))
-    for place in places:
-        stage, sent = STAGES[place], rng.choice([signal.SIGKILL, signal.SIGTERM])
-        with Driver(case.words(run), run.with_suffix(".txt")) as driver:
-            if not driver.until((run / stage / "running.json").exists):
-                break  # it had finished
-            time.sleep(rng.random() * seconds_of(case.reference / stage))
-            driver.send(sent)
-            code = driver.wait(_PATIENCE)
-        found.moments.append(Moment("chain", under_way(run), "driver", sent.name, code))
-        if sent == signal.SIGTERM and code not in (0, 75):
-            return _lost(found, f"SIGTERM ended in exit code {code}", run)
-    return finish(case, run, found, case.words(run))
-
-
-def seconds_of(stage: Path) -> float:
-    return float(json.loads((stage / "record.json").read_text())["seconds"]) + 0.02
+def record_of(run: Path, stage: str) -> Path:
+    return run / stage / RECORD
 
 
 def under_way(run: Path) -> str:
-    for stage in reversed(STAGES):
-        if (run / stage / "record.json").exists():
-            return f"after {stage}" if not _begun_after(run, stage) else _begun_after(run, stage)
-    return "mixture"
-
-
-def _begun_after(run: Path, stage: str) -> str:
-    rest = STAGES[STAGES.index(stage) + 1 :]
-    return next((name for name in rest if (run / name).is_dir() and not (run / name / "record.json").exists()), "")
-
-
-def finish(
-    case: Case, run: Path, found: Finding, words: list[str], environment: dict[str, str] | None = None
-) -> Finding:
-    """Leave the run alone until it ends, and look at what it ended with."""
-    settled(run)
-    with Driver(words, run.with_suffix(".txt"), environment) as driver:
-        code = driver.wait(_PATIENCE)
-    if code != 0:
-        return _lost(found, f"the last attempt ended in exit code {code}", run)
-    settled(run)
-    why = case.compare(run)
-    return _lost(found, why, run) if why else found
+    """The stage that is being made: the last one that has begun, or after which one the run stands."""
+    ended = [stage for stage in STAGES if record_of(run, stage).exists()]
+    begun = [stage for stage in STAGES if (run / stage).is_dir() and stage not in ended]
+    if begun:
+        return begun[-1]
+    return f"after {ended[-1]}" if ended else "mixture"
 
 
 def _lost(found: Finding, why: str, run: Path) -> Finding:
@@ -215,9 +195,6 @@ def _lost(found: Finding, why: str, run: Path) -> Finding:
     log = run.with_suffix(".txt")
     found.why = f"{why}\n{log.read_text(errors='replace')[-1500:] if log.exists() else ''}"
     return found
-
-
-# ---- workers ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -233,60 +210,51 @@ class Place:
     """
 
     name: str
-    words: tuple[str, ...]
+    words: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
     breaks: dict[tuple[str, str], Callable[[Path], bool]] = field(default_factory=dict)
     survives: bool = False
 
 
 def broken(case: Case, run: Path, deaths: int, place: Place) -> Finding:
-    """Training under a launcher, broken ``deaths`` times: drivers, workers, nodes."""
+    """A run under a launcher, broken ``deaths`` times at random moments of random stages, and left alone in the end.
+
+    Where a worker is to die and there is none at the drawn moment, the next one does.
+    """
     found, rng = Finding(place.name), case.rng
-    case.prepared(run)
-    words = case.words(run, "--until", "merge", *place.words)
+    words = case.words(run, *place.words)
     driver = Driver(words, run.with_suffix(".txt"), place.environment)
     try:
-        for _ in range(deaths):
+        for number in sorted(rng.choices(range(len(case.spans)), k=deaths)):
+            waits_for, span = case.spans[number]
             victim, sent = rng.choice([("driver", "SIGKILL"), ("driver", "SIGTERM"), *place.breaks])
-            training = rng.random() < 0.7
-            if not driver.until(partial(_there, run, training)):
+            if waits_for is not None and not driver.until((run / waits_for).exists, _PATIENCE):
                 break
-            time.sleep(rng.random() * (2.0 if training else 6.0))
+            driver.until(lambda: False, rng.random() * span)
             if driver.code() is not None:
                 break
-            for path in run.glob("branches/*/progress.json"):
-                path.unlink(missing_ok=True)
-            if victim != "driver":
-                if not place.breaks[victim, sent](run):
-                    continue
-                found.moments.append(Moment(place.name, "training", victim, sent))
-                if place.survives:
-                    continue
-                code = driver.wait(_PATIENCE)
-            else:
+            stage = under_way(run)
+            if victim == "driver":
                 driver.send(signal.Signals[sent])
-                code = driver.wait(_PATIENCE)
-                found.moments.append(Moment(place.name, "training", victim, sent, code))
-                if sent == "SIGTERM" and code not in (0, 75):
-                    return _lost(found, f"SIGTERM ended in exit code {code}", run)
-            if place.name != "slurm":
+            elif not driver.until(partial(place.breaks[victim, sent], run), _PATIENCE, every=0.1):
+                break
+            code = driver.wait(_PATIENCE) if victim == "driver" or not place.survives else None
+            found.moments.append(Moment(place.name, stage, victim, sent, code))
+            if code is None:
+                continue
+            if (victim, sent) == ("driver", "SIGTERM") and code not in (0, 75):
+                return _lost(found, f"SIGTERM ended in exit code {code}", run)
+            if place.name != "slurm":  # whose array goes on
                 settled(run)
-            driver.close()
             driver = Driver(words, run.with_suffix(".txt"), place.environment)
         code = driver.wait(_PATIENCE)
     finally:
         driver.close()
     if code != 0:
-        return finish(case, run, found, words, place.environment)
+        return _lost(found, f"the last attempt ended in exit code {code}", run)
     settled(run)
     why = case.compare(run)
     return _lost(found, why, run) if why else found
-
-
-def _there(run: Path, training: bool) -> bool:
-    """Whether branches are being trained, or at least their workers are up; or it is too late for both."""
-    begun = any(run.glob("branches/*/progress.json")) if training else bool(workers_of(run))
-    return begun or (run / "merged" / "running.json").exists()
 
 
 def kill_worker(rng: random.Random, number: signal.Signals) -> Callable[[Path], bool]:
@@ -314,15 +282,17 @@ def ray(top: Path, rng: random.Random) -> Iterator[Place]:
 
     with cluster(top / "ray") as nodes:
 
-        def kill_node(_run: Path) -> bool:
-            nodes.kill_one(rng)
-            return True
+        def kill_node(run: Path) -> bool:
+            busy = bool(workers_of(run))
+            if busy:
+                nodes.kill_one(rng)
+            return busy
 
         breaks = {("worker", s.name): kill_worker(rng, s) for s in (signal.SIGKILL, signal.SIGTERM)}
         breaks["node", "SIGKILL"] = kill_node
         breaks["ray worker", "SIGKILL"] = lambda run: nodes.kill_worker(rng, workers_of(run))
         words = ("--launch", "ray", "--set", f"launch.ray.address={nodes.address}", "--set", "launch.ray.retries=50")
-        yield Place("ray", words, nodes.environment, breaks, survives=True)
+        yield Place("ray", (*words, *_ALL_STAGES), nodes.environment, breaks, survives=True)
 
 
 @contextmanager
@@ -331,7 +301,9 @@ def slurm(top: Path, rng: random.Random) -> Iterator[Place]:
 
     with loopback(top / "slurm") as nodes:
 
-        def preempt(_run: Path) -> bool:
+        def preempt(run: Path) -> bool:
+            if not workers_of(run):
+                return False
             script = top / "urgent.sh"
             script.write_text("#!/bin/bash\nsleep 3\n")
             nodes.call("sbatch", "--partition=high", f"--output={top}/urgent.txt", str(script))
@@ -349,11 +321,11 @@ def slurm(top: Path, rng: random.Random) -> Iterator[Place]:
         breaks = {("worker", s.name): kill_worker(rng, s) for s in (signal.SIGKILL, signal.SIGTERM)}
         breaks |= {("task", "preemption"): preempt, ("task", "requeue"): requeue, ("node", "SIGKILL"): lose_node}
         words = ("--launch", "slurm", "--set", "launch.slurm.hours=1", "--set", "launch.slurm.poll_seconds=1")
-        yield Place("slurm", words, nodes.environment, breaks, survives=True)
+        yield Place("slurm", (*words, *_ALL_STAGES), nodes.environment, breaks, survives=True)
 
 
-PLACES: dict[str, Callable[[Path, random.Random], AbstractContextManager[Place | None]]] = {
-    "chain": lambda _top, _rng: nullcontext(),
+PLACES: dict[str, Callable[[Path, random.Random], AbstractContextManager[Place]]] = {
+    "chain": lambda _top, _rng: nullcontext(Place("chain")),
     "local": local,
     "ray": ray,
     "slurm": slurm,
@@ -369,9 +341,10 @@ def survey(top: Path, launcher: str, given: argparse.Namespace, until: float) ->
     case = Case(top, rng)
     findings: list[Finding] = []
     with PLACES[launcher](top, rng) as place:
+        case.refer(place)
         while sum(len(item.moments) for item in findings) < given.moments and time.time() < until:
             run, begun = top / f"{launcher}-{len(findings)}", time.monotonic()
-            found = chain(case, run, given.deaths) if place is None else broken(case, run, given.deaths, place)
+            found = broken(case, run, given.deaths, place)
             found.seconds, found.seed = round(time.monotonic() - begun, 1), given.seed
             findings.append(found)
             if given.to is not None:
@@ -402,11 +375,11 @@ def summary(findings: list[Finding]) -> str:
     total = sum(counts.values())
     rows.append(["all", "", "", total, sum(count for key, count in counts.items() if key[3])])
     runs = len(findings)
-    stages = collections.Counter(m.stage for item in findings for m in item.moments if m.launcher == "chain")
+    stages = collections.Counter(m.stage for item in findings for m in item.moments)
     return (
         table(["launcher", "killed", "by", "moments", "in runs that ended as if left alone"], rows)
         + f"\n\n{sum(item.survived for item in findings)} of {runs} runs ended in the same bytes, with nothing left over. "
-        f"Moments of *chain* by stage: {', '.join(f'{name} {n}' for name, n in sorted(stages.items()))}."
+        f"Moments by stage: {', '.join(f'{name} {n}' for name, n in sorted(stages.items()))}."
     )
 
 

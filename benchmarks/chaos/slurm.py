@@ -75,7 +75,7 @@ class Loopback:
         process.wait()
 
     def lose(self, name: str) -> bool:
-        """Lose a node with all that runs on it, and get it back; False if nothing ran there."""
+        """Lose a node with all that runs on it, and get it back; False, and nothing is lost, if nothing runs there."""
         steps = [
             process
             for process in psutil.process_iter(["name", "cmdline"])
@@ -90,8 +90,9 @@ class Loopback:
             for process in [*step.children(recursive=True), step]:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
-        self.kill(name)
-        self.start_node(name)
+        if mine:
+            self.kill(name)
+            self.start_node(name)
         return bool(mine)
 
     def up(self) -> bool:

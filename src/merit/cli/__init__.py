@@ -26,6 +26,13 @@ def main() -> None:
     except (KeyboardInterrupt, Interrupted) as stop:  # before a command was entered
         print(f"merit: {str(stop) or 'interrupted'} before anything was done.", file=sys.stderr)
         sys.exit(Interrupted.exit_code)
+    except SystemExit as end:
+        cause = getattr(end.__context__, "__cause__", None)
+        if not isinstance(cause, KeyboardInterrupt):
+            raise
+        # between our handlers, where Typer reads the command line or ends it, and would exit with a code of its own
+        print(f"merit: {str(cause) or 'interrupted'}. Run the same command again to resume.", file=sys.stderr)
+        sys.exit(Interrupted.exit_code)
     finally:
         ignore_from_now_on()
 
