@@ -8,11 +8,14 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
+from base64 import b64decode
 from dataclasses import dataclass, replace
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -93,6 +96,56 @@ def test_renders_quietly_and_fits(opened):
     assert opened.locator("canvas.heatmap").evaluate(painted) > 20
     opened.locator("canvas.heatmap").hover()
     assert " and " in opened.locator(".reading").inner_text()
+
+
+def test_the_heatmap_is_read_by_keyboard(opened, file):
+    text = file.read_text(encoding="utf-8")
+    data = json.loads(re.search(r'id="cosines-data">(.*?)</script>', text)[1])
+    names, cells = data["names"], b64decode(data["cells"])
+    rows, columns = np.triu_indices(len(names))
+    matrix = np.zeros((len(names), len(names)))
+    matrix[rows, columns] = matrix[columns, rows] = np.frombuffer(cells, np.uint8) / 127 - 1
+    heatmap, reading = opened.locator("canvas.heatmap"), opened.locator("#cosines-reading")
+
+    def said(i: int, j: int) -> str:
+        return f"{names[i]} and {names[j]}: {matrix[i, j]:.2f}".replace("-0.00", "0.00")
+
+    def shown() -> str:
+        return reading.evaluate("(e) => e.textContent").replace("-0.00", "0.00")
+
+    opened.locator("#cosines .scroll").focus()
+    opened.keyboard.press("Tab")
+    assert heatmap.evaluate("(e) => e === document.activeElement")
+    assert shown() == said(0, 0)
+    for key, i, j in (
+        ("ArrowDown", 1, 0), ("ArrowRight", 1, 1), ("ArrowRight", 1, 2), ("ArrowUp", 0, 2), ("ArrowUp", 0, 2),
+        ("End", 0, len(names) - 1), ("PageDown", 10, len(names) - 1), ("Home", 10, 0), ("ArrowLeft", 10, 0),
+    ):  # fmt: skip
+        opened.keyboard.press(key)
+        assert shown() == said(i, j), key
+        assert reading.get_attribute("aria-live") == "polite"
+    box, cell = heatmap.bounding_box(), opened.locator("#cosines .cell").bounding_box()
+    assert cell["y"] - box["y"] == pytest.approx(10 * box["height"] / len(names), abs=1)
+    assert cell["x"] == pytest.approx(box["x"], abs=1)
+    heatmap.hover()
+    assert reading.get_attribute("aria-live") == "off"  # a pointer passes many cells
+    opened.keyboard.press("Tab")
+    assert not heatmap.evaluate("(e) => e === document.activeElement")
+    assert not opened.locator("#cosines .cell").is_visible()
+
+
+def test_the_heatmap_saves_as_csv(opened, tmp_path):
+    saved = _saved(opened, opened.locator("button[data-cells=cosines]"), tmp_path)
+    assert saved.name == "cosines.csv"
+    with saved.open(encoding="utf-8-sig", newline="") as file:
+        head, *rows = csv.reader(file)
+    assert head[0] == ""
+    assert [row[0] for row in rows] == head[1:]
+    assert len(rows) == 40
+    matrix = np.array([[float(cell) for cell in row[1:]] for row in rows])
+    assert (matrix == matrix.T).all()
+    assert (np.diag(matrix) == 1).all()
+    assert not [cell for cell in head if cell.startswith(("=", "+", "@"))]
 
 
 def test_passes_axe(opened):

@@ -139,10 +139,45 @@ def test_headings_ids_and_labels(hostile):
     assert [e for e, _ in found.elements if e == "h1"] == ["h1"]
     for element, attributes in found.elements:
         if element in ("svg", "canvas"):
-            assert attributes["role"] == "img"
+            assert attributes["role"] == ("img" if element == "svg" else "application")
             assert attributes["aria-label"]
     labels = [a["aria-label"] for _, a in found.elements if a.get("role") == "region"]
     assert len(labels) == len(set(labels))
+
+
+def test_the_heatmap_is_reached_and_read_without_a_pointer(hostile):
+    """What the script needs for it; tests/report/test_browser.py presses the keys."""
+    found = read(hostile)
+    (canvas,) = [a for e, a in found.elements if e == "canvas"]
+    assert canvas["tabindex"] == "0"
+    assert "arrow keys" in canvas["aria-label"]
+    (reading,) = [a for e, a in found.elements if a.get("id") == canvas["aria-describedby"]]
+    assert "aria-live" in reading
+    (save,) = [a for e, a in found.elements if "data-cells" in a]
+    assert save["data-cells"] in {a.get("id") for e, a in found.elements if e == "figure"}
+    assert "CSV" in save["aria-label"]
+
+
+def test_the_verdict_says_how_sure_it_is_measure_by_measure(tmp_path):
+    run = make_run(tmp_path, [f"dataset-{i:02d}" for i in range(16)])
+    text = page(run)
+    grid = text[text.index('<table id="compared"') :]
+    grid = grid[: grid.index("</table>")]
+    assert run.evaluation is not None
+    found = run.evaluation.verdict.comparisons
+    assert [c.other for c in found] == re.findall(r"<button[^>]*>([^<]+)</button></th>", grid)[1:]
+    rows = grid[grid.index("<tbody>") :].split("<tr>")[1:]
+    measures = {(d.part, d.metric) for c in found for d in c.differences}
+    assert len(rows) == len(measures) >= 6
+    shown = re.findall(r'data-v="([^"]+)">([+-][\d.]+)<span class="interval"> ([+-][\d.]+) to ([+-][\d.]+)', grid)
+    wanted = {(f"{d.difference:+.3f}", *(f"{end:+.3f}" for end in d.ci95)) for c in found for d in c.differences}
+    assert {cells[1:] for cells in shown} == wanted
+    for comparison in found:
+        for item in comparison.differences:
+            mark = {"better": "▲", "worse": "▼"}.get(item.outcome, "")
+            cell = re.search(rf'data-v="{re.escape(f"{item.difference:.10g}")}">(.*?)</td>', grid)
+            assert cell is not None
+            assert re.findall("[▲▼]", cell[1]) == ([mark] if mark else [])
 
 
 def test_script_data_cannot_end_its_element():
@@ -224,7 +259,7 @@ def test_the_merge_shows_how_far_every_model_moved(names, tmp_path):
     text = page(replace(run, methods=(replace(run.own, merge=merge), joint)))
     assert read(text).wrong == []
     moved = text[text.index('id="moved"') :]
-    assert re.findall(r"[\d.]+%", moved[: moved.index("</table>")]) == ["6%", "8%", "5%", "10%"]
+    assert re.findall(r"[\d.]+%", moved[: moved.index("</table>")]) == ["6.000%", "8.000%", "5.000%", "10.000%"]
     assert "The merge lies 0.71 × as far out" in text
     assert "joint training lies 2.00 × as far out as the merge" in text
     assert "was not measured" in page(

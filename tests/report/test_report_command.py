@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from html import escape
 from pathlib import Path
 
 import pytest
-from report.page_cases import make_study
 from tests.builders import Case, make_case
 
 from merit.run.store import claim
+from report.page_cases import make_study
 
 
 @pytest.fixture
@@ -30,6 +31,8 @@ def test_the_page_of_a_study_is_written_next_to_it(studied, merit, monkeypatch):
     assert str(studied.run / "report.html") in told.out.replace("\n", "")
     verdict = make_study().verdict[0]
     assert page.index(escape(verdict)) < page.index('id="study"')  # the page begins with it
+    assert page.count(escape(verdict)) == 1
+    assert set(re.findall(r'<section id="(\w+)"', page)) == {"verdict", "study", "provenance"}  # no empty ones
     for method in make_study().methods:
         assert f'scope="row">{method}<' in page
     assert not (studied.run / "study" / "report.html").exists()

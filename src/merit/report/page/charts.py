@@ -17,6 +17,10 @@ COLOURS = 8
 _WIDTH, _HEIGHT = 720, 380
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 14, 12, 48
 _SHAPES = 6
+_MOST_TICKS = 8
+"""Names that fit under an axis."""
+_BARS = 540
+"""Width of bars: with a length that a phone shows whole, none looks shorter than it is."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +103,12 @@ def chart(title: str, *children: Child, width: float = _WIDTH, height: float = _
         role="img",
         viewBox=f"0 0 {width:g} {height:g}",
         aria_label=title,
-        style=f"min-width:{min(width, 520):g}px;max-width:{width:g}px",
+        style=f"min-width:{min(width - 220, 520):g}px;max-width:{width:g}px",
     )
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "−")
 
 
 def _text(x: float, y: float, words: str, anchor: str = "middle", **more: str) -> Html:
@@ -113,12 +121,12 @@ def _axes(xs: _Scale, ys: _Scale, x_title: str, y_title: str, height: float = _H
     for value in ys.ticks:
         y = round(ys(value), 1)
         marks += [tag("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=y, y2=y, class_="grid")]
-        marks += [_text(_LEFT - 6, y + 4, f"{value:.4g}", "end")]
+        marks += [_text(_LEFT - 6, y + 4, _minus(f"{value:.4g}"), "end")]
     for value in xs.ticks:
         x = round(xs(value), 1)
         marks += [
             tag("line", x1=x, x2=x, y1=bottom, y2=bottom + 4, class_="axis"),
-            _text(x, bottom + 18, f"{value:.4g}"),
+            _text(x, bottom + 18, _minus(f"{value:.4g}")),
         ]
     middle = (_TOP + bottom) / 2
     return [
@@ -133,7 +141,7 @@ def _legend(names: Sequence[tuple[str, str]], top: float, *, shapes: bool = Fals
     """Names under a chart, wrapped; each is (name, class). And the height that they take."""
     x, y, found = float(_LEFT), top + 12, []
     for index, (name, kind) in enumerate(names):
-        wide = 30 + 6.6 * len(name)
+        wide = 40 + 7 * len(name)
         if x + wide > _WIDTH - _RIGHT and x > _LEFT:
             x, y = float(_LEFT), y + 18
         sign = (
@@ -227,18 +235,34 @@ def scatter(
 
 
 def _names(places: Sequence[tuple[float, float, str]]) -> list[Html]:
-    """Names next to points, where they cover no other name."""
-    taken: list[tuple[float, float, float]] = []
+    """Names next to points, on a side where they cover no point and no other name; none where there is no such side."""
+    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y, _ in places]
     found = []
     for x, y, name in places:
         text = name if len(name) <= 24 else f"{name[:23]}…"
-        wide = 5.4 * len(text)
-        left = x + 7 if x + 7 + wide < _WIDTH else x - 7 - wide
-        if any(abs(y - other) < 11 and left < end and start < left + wide for other, start, end in taken):
-            continue
-        taken.append((y, left, left + wide))
-        found.append(_text(left, y - 6, text, "start", class_="name"))
+        wide = 5.6 * len(text)
+        sides = (
+            (7, 3.5),
+            (7, -6),
+            (-7 - wide, 3.5),
+            (-7 - wide, -6),
+            (7, 13),
+            (-7 - wide, 13),
+            (-wide / 2, -9),
+            (-wide / 2, 17),
+        )
+        for right, down in sides:
+            box = (x + right, y + down - 9, x + right + wide, y + down + 2)
+            inside = box[0] >= _LEFT and box[2] <= _WIDTH and box[1] >= 0 and box[3] <= _HEIGHT - _BOTTOM
+            if inside and not any(_overlap(box, other) for other in taken):
+                taken.append(box)
+                found.append(_text(box[0], y + down, text, "start", class_="name"))
+                break
     return found
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _reach(points: Sequence[Point], axis: int) -> list[float]:
@@ -253,14 +277,17 @@ def bars(
     title: str, items: Sequence[tuple[str, float]], x_title: str, *, form: str = "{:.3g}", mark: float | None = None
 ) -> Html:
     """Horizontal bars with their values; ``mark`` is a value to compare them with, drawn as a line."""
-    left = min(40 + 6.4 * max((len(name) for name, _ in items), default=0), 260)
-    height = 22 * len(items) + 44
+    left = min(24 + 6.6 * max((len(name) for name, _ in items), default=0), 240)
+    height = 22 * len(items) + 38
     reach = [0.0, *(value for _, value in items), *([mark] if mark is not None else [])]
-    scale = _Scale(min(reach), max(reach) or 1.0, left, _WIDTH - 90)
+    low, high = min(reach), max(reach)
+    scale = _Scale(low, high if high > low else low + 1.0, left, _BARS - 64)
     zero = scale(0.0)
     drawn: list[Html] = []
+    figures: list[Html] = []
     for index, (name, value) in enumerate(items):
         y, end = 8 + 22 * index, scale(value)
+        figures.append(_text(max(end, zero) + 6, y + 14, _minus(form.format(value)), "start"))
         drawn += [
             _text(left - 8, y + 13, name if len(name) <= 36 else f"{name[:35]}…", "end"),
             tag(
@@ -271,14 +298,16 @@ def bars(
                 height=15,
                 class_=f"fill c{0 if value >= 0 else 1}",
             ),
-            _text(max(end, zero) + 6, y + 14, form.format(value), "start"),
         ]
     bottom = 8 + 22 * len(items)
     drawn.append(tag("line", x1=round(zero, 1), x2=round(zero, 1), y1=4, y2=bottom, class_="axis"))
     if mark is not None:
-        drawn.append(tag("line", x1=round(scale(mark), 1), x2=round(scale(mark), 1), y1=4, y2=bottom, class_="cut"))
-    drawn.append(_text((left + _WIDTH - 90) / 2, height - 8, x_title, class_="title"))
-    return chart(title, *drawn, height=height)
+        at = round(scale(mark), 1)
+        drawn.append(tag("line", x1=at, x2=at, y1=4, y2=bottom, class_="cut"))
+    drawn.append(
+        _text(min((left + _BARS - 64) / 2, _BARS - 4 - 3.1 * len(x_title)), height - 8, x_title, class_="title")
+    )
+    return chart(title, *drawn, *figures, width=_BARS, height=height)
 
 
 def dots(
@@ -297,7 +326,7 @@ def dots(
         y = round(ys(value), 1)
         drawn += [
             tag("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=y, y2=y, class_="grid"),
-            _text(_LEFT - 6, y + 4, f"{value:.4g}", "end"),
+            _text(_LEFT - 6, y + 4, _minus(f"{value:.4g}"), "end"),
         ]
     for k, (label, series) in enumerate(columns):
         for index, point in enumerate(series):
@@ -306,6 +335,8 @@ def dots(
                 words = tag("title", f"{names[index]}: {label} {value:.3f}")
                 drawn.append(tag("g", words, _mark(k, xs(index), ys(value), f"c{k % COLOURS}"), class_="point"))
     middle = (_TOP + bottom) / 2
+    if len(names) <= _MOST_TICKS:
+        drawn += [_text(xs(index), bottom + 18, name) for index, name in enumerate(names)]
     drawn += [
         tag("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=bottom, y2=bottom, class_="axis"),
         _text(

@@ -40,6 +40,7 @@ def build(data: RunData) -> Html:
             "Cosines of the datasets' gradients",
             heatmap("cosines", f"Cosines of {len(names)} datasets, ordered by group", matrix, names, sizes),
             "Ordered by group; blue pulls in the same direction, orange in opposite ones.",
+            cells=True,
         ),
         _pairs(geometry),
     ]

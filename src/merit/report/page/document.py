@@ -61,8 +61,8 @@ def page(data: RunData) -> str:
     """The whole page as text."""
     title = f"{data.recipe.name} · MERIT"
     style, script = _asset("style.css"), _asset("page.js")
-    built = {key: build(data) for key, _, build in SECTIONS}
-    links = [tag("li", tag("a", name, href=f"#{key}")) for key, name, _ in SECTIONS if built[key]]
+    built = {key: build(data) for key, _, build in SECTIONS if key not in _left_out(data)}
+    links = [tag("li", tag("a", name, href=f"#{key}")) for key, name, _ in SECTIONS if built.get(key)]
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -89,12 +89,26 @@ def page(data: RunData) -> str:
     return join([Html("<!doctype html>\n"), tag("html", head, body, lang="en")]) + "\n"
 
 
+def _left_out(data: RunData) -> set[str]:
+    """Sections of stages that a study does not need; a run's own say that they are not done yet."""
+    if data.study is None:
+        return set()
+    done = {
+        "conflict": data.geometry,
+        "groups": data.own.split,
+        "training": any(method.branches for method in data.methods),
+        "merge": data.own.merge,
+        "evaluation": data.evaluation,
+    }
+    return {key for key, found in done.items() if not found}
+
+
 def _subtitle(data: RunData) -> str:
     groups = len(data.own.split.groups) if data.own.split else 0
-    parts = [f"{len(data.counts)} datasets"]
+    parts = [f"{len(data.counts)} datasets"] if data.counts else []
     if groups:
         parts.append(f"{groups} groups by {data.recipe.split.method}")
-    parts += [f"base {Path(data.recipe.model.base).name}", f"seed {data.recipe.seed}"]
+    parts += ["base " + "/".join(Path(data.recipe.model.base).parts[-2:]), f"seed {data.recipe.seed}"]
     return " · ".join(parts)
 
 

@@ -121,14 +121,16 @@ def table(
         rows: Cells; plain text sorts as text.
         most: Height in rows above which it scrolls.
     """
-    figures = [all(_is_figure(row[column]) for row in rows) for column in range(len(header))]
+    figures = [column > 0 and all(_is_figure(row[column]) for row in rows) for column in range(len(header))]
     head = [
         tag("th", tag("button", title, type="button", class_="sort"), scope="col", aria_sort="none", class_=kind)
         for title, kind in zip(header, ("number" if right else None for right in figures), strict=True)
     ]
     body = [tag("tr", *(_cell(cell, first=not index) for index, cell in enumerate(row))) for row in rows]
     long = most is not None and len(rows) > most
-    grid = tag("table", tag("caption", caption), tag("thead", tag("tr", *head)), tag("tbody", *body), id=key)
+    grid = tag(
+        "table", tag("caption", tag("span", caption)), tag("thead", tag("tr", *head)), tag("tbody", *body), id=key
+    )
     save = tag(
         "button", "CSV", type="button", class_="save", data_csv=key, aria_label=f"Save the table {caption} as CSV"
     )
@@ -161,9 +163,23 @@ def _cell(cell: Cell | str | Html, *, first: bool) -> Html:
     return tag("td", *text, class_=kind, data_v=sorts)
 
 
-def figure(key: str, title: str, drawing: Html, note: Child = None) -> Html:
-    """A drawing with its caption, and buttons that save it as SVG and PNG."""
-    buttons = [
+def figure(key: str, title: str, drawing: Html, note: Child = None, *, cells: bool = False) -> Html:
+    """A drawing with its caption, and buttons that save it as SVG and PNG; a heatmap (``cells``) also as CSV."""
+    buttons = (
+        [
+            tag(
+                "button",
+                "CSV",
+                type="button",
+                class_="save",
+                data_cells=key,
+                aria_label=f"Save the figures of {title} as CSV",
+            )
+        ]
+        if cells
+        else []
+    )
+    buttons += [
         tag("button", kind, type="button", class_="save", data_figure=key, data_kind=kind.lower(),
             aria_label=f"Save the figure {title} as {kind}")
         for kind in ("SVG", "PNG")

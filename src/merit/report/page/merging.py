@@ -10,7 +10,7 @@ from merit.merge.weights import condense
 from merit.progress import duration, size
 from merit.report.page import charts
 from merit.report.page.data import RunData
-from merit.report.page.markup import Cell, Html, Row, figure, join, notes, number, paragraph, section, table
+from merit.report.page.markup import Cell, Html, Row, details, figure, join, notes, number, paragraph, section, table
 from merit.run.round_stages import RoundLine
 
 
@@ -46,7 +46,7 @@ def _weights(merge: MergeResult) -> Html:
     return join(
         [
             figure("weights", "Weights of the branches", drawing),
-            table("weights-table", "Weights of the branches", header, rows),
+            details("Weights, as a table", table("weights-table", "Weights of the branches", header, rows)),
         ]
     )
 
@@ -61,23 +61,30 @@ def _displacements(data: RunData, merge: MergeResult) -> Html:
     for other in data.methods[1:]:
         if other.merge is not None and other.merge.displacements is not None:
             models.append((other.name, other.merge.displacements, other.merge.displacements.merged))
-    rows: list[Row] = [[name, number(norm, "{:.4g}"), _share(m.relative(norm))] for name, m, norm in models]
+    rows: list[Row] = [
+        [name, number(norm, "{:.4f}" if norm < 10 else "{:,.1f}"), _share(m.relative(norm))] for name, m, norm in models
+    ]
     items = [(name, 100 * (m.relative(norm) or 0.0)) for name, m, norm in models]
     title = "How far the models lie from the base"
-    drawing = charts.bars(title, items, "‖θ − θ0‖ in percent of ‖θ0‖", form="{:.3g}")
+    drawing = charts.bars(
+        title, items, "‖θ − θ₀‖ in percent of ‖θ₀‖", form="{:.3f}" if max(v for _, v in items) < 1 else "{:.2f}"
+    )
     rest = own.rest(merge.weights)
     said = "" if rest is None else f"The merge lies {rest:.2f} × as far out as its branches (their root mean square)"
     joint = next((norm for name, _, norm in models if name == "joint"), None)
     if said and joint is not None and own.merged > 0:
         said += f"; joint training lies {joint / own.merged:.2f} × as far out as the merge"
-    header = ("model", "‖θ − θ0‖", "of ‖θ0‖")
+    header = ("model", "‖θ − θ₀‖", "of ‖θ₀‖")
     return join(
-        [figure("displacements", title, drawing, f"{said}." if said else None), table("moved", title, header, rows)]
+        [
+            figure("displacements", title, drawing, f"{said}." if said else None),
+            details("Displacements, as a table", table("moved", title, header, rows)),
+        ]
     )
 
 
 def _share(value: float | None) -> Cell:
-    return number(None) if value is None else Cell(f"{100 * value:.3g}%", value)
+    return number(None) if value is None else Cell(f"{100 * value:.3f}%", value)
 
 
 def _scale(merge: MergeResult) -> Html:

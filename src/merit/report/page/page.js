@@ -39,7 +39,7 @@
   }).join(",")).join("\r\n") + "\r\n";
 
   // ---- figures: save as SVG or PNG, in the colours that are shown
-  const KEPT = ["fill", "stroke", "stroke-width", "stroke-dasharray", "font-size", "font-family", "opacity"];
+  const KEPT = ["fill", "stroke", "stroke-width", "stroke-dasharray", "stroke-linejoin", "paint-order", "font-size", "font-family", "opacity"];
   const asSvg = (figure) => {
     const background = getComputedStyle(document.body).backgroundColor;
     const canvas = figure.querySelector("canvas");
@@ -88,10 +88,14 @@
     else if (button.dataset.csv) {
       const table = document.getElementById(button.dataset.csv);
       save(`${button.dataset.csv}.csv`, new Blob(["\ufeff" + csv(table)], { type: "text/csv;charset=utf-8" }));
+    } else if (button.dataset.cells) {
+      const text = matrices.get(button.dataset.cells)();
+      save(`${button.dataset.cells}.csv`, new Blob(["\ufeff" + text], { type: "text/csv;charset=utf-8" }));
     } else if (button.dataset.figure) saveFigure(button.dataset.figure, button.dataset.kind);
   });
 
   // ---- heatmaps: a byte per cell; blue above 0, orange below, as in the colour-blind-safe palettes
+  const matrices = new Map();
   const paint = (canvas) => {
     const data = JSON.parse(document.getElementById(canvas.dataset.from).textContent);
     const bytes = Uint8Array.from(atob(data.cells), (c) => c.charCodeAt(0)), count = data.names.length;
@@ -124,13 +128,33 @@
       context.lineTo(count * scale, edge * scale);
       context.stroke();
     }
-    const reading = canvas.parentNode.querySelector(".reading");
+    const reading = document.getElementById(canvas.getAttribute("aria-describedby")), cell = canvas.nextElementSibling;
+    const inside = (k) => Math.min(count - 1, Math.max(0, k));
+    let i = 0, j = 0;
+    const read = (aloud) => {
+      reading.setAttribute("aria-live", aloud ? "polite" : "off");
+      reading.textContent = `${data.names[i]} and ${data.names[j]}: ${at(i, j).toFixed(2)}`;
+      const part = (k) => `${(100 * k) / count}%`;
+      Object.assign(cell.style, { left: part(j), top: part(i), width: part(1), height: part(1) });
+    };
     canvas.addEventListener("pointermove", (event) => {
       const box = canvas.getBoundingClientRect();
-      const place = (offset, length) => Math.min(count - 1, Math.max(0, Math.floor((offset / length) * count)));
-      const j = place(event.clientX - box.left, box.width), i = place(event.clientY - box.top, box.height);
-      reading.textContent = `${data.names[i]} and ${data.names[j]}: ${at(i, j).toFixed(2)}`;
+      j = inside(Math.floor(((event.clientX - box.left) / box.width) * count));
+      i = inside(Math.floor(((event.clientY - box.top) / box.height) * count));
+      read(false);
     });
+    const steps = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1],
+      Home: [0, -count], End: [0, count], PageUp: [-10, 0], PageDown: [10, 0] };
+    canvas.addEventListener("keydown", (event) => {
+      const step = steps[event.key];
+      if (!step || event.altKey || event.ctrlKey || event.metaKey) return;
+      event.preventDefault();
+      [i, j] = [inside(i + step[0]), inside(j + step[1])];
+      read(true);
+    });
+    canvas.addEventListener("focus", () => read(true));
+    matrices.set(canvas.closest("figure").id, () => [["", ...data.names], ...data.names.map((name, r) => [name,
+      ...data.names.map((_, c) => at(r, c).toFixed(2))])].map((row) => row.map(quote).join(",")).join("\r\n") + "\r\n");
   };
   document.querySelectorAll("canvas.heatmap").forEach(paint);
   addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((d) => { d.open = true; }));

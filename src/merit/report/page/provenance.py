@@ -17,7 +17,7 @@ def build(data: RunData) -> Html:
     stages: list[Row] = [
         [
             name,
-            Cell(record.finished, record.finished),
+            Cell(tag("span", record.finished[:19].replace("T", " "), class_="nowrap"), record.finished),
             Cell(duration(record.seconds), record.seconds),
             Cell(str(record.seed), record.seed),
             Cell(tag("code", record.fingerprint[:16]), record.fingerprint),

@@ -21,7 +21,9 @@ def build(data: RunData) -> Html:
     if evaluation is None:
         return section("evaluation", "Evaluation", paragraph("Nothing is measured yet."))
     parts = [join(_part(evaluation, part)) for part in PARTS if evaluation.sets.get(part)]
-    return section("evaluation", "Evaluation", *parts, sample_answers(data))
+    arrows = "▲ merged is better than joint there, ▼ worse; what is more than chance is in the verdict."
+    words = paragraph(arrows, class_="small") if "joint" in evaluation.summary.models else None
+    return section("evaluation", "Evaluation", words, *parts, sample_answers(data))
 
 
 def _part(evaluation: Evaluation, part: Part) -> list[Html]:
@@ -40,7 +42,7 @@ def _part(evaluation: Evaluation, part: Part) -> list[Html]:
         gaps.sort(key=lambda pair: pair[1])
         shown = gaps if len(gaps) <= _MOST_BARS else [*gaps[: _MOST_BARS // 2], *gaps[-_MOST_BARS // 2 :]]
         drawing = charts.bars(
-            f"{word}: loss of merged minus joint",
+            f"{word.capitalize()}: loss of merged minus joint",
             shown,
             "nats per target token; below 0 merged is better",
             form="{:+.3f}",
@@ -49,11 +51,13 @@ def _part(evaluation: Evaluation, part: Part) -> list[Html]:
         note = f"Merged is better on {better} of {len(gaps)} datasets."
         if len(shown) < len(gaps):
             note += f" The {len(shown)} with the largest differences are drawn; the table has all."
-        found.append(figure(f"{part}-gap", f"{word}: loss of merged minus joint", drawing, note))
+        found.append(figure(f"{part}-gap", f"{word.capitalize()}: loss of merged minus joint", drawing, note))
     for metric, title, best in (("loss", "loss ↓ (nats per target token)", min), ("exact_match", "exact match ↑", max)):
         grid = _grid(figures, models, names, metric, best is min)
         if grid:
-            found.append(table(f"{part}-{metric}", f"{word}: {title}", ("dataset", "rows", *models), grid, most=24))
+            found.append(
+                table(f"{part}-{metric}", f"{word.capitalize()}: {title}", ("dataset", "rows", *models), grid, most=24)
+            )
     return [details(f"{word.capitalize()}, dataset by dataset", *found, open_=True)]
 
 

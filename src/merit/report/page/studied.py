@@ -21,14 +21,15 @@ def build(data: RunData) -> Html:
     result = data.study
     if result is None:
         return Html("")
-    parts = [paragraph(result.verdict[0])]
+    parts = [paragraph(result.verdict[0])] if data.evaluation is not None else []
+    parts += [notes(result.verdict[1:])]
     parts += [_lines(result, part, title) for part, title in _AXES.items()]
     for number, (title, note, (header, rows)) in enumerate(tables(result)):
         parts += [
             table(f"study-{number}", title, header, [_row(row) for row in rows], most=24),
             paragraph(note, class_="small"),
         ]
-    return section("study", "Study", *parts, notes(result.verdict[1:]))
+    return section("study", "Study", *parts)
 
 
 def _row(cells: Sequence[str]) -> Row:

@@ -11,7 +11,7 @@ from merit.report.page import charts
 from merit.report.page.data import Branch, RunData
 from merit.report.page.markup import Cell, Html, Row, details, figure, join, number, paragraph, section, table
 
-_POINTS = 120
+_POINTS = 40
 _POINTS_OF_DATASET = 24
 _MOST_LINES = 40
 
