@@ -2,7 +2,8 @@
 
     python scripts/picture_report.py runs/demo/report.html docs/report.png      # needs the extra `browser`
 
-The picture is the top of the page as it is: verdict, table of models, what conflicts with what.
+The picture is the top of the page without its small print, with the first two figures side by side: verdict, table of
+models, what conflicts with what.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-WIDTH, HEIGHT = 1080, 1500
+WIDTH, HEIGHT = 1080, 1385
 
 
 def main(page: Path, picture: Path) -> None:
@@ -23,7 +24,12 @@ def main(page: Path, picture: Path) -> None:
         browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         tab = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme="light")
         tab.goto(page.resolve().as_uri())
-        tab.evaluate("document.querySelectorAll('#verdict details').forEach((d) => { d.open = false; })")
+        tab.add_style_tag(
+            content="#verdict details,#verdict .small,#verdict .table+.table,.tools,.reading{display:none}"
+        )
+        tab.add_style_tag(content="#verdict .small~.table,#conflict>p,#conflict details{display:none}")
+        tab.add_style_tag(content="#conflict{display:flex;flex-wrap:wrap;gap:0 24px}#conflict h2{flex:0 0 100%}")
+        tab.add_style_tag(content="#conflict figure{flex:1 1 45%;margin-top:0}.chart{min-width:0!important}")
         tab.screenshot(path=picture)
         browser.close()
     print(picture)
