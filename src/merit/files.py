@@ -299,6 +299,23 @@ def read_as(path: Path, kind: type[_T]) -> _T:
         ) from None
 
 
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """Write small JSON with its own file name and a checksum; :func:`read_sealed` notices damage and a swap."""
+    write_json(path, sealed({**value, "file": path.name}))
+
+
+def read_sealed(path: Path, kind: type[_T]) -> _T:
+    """Read what :func:`write_sealed` wrote, as a dataclass.
+
+    Raises:
+        RunFolderError: The file is missing, damaged, or another file under this name.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict) or value.get("checksum") != checksum(value) or value.get("file") != path.name:
+        raise RunFolderError(f"{path} is damaged: it does not match its checksum, or is another file.")
+    return read_as(path, kind)
+
+
 def differences(old: object, new: object, prefix: str = "") -> list[str]:
     """Changed fields as ``a.b: old -> new``, for messages."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):

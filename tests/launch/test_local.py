@@ -107,13 +107,13 @@ def test_processes_that_wait_for_a_failed_one_are_ended(tmp_path: Path, monkeypa
 def test_user_error_comes_back_as_it_was_raised(tmp_path: Path, rank: int) -> None:
     """By the outcome file of whichever process left one; what it prints does not matter."""
     error = TrainingError("loss is nan at step 3.", "Ways out: less.", "No model was written.")
-    Outcome.of(error).save(tmp_path / "error.json")
     to = outcome_of(tmp_path / "logs" / "bad.json", rank)
+    Outcome.of(error).save(tmp_path / to.name)
     code = f"""
 import os, shutil, sys
 print("merit: noise")
 if os.environ["RANK"] == "{rank}":
-    shutil.copy({str(tmp_path / "error.json")!r}, {str(to)!r})
+    shutil.copy({str(tmp_path / to.name)!r}, {str(to)!r})
     sys.exit(2)
 sys.exit(1)
 """

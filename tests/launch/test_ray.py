@@ -120,8 +120,8 @@ def test_a_lost_task_is_started_again(tmp_path: Path, nodes: object, victim: str
 @pytest.mark.exhaustive
 def test_errors_stops_and_requests_that_cannot_be_met(tmp_path: Path, nodes: object) -> None:
     bad = job(tmp_path, "bad", "")
-    Outcome.of(TrainingError("loss is nan.", "Use less.")).save(tmp_path / "error.json")
-    code = f"import shutil, sys; shutil.copy({str(tmp_path / 'error.json')!r}, {str(bad.outcome_path)!r}); sys.exit(2)"
+    Outcome.of(TrainingError("loss is nan.", "Use less.")).save(written := tmp_path / bad.outcome_path.name)
+    code = f"import shutil, sys; shutil.copy({str(written)!r}, {str(bad.outcome_path)!r}); sys.exit(2)"
     with pytest.raises(TrainingError, match="loss is nan"):
         launcher(nodes).run([job(tmp_path, "bad", code)], silent)
     with pytest.raises(BranchCrashed, match="ZeroDivisionError"):

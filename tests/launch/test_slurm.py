@@ -17,6 +17,7 @@ from benchmarks.chaos import slurm as loopback
 
 from merit.errors import Interrupted, ResourceError, RunFolderError, TrainingError
 from merit.launch.job import BranchCrashed, BranchJob
+from merit.launch.one import main as run_task
 from merit.launch.outcome import Outcome
 from merit.launch.slurm import Slurm
 from merit.progress import silent
@@ -119,8 +120,8 @@ def test_a_killed_or_interrupted_task_is_requeued(tmp_path: Path, queue: Path, h
 
 def test_errors_come_back_as_they_are(tmp_path: Path, queue: Path) -> None:
     bad = job(tmp_path, "bad", "")
-    Outcome.of(TrainingError("loss is nan.", "Use less.")).save(tmp_path / "error.json")
-    code = f"import shutil, sys; shutil.copy({str(tmp_path / 'error.json')!r}, {str(bad.outcome_path)!r}); sys.exit(2)"
+    Outcome.of(TrainingError("loss is nan.", "Use less.")).save(written := tmp_path / bad.outcome_path.name)
+    code = f"import shutil, sys; shutil.copy({str(written)!r}, {str(bad.outcome_path)!r}); sys.exit(2)"
     with pytest.raises(TrainingError, match="loss is nan"):
         launcher().run([job(tmp_path, "bad", code)], silent)
     with pytest.raises(BranchCrashed, match="ZeroDivisionError"):
@@ -152,6 +153,40 @@ def test_a_stopped_watcher_finds_its_array_again(tmp_path: Path, queue: Path) ->
     launcher().run([once()], silent)
     assert (tmp_path / "done").read_text() == "x"
     assert (queue / "last").read_text().strip() == "1"  # nothing was submitted twice
+
+
+def test_a_damaged_note_of_the_queue_is_named_and_nothing_is_submitted(tmp_path: Path, queue: Path) -> None:
+    """One flipped digit of a fingerprint or of an array's number submitted a second array beside the first."""
+    launcher().run([job(tmp_path, "0", TOUCH, tmp_path / "done")], silent)
+    note = tmp_path / "logs/slurm/submitted.json"
+    note.write_text(note.read_text().replace('"number": 1', '"number": 7'))
+    with pytest.raises(RunFolderError, match=r"submitted\.json is damaged") as caught:
+        launcher().run([job(tmp_path, "0", TOUCH, tmp_path / "done")], silent)
+    assert "scancel" in str(caught.value)
+    assert (tmp_path / "done").read_text() == "x"
+
+
+def test_a_damaged_outcome_is_named(tmp_path: Path, queue: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("merit.launch.slurm._OUTCOME_SECONDS", 0.1)
+    task = job(tmp_path, "0", "")
+    spoil = f"open({str(task.outcome_path)!r}, 'w').write('{{')"
+    (queue.parent / "bin" / "sbatch").write_text(f"#!/bin/bash\n{sys.executable} -S -c {shlex.quote(spoil)}; echo 1\n")
+    with pytest.raises(RunFolderError, match=r"0\.outcome\.json is damaged"):
+        launcher().run([task], silent)
+
+
+def test_a_task_names_its_damaged_job_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A flipped letter in the command, or another task's file in the place of this one, ran something else."""
+    one, two = tmp_path / "0.launch.json", tmp_path / "1.launch.json"
+    for file in (one, two):
+        job(tmp_path, file.name[0], TOUCH, tmp_path / "done").save(file)
+    assert run_task(one) == 0
+    for content in (one.read_text().replace("done", "dome"), two.read_text(), "[]"):
+        one.write_text(content)
+        assert run_task(one) == 2
+        assert str(one) in capsys.readouterr().err
+    assert (tmp_path / "done").read_text() == "x"
+    assert not (tmp_path / "dome").exists()
 
 
 def test_no_slurm_and_a_refusal_are_told(tmp_path: Path, queue: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,4 +240,7 @@ if first: time.sleep(60)
     launcher().run(jobs, silent)
     for name in ("killed", "stopped"):  # a slow machine may see an urgent job preempt either of them once more
         assert (tmp_path / name).read_text() in ("xx", "xxx", "xxxx")
-    assert json.loads((tmp_path / "logs/slurm/submitted.json").read_text())[0]["tasks"] == {"0": "f", "1": "f"}
+    assert json.loads((tmp_path / "logs/slurm/submitted.json").read_text())["arrays"][0]["tasks"] == {
+        "0": "f",
+        "1": "f",
+    }

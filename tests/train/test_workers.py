@@ -35,6 +35,9 @@ def test_job_file_is_read_back_and_a_damaged_one_is_named(tmp_path: Path) -> Non
     job = WorkerJob(tmp_path, ("0", "random/1"), 2, 3)
     job.save(tmp_path / "job.json")
     assert WorkerJob.load(tmp_path / "job.json") == job
-    (tmp_path / "job.json").write_text('{"run": 3}')
-    with pytest.raises(RunFolderError, match=r"job\.json is damaged"):
-        WorkerJob.load(tmp_path / "job.json")
+    text = (tmp_path / "job.json").read_text()
+    job.save(tmp_path / "other.json")
+    for damaged in ('{"run": 3}', text.replace('"threads": 2', '"threads": 3'), (tmp_path / "other.json").read_text()):
+        (tmp_path / "job.json").write_text(damaged)
+        with pytest.raises(RunFolderError, match=r"job\.json is damaged"):
+            WorkerJob.load(tmp_path / "job.json")

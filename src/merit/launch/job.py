@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from merit.errors import MeritError
-from merit.files import read_as, write_json
+from merit.files import read_sealed, write_json, write_sealed
 from merit.progress import Progress
 
 _TAIL_CHARACTERS = 4000
@@ -78,7 +78,7 @@ class BranchJob:
 
     def save(self, path: Path) -> None:
         """Write it."""
-        write_json(path, json.loads(json.dumps(asdict(self), default=str)))
+        write_sealed(path, json.loads(json.dumps(asdict(self), default=str)))
 
     @classmethod
     def load(cls, path: Path) -> BranchJob:
@@ -87,7 +87,7 @@ class BranchJob:
         Raises:
             RunFolderError: It is missing or damaged.
         """
-        return read_as(path, cls)
+        return read_sealed(path, cls)
 
     @property
     def branches(self) -> int:

@@ -10,7 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
-from merit.errors import Interrupted, MeritError
+from merit.errors import Interrupted, MeritError, RunFolderError
 from merit.launch.job import BranchJob, BranchKilled
 from merit.launch.local import run_branches
 from merit.launch.outcome import Outcome
@@ -22,7 +22,11 @@ KILLED = 128 + signal.SIGKILL
 def main(file: Path) -> int:
     """Do it; returns the exit code."""
     stop_on_sigterm()
-    job = BranchJob.load(file)
+    try:
+        job = BranchJob.load(file)
+    except RunFolderError as error:  # where it would write its outcome is not known: the launcher waits for it in vain
+        print(error, file=sys.stderr)
+        return error.exit_code
     try:
         run_branches([job], 1)
     except BranchKilled as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from merit import errors
 from merit.errors import MeritError, RunFolderError, UserError
-from merit.files import read_as, write_json
+from merit.files import read_sealed, write_sealed
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class Outcome:
 
     def save(self, path: Path) -> None:
         """Write it."""
-        write_json(path, asdict(self))
+        write_sealed(path, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> Outcome | None:
         """Read it; None if it is missing or damaged."""
         with contextlib.suppress(RunFolderError):
-            return read_as(path, cls)
+            return read_sealed(path, cls)
         return None
 
     def user_error(self, whose: str) -> MeritError | None:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from merit.errors import Interrupted, MeritError, ResourceError, RunFolderError
-from merit.files import read_as, write_json, write_text
+from merit.files import read_sealed, write_sealed, write_text
 from merit.launch.job import BranchCrashed, BranchJob, log_end, progress_of
 from merit.launch.one import KILLED
 from merit.launch.outcome import Outcome
@@ -42,6 +42,13 @@ class Submitted:
 
     number: int
     tasks: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Queue:
+    """What the last call left in the queue."""
+
+    arrays: tuple[Submitted, ...]
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ class Slurm:
             new = [job for job in jobs if job.name not in known]
             if new:
                 queued.append(self._submit(new, folder))
-            write_json(folder / _STATE, [asdict(array) for array in queued])
+            write_sealed(folder / _STATE, {"arrays": [asdict(array) for array in queued]})
             begun, left_at = time.time(), dict[str, float]()
             ended: list[BranchJob] = []
             while len(ended) < len(jobs):
@@ -205,11 +212,19 @@ def _still_queued(folder: Path, jobs: Sequence[BranchJob]) -> list[Submitted]:
     """Arrays of an earlier call of this command that have not ended.
 
     Raises:
-        RunFolderError: One trains a branch with other settings.
+        RunFolderError: One trains a branch with other settings, or the note of them is damaged.
     """
-    if not (folder / _STATE).is_file():
+    file = folder / _STATE
+    if not file.exists():
         return []
-    arrays = read_as(folder / _STATE, list[Submitted])
+    try:
+        arrays = read_sealed(file, _Queue).arrays
+    except RunFolderError as error:
+        raise RunFolderError(
+            error.message,
+            "It says which arrays of this run are in the queue. If squeue shows any, end them (scancel); then remove the "
+            "file and run this again. Nothing was submitted.",
+        ) from None
     active = _active(arrays)
     kept = [array for array in arrays if array.tasks.keys() & active.keys()]
     for job in jobs:
@@ -260,6 +275,11 @@ def _error(job: BranchJob, outcome: Outcome | None) -> MeritError:
     error = outcome.user_error(f"branch {job.name}") if outcome else None
     if error is not None:
         return error
+    if outcome is None and job.outcome_path.exists():
+        return RunFolderError(
+            f"branch {job.name}: how it ended cannot be read: {job.outcome_path} is damaged.",
+            "Run this again: what is finished is kept, other branches go on.",
+        )
     why = outcome.message.splitlines()[0] if outcome and outcome.message else "it left the queue without an outcome"
     return BranchCrashed(f"branch {job.name} ended: {why}.\nOther branches go on.\n{log_end(job)}")
 

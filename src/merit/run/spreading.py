@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from merit.files import fingerprint, read_as, write_json
+from merit.files import fingerprint, read_sealed, write_sealed
 from merit.launch.job import BranchJob
 from merit.progress import Progress
 from merit.run.launching import cluster_of
@@ -41,7 +41,7 @@ class MeasureJob:
 
     def save(self, path: Path) -> None:
         """Write it."""
-        write_json(path, asdict(self) | {"run": str(self.run), "folder": str(self.folder)})
+        write_sealed(path, asdict(self) | {"run": str(self.run), "folder": str(self.folder)})
 
     @classmethod
     def load(cls, path: Path) -> MeasureJob:
@@ -50,7 +50,7 @@ class MeasureJob:
         Raises:
             RunFolderError: It is missing or damaged.
         """
-        return read_as(path, cls)
+        return read_sealed(path, cls)
 
 
 def spread(session: Session, kind: Kind, rounds: Sequence[Sequence[str]], folder: Path, progress: Progress) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from merit.files import read_as, write_json
+from merit.files import read_sealed, write_sealed
 from merit.recipe.schema import TrainSettings
 
 _T = TypeVar("_T")
@@ -34,7 +34,7 @@ class WorkerJob:
 
     def save(self, path: Path) -> None:
         """Write it."""
-        write_json(path, asdict(self) | {"run": str(self.run)})
+        write_sealed(path, asdict(self) | {"run": str(self.run)})
 
     @classmethod
     def load(cls, path: Path) -> WorkerJob:
@@ -43,7 +43,7 @@ class WorkerJob:
         Raises:
             RunFolderError: It is missing or damaged.
         """
-        return read_as(path, cls)
+        return read_sealed(path, cls)
 
 
 def share_out(work: Mapping[_T, float], workers: int) -> list[list[_T]]:
