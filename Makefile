@@ -9,13 +9,13 @@ demo: $(VENV)/.installed
 	$(BIN)/merit demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-all: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 -m "" --hypothesis-profile=fresh
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "" --hypothesis-profile=fresh
 
 check: lint types
-	$(BIN)/python -m pytest -n 2 -q -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import random
+import signal
 import string
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -465,6 +470,38 @@ def call(*words: Any) -> Result:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return Result(result.exit_code, result.stdout, result.stderr)
+
+
+def start(*words: Any, log: Path) -> multiprocessing.context.ForkProcess:
+    """A `merit` command in a process of its own, which can be killed; what it prints goes to ``log``.
+
+    It is forked from this one, whose libraries are loaded. ``exitcode`` is minus the number of the signal that ended it.
+    """
+    process = multiprocessing.get_context("fork").Process(target=_command, args=(list(map(str, words)), log))
+    process.start()
+    return process
+
+
+def _command(words: list[str], log: Path) -> None:
+    from merit.cli import main
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    with log.open("w") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+        sys.stdout = sys.stderr = file
+        sys.argv = ["merit", *words]
+        main()
+
+
+def until(process: multiprocessing.context.ForkProcess, folder: Path, pattern: str) -> bool:
+    """Wait until something below ``folder`` matches; False when the process ended before."""
+    while process.is_alive():
+        if next(folder.glob(pattern), None) is not None:
+            return True
+        time.sleep(0.005)
+    return False
 
 
 def read(path: Path) -> Any:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from tests.builders import Case, make_base, make_case, task_rows, write_rows
+from tests.e2e.test_places import files_of_at_most
 
 
 def refused(merit, case: Case, *words: str, command: str = "run", extra: tuple[str, ...] = ()) -> str:
@@ -147,23 +145,6 @@ def test_non_finite_gradients_and_losses(tmp_path: Path, merit, method: str) -> 
     assert not (case.run / "conflict" / "record.json").exists()
 
 
-def test_two_runs_at_once(finished: Case, merit, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(finished.run, run)
-    holder = (
-        "import sys, time\nfrom pathlib import Path\nfrom merit.run.store import lock\n"
-        "with lock(Path(sys.argv[1]), 'this run'):\n    print('held', flush=True)\n    time.sleep(60)"
-    )
-    with subprocess.Popen([sys.executable, "-c", holder, str(run)], stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        other.stdout.readline()
-        result = merit("run", finished.recipe, "--output", run, "--quiet")
-        other.send_signal(signal.SIGKILL)
-    assert result.code == 2
-    assert "in use" in result.err
-    assert str(other.pid) in result.err
-
-
 def damaged_run(finished: Case, folder: Path) -> Path:
     run = folder / "run"
     shutil.copytree(finished.run, run)
@@ -226,24 +207,14 @@ def test_branches_that_are_missing(finished: Case, merit, tmp_path: Path) -> Non
     assert not (run / "merged" / "model").exists()
 
 
-FULL_DISK = """
-import resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-import signal
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-sys.argv = ["merit", "merge", sys.argv[1], "--quiet"]
-from merit.cli import main
-main()
-"""
-
-
-def test_a_disk_that_fills_up_while_merging(finished: Case, tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_while_merging(finished: Case, merit, tmp_path: Path) -> None:
     """No file may pass 20 kB here, as on a full disk: the kernel refuses the write."""
     run = damaged_run(finished, tmp_path)
-    result = subprocess.run([sys.executable, "-c", FULL_DISK, str(run)], capture_output=True, text=True, check=False)
-    assert result.returncode == 2, result.stderr
-    assert "disk" in result.stderr.lower()
-    assert "Traceback" not in result.stderr
+    with files_of_at_most(20_000):
+        result = merit("merge", run, "--quiet")
+    assert result.code == 2, result.err
+    assert "disk" in result.err.lower()
+    assert "Traceback" not in result.err
     assert not (run / "merged" / "model").exists()
     assert not list((run / "merged").glob(".model*"))
 

@@ -4,30 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.e2e.conftest import Case, make_case
-from tests.e2e.test_run import read, weights
+from tests.builders import Case, call, make_case, read, start, until, weights
 
 
-def start(case: Case, jobs: int = 1) -> subprocess.Popen[str]:
-    words = [sys.executable, "-m", "merit", "run", str(case.recipe), "--output", str(case.run), "--jobs", str(jobs)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def until(case: Case, pattern: str, process: subprocess.Popen[str]) -> bool:
-    """Wait until something matches below the run folder; False when the process ended before."""
-    while process.poll() is None:
-        if next(case.run.glob(pattern), None) is not None:
-            return True
-        time.sleep(0.005)
-    return False
+def command(case: Case, jobs: int = 1) -> list[str]:
+    return ["run", str(case.recipe), "--output", str(case.run), "--jobs", str(jobs)]
 
 
 def test_killed_and_stopped_at_many_points(finished: Case, tmp_path: Path, base: Path) -> None:
@@ -37,18 +22,18 @@ def test_killed_and_stopped_at_many_points(finished: Case, tmp_path: Path, base:
         ("branches/0/progress.json", signal.SIGTERM, 75),
         ("evaluation/models/base.json", signal.SIGKILL, -signal.SIGKILL),
     ):
-        with start(case) as process:
-            assert until(case, pattern, process), (pattern, process.communicate())
-            process.send_signal(sent)
-            _, err = process.communicate()
-        assert process.returncode == code, err
-        assert "Traceback" not in err
+        process = start(*command(case), log=tmp_path / "log")
+        assert until(process, case.run, pattern), (pattern, (tmp_path / "log").read_text())
+        assert process.pid is not None
+        os.kill(process.pid, sent)
+        process.join()
+        said = (tmp_path / "log").read_text()
+        assert process.exitcode == code, said
+        assert "Traceback" not in said
         if code == 75:
-            assert "Run the same command again" in err
+            assert "Run the same command again" in said
         assert not (case.run / "evaluation" / "record.json").exists()
-    with start(case) as process:
-        _, err = process.communicate()
-    assert process.returncode == 0, err
+    assert call(*command(case)).code == 0
     for folder in ("branches/0", "branches/1", "merged", "baselines/random/merged", "baselines/joint/branches/0"):
         mine, theirs = (weights(run / folder / "model") for run in (case.run, finished.run))
         assert all(np.array_equal(mine[name], theirs[name]) for name in theirs), folder
@@ -65,9 +50,7 @@ def test_branches_side_by_side_give_the_same_bits(finished: Case, tmp_path: Path
     case = make_case(
         tmp_path, base, baselines=["joint", "random"], evaluate={"heldout": False, "drift": {"prompts": 0}}
     )
-    with start(case, jobs=2) as process:
-        _, err = process.communicate()
-    assert process.returncode == 0, err
+    assert call(*command(case, jobs=2)).code == 0
     for folder in ("branches/0", "branches/1", "merged", "baselines/random/merged"):
         mine, theirs = (weights(run / folder / "model") for run in (case.run, finished.run))
         assert all(np.array_equal(mine[name], theirs[name]) for name in theirs), folder

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 from tests.builders import Case, Result, call, make_base, make_case, snapshot
-from tests.e2e.test_kill import start, until
 
 from merit.run import record, store
 
@@ -205,6 +204,7 @@ def test_a_second_command_in_one_folder_is_refused_by_name(small: Case, tmp_path
         for command in ("run", "gradients", "split", "train", "merge", "evaluate"):
             result = call(command, folder)
             assert_no_traceback(result, 2)
+            assert "in use" in result.err
             assert f"process {holder.pid}" in result.err
         assert call("status", folder).code == 0
         assert snapshot(folder) == before
@@ -252,11 +252,14 @@ def test_ctrl_c_at_twenty_moments(small: Case, tmp_path: Path, base: Path) -> No
 def test_ctrl_c_leaves_no_worker_behind(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(tmp_path, base, **SMALL | {"train": {**SMALL["train"], "epochs": 20}})
     monkeypatch.setenv("MERIT_TEST", str(tmp_path))  # which its workers inherit
-    process = start(case, jobs=2)
-    assert until(case, "branches/*/progress.json", process)
-    assert len(_living(tmp_path)) > 1
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
+    assert run(case, "--until", "split").code == 0
+    words = [sys.executable, "-m", "merit", "run", str(case.recipe), "--output", str(case.run), "--jobs", "2"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        while process.poll() is None and next(case.run.glob("branches/*/progress.json"), None) is None:
+            time.sleep(0.005)
+        assert len(_living(tmp_path)) > 1
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate()
     assert process.returncode == 75, err
     for _ in range(100):  # a helper of Python's own ends when it notices that its parent is gone
         if not _living(tmp_path):

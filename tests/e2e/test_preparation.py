@@ -7,9 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ import numpy as np
 import pytest
 import yaml
 from tests.builders import make_vision_base as make_base
+from tests.builders import start, until
 from tests.e2e.conftest import Result, make_case, write_rows
 from tests.hf.vision_cases import COLOURS, picture
 from tests.prepare.test_assemble import llama_tokenizer, make_encoder, make_language_model, tensors
@@ -264,19 +262,16 @@ def test_another_base_makes_everything_after_it_anew(
 
 def test_killed_and_stopped_preparations_end_in_the_same_bits(root: Path, prepared: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    words = [sys.executable, "-m", "merit", "prepare", str(root / "recipe.yaml"), "--output", str(run)]
     for stage, sent, code in (("align", signal.SIGKILL, -9), ("instruct", signal.SIGTERM, 75), ("", None, 0)):
-        with subprocess.Popen(
-            words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        ) as process:
-            if sent is not None:
-                pattern = f"preparation/{stage}/branches/0/checkpoints/*/complete.json"
-                while process.poll() is None and not any(run.glob(pattern)):
-                    time.sleep(0.005)
-                process.send_signal(sent)
-            _, err = process.communicate()
-        assert process.returncode == code, err
-        assert "Traceback" not in err
+        process = start("prepare", root / "recipe.yaml", "--output", run, log=tmp_path / "log")
+        if sent is not None:
+            until(process, run, f"preparation/{stage}/branches/0/checkpoints/*/complete.json")
+            assert process.pid is not None
+            os.kill(process.pid, sent)
+        process.join()
+        said = (tmp_path / "log").read_text()
+        assert process.exitcode == code, said
+        assert "Traceback" not in said
         assert (run / "prepared" / "record.json").exists() == (sent is None)
     assert record(run / "preparation" / "align" / "branches" / "0")["resumed_from"]
     for name in ("assemble", *STAGES):

@@ -10,16 +10,18 @@ from demo_data.words import base_stream
 def test_the_same_arguments_give_the_same_bytes(tmp_path, capsys):
     small = ["--batch-size", "4", "--hidden", "16", "--layers", "1", "--score-rows", "1"]
     small += ["--wide-steps", "2", "--settle-steps", "2", "--steps", "3"]
-    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+    for name, seed in (("a", "0"), ("c", "1")):
         build.main([*small, "--seed", seed, "--output", str(tmp_path / name)])
-    weights = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in "abc"}
-    assert weights["a"] == weights["b"] != weights["c"]
+    weights = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in "ac"}
+    assert weights["a"] != weights["c"]
     record = json.loads((tmp_path / "c/training.json").read_text())
     assert [stage["rows"] for stage in record["stages"].values()] == [12, 8, 8]
     assert "--seed 1 --steps 3 --batch-size 4" in record["command"]
     build.main([*small, "--settle-steps", "0", "--output", str(tmp_path / "two")])
     build.main([*small, "--start", str(tmp_path / "two"), "--output", str(tmp_path / "three")])
-    assert (tmp_path / "three/model.safetensors").read_bytes() == weights["a"], "a stage can be made alone"
+    assert (tmp_path / "three/model.safetensors").read_bytes() == weights["a"], (
+        "the same bytes, also where a stage is made alone"
+    )
 
 
 def test_targets_are_what_the_chat_template_marks():

@@ -21,16 +21,18 @@ def tokenizer():
 def test_the_same_arguments_give_the_same_bytes(tmp_path, capsys):
     small = ["--vision-steps", "2", "--vision-batch-size", "8", "--steps", "2", "--batch-size", "4", "--hidden", "16",
              "--layers", "1", "--score-rows", "1", "--settle-steps", "2"]  # fmt: skip
-    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+    for name, seed in (("a", "0"), ("c", "1")):
         build.main([*small, "--seed", seed, "--output", str(tmp_path / name)])
-    weights = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in "abc"}
-    assert weights["a"] == weights["b"] != weights["c"]
+    weights = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in "ac"}
+    assert weights["a"] != weights["c"]
     record = json.loads((tmp_path / "c/training.json").read_text())
     assert record["stage_1"]["pictures"] == 16
     assert record["stage_2"]["conversations"] == record["stage_3"]["conversations"] == 8
     build.main([*small[:-1], "0", "--output", str(tmp_path / "second")])
     build.main([*small, "--second-stage", str(tmp_path / "second"), "--output", str(tmp_path / "third")])
-    assert (tmp_path / "third/model.safetensors").read_bytes() == weights["a"], "the last stage can be made alone"
+    assert (tmp_path / "third/model.safetensors").read_bytes() == weights["a"], (
+        "the same bytes, also where the last stage is made alone"
+    )
     assert "--seed 1 --vision-steps 2 --vision-batch-size 8 --steps 2" in record["command"]
 
 

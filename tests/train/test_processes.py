@@ -141,6 +141,7 @@ def test_divergence_is_seen_by_all_processes(root: Path, sharding: str) -> None:
     assert not (root / "branch" / "model").exists()
 
 
+@pytest.mark.exhaustive  # tests/e2e/test_processes.py has it start two, tests/launch/test_local.py bring an error back
 def test_the_launcher_starts_them_and_brings_their_error_back(root: Path) -> None:
     settings = (
         *SETTINGS,

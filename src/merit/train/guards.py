@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import datasets
 import torch
 import transformers
 
@@ -72,8 +71,6 @@ def silence_libraries() -> None:
     """No telemetry, no progress bars, no library chatter: what matters is said by our own progress and errors."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    datasets.disable_progress_bars()
-    datasets.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|accelerate|peft)\.")
