@@ -231,12 +231,14 @@ def broken(case: Case, run: Path, deaths: int, place: Place) -> Finding:
             if waits_for is not None and not driver.until((run / waits_for).exists, _PATIENCE):
                 break
             driver.until(lambda: False, rng.random() * span)
-            if driver.code() is not None:
+            if driver.code() is not None:  # it has finished, or a launcher has given up
                 break
-            stage = under_way(run)
             if victim == "driver":
+                stage = under_way(run)
                 driver.send(signal.Signals[sent])
-            elif not driver.until(partial(place.breaks[victim, sent], run), _PATIENCE, every=0.1):
+            elif driver.until(partial(place.breaks[victim, sent], run), _PATIENCE, every=0.1):
+                stage = under_way(run)
+            else:
                 break
             code = driver.wait(_PATIENCE) if victim == "driver" or not place.survives else None
             found.moments.append(Moment(place.name, stage, victim, sent, code))
@@ -246,6 +248,8 @@ def broken(case: Case, run: Path, deaths: int, place: Place) -> Finding:
                 return _lost(found, f"SIGTERM ended in exit code {code}", run)
             if place.name != "slurm":  # whose array goes on
                 settled(run)
+            driver = Driver(words, run.with_suffix(".txt"), place.environment)
+        if driver.wait(_PATIENCE) != 0:
             driver = Driver(words, run.with_suffix(".txt"), place.environment)
         code = driver.wait(_PATIENCE)
     finally:
@@ -277,10 +281,10 @@ def local(_top: Path, rng: random.Random) -> Iterator[Place]:
 
 
 @contextmanager
-def ray(top: Path, rng: random.Random) -> Iterator[Place]:
+def ray(_top: Path, rng: random.Random) -> Iterator[Place]:
     from benchmarks.chaos.ray import cluster
 
-    with cluster(top / "ray") as nodes:
+    with cluster() as nodes:
 
         def kill_node(run: Path) -> bool:
             busy = bool(workers_of(run))

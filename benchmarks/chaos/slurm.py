@@ -76,18 +76,14 @@ class Loopback:
 
     def lose(self, name: str) -> bool:
         """Lose a node with all that runs on it, and get it back; False, and nothing is lost, if nothing runs there."""
-        steps = [
-            process
-            for process in psutil.process_iter(["name", "cmdline"])
-            if process.info["name"] == "slurmstepd" and str(self.folder) in " ".join(_environment(process))
-        ]
+        here = {f"SLURM_CONF={self.conf}", f"SLURMD_NODENAME={name}"}  # of what it runs; a slurmstepd's own is empty
         mine = [
             step
-            for step in steps
-            if any(f"SLURMD_NODENAME={name}" == word for c in step.children() for word in _environment(c))
+            for step in psutil.process_iter(["name"])
+            if step.info["name"] == "slurmstepd" and any(here <= _environment(child) for child in _children(step))
         ]
         for step in mine:
-            for process in [*step.children(recursive=True), step]:
+            for process in [*_children(step, recursive=True), step]:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
         if mine:
@@ -102,9 +98,15 @@ class Loopback:
         return False
 
 
-def _environment(process: psutil.Process) -> list[str]:
+def _environment(process: psutil.Process) -> set[str]:
     with contextlib.suppress(psutil.Error):
-        return [f"{key}={value}" for key, value in process.environ().items()]
+        return {f"{key}={value}" for key, value in process.environ().items()}
+    return set()
+
+
+def _children(process: psutil.Process, recursive: bool = False) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.Error):
+        return process.children(recursive=recursive)
     return []
 
 

@@ -46,7 +46,7 @@ def nodes() -> Iterator[object]:
 
     token = "f" * 64
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token)
-    with cluster(Path("/tmp")) as made:
+    with cluster() as made:
         yield made
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
         del os.environ[name]

@@ -118,6 +118,29 @@ def test_a_killed_or_interrupted_task_is_requeued(tmp_path: Path, queue: Path, h
     assert (tmp_path / "tries").read_text() == "xx"
 
 
+@pytest.mark.parametrize(
+    ("codes", "tries"), [((75, 75, 75, 137, 0), 5), ((75, 137, 75, 137, 137, 137, 0), 6), ((75, 75, 1, 0), 3)]
+)
+def test_only_kills_count_as_kills(
+    tmp_path: Path, queue: Path, monkeypatch: pytest.MonkeyPatch, codes: tuple[int, ...], tries: int
+) -> None:
+    """Fails on commit f703190: killed once after three preemptions, a task was given up."""
+    stub = tmp_path / "python"
+    words = " ".join(map(str, codes))
+    stub.write_text(f"#!/bin/bash\necho >> $QUEUE/tries; codes=(- {words}); exit ${{codes[$(wc -l < $QUEUE/tries)]}}\n")
+    stub.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(stub))
+    script = launcher().script([job(tmp_path, "0", "")], tmp_path)
+    for restarts in range(len(codes)):
+        task = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_JOB_ID": "7", "SLURM_JOB_ID": "7_0"}
+        environment = {**os.environ, **task, "SLURM_RESTART_COUNT": str(restarts)}
+        subprocess.run(["bash", "-c", script], env=environment, check=False)
+        if not (queue / "again_7_0").exists():
+            break
+        (queue / "again_7_0").unlink()
+    assert len((queue / "tries").read_text().splitlines()) == tries
+
+
 def test_errors_come_back_as_they_are(tmp_path: Path, queue: Path) -> None:
     bad = job(tmp_path, "bad", "")
     Outcome.of(TrainingError("loss is nan.", "Use less.")).save(written := tmp_path / bad.outcome_path.name)

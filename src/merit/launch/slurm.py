@@ -26,7 +26,7 @@ from merit.signals import StopFlag, graceful
 
 _STATE = "submitted.json"
 _KILLED_RETRIES = 3
-"""Restarts after which a killed task is not requeued: it probably needs more memory."""
+"""A task that is killed more often is not requeued: it probably needs more memory."""
 _OUTCOME_SECONDS = 60.0
 """How long an outcome file may take to be seen here after its task left the queue (shared disks are slow to tell)."""
 
@@ -151,7 +151,8 @@ class Slurm:
             interrupted=Interrupted.exit_code,
             killed=KILLED,
             requeues=own.requeues,
-            killed_retries=min(_KILLED_RETRIES, own.requeues),
+            killed_retries=_KILLED_RETRIES,
+            folder=shlex.quote(str(folder)),
         )
 
     def _submit(self, jobs: Sequence[BranchJob], folder: Path) -> Submitted:
@@ -189,9 +190,10 @@ trap 'kill -TERM $branch 2>/dev/null' TERM
 wait $branch; code=$?
 while kill -0 $branch 2>/dev/null; do wait $branch; code=$?; done  # a signal ends a wait early
 
-restarts=${{SLURM_RESTART_COUNT:-0}}
-if {{ [ $code -eq {interrupted} ] && [ $restarts -lt {requeues} ]; }} ||
-   {{ [ $code -eq {killed} ] && [ $restarts -lt {killed_retries} ]; }}; then
+kills={folder}/kills_${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID  # a line each; Slurm's own count has preemptions, too
+[ $code -ne {killed} ] || date >> "$kills"
+if [ ${{SLURM_RESTART_COUNT:-0}} -lt {requeues} ] && {{ [ $code -eq {interrupted} ] ||
+   {{ [ $code -eq {killed} ] && [ $(wc -l < "$kills") -le {killed_retries} ]; }}; }}; then
   scontrol requeue "$SLURM_JOB_ID"  # back into the queue; it goes on from its checkpoint
 fi
 exit $code
@@ -280,8 +282,8 @@ def _error(job: BranchJob, outcome: Outcome | None) -> MeritError:
             f"branch {job.name}: how it ended cannot be read: {job.outcome_path} is damaged.",
             "Run this again: what is finished is kept, other branches go on.",
         )
-    why = outcome.message.splitlines()[0] if outcome and outcome.message else "it left the queue without an outcome"
-    return BranchCrashed(f"branch {job.name} ended: {why}.\nOther branches go on.\n{log_end(job)}")
+    why = outcome.message.splitlines()[0] if outcome and outcome.message else "It left the queue without an outcome."
+    return BranchCrashed(f"branch {job.name}: {why}\nOther branches go on.\n{log_end(job)}")
 
 
 def _call(*words: str) -> subprocess.CompletedProcess[str]:
