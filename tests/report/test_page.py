@@ -28,7 +28,7 @@ from merit.report.page.document import page
 from merit.report.page.markup import Cell, Html, join, number, page_data, table, tag
 from merit.run.round_stages import RoundLine
 from mixture.mixture_cases import prepare_mixture
-from report.page_cases import make_run, make_study
+from report.page_cases import make_record, make_run, make_study
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -265,6 +265,11 @@ def test_the_merge_shows_how_far_every_model_moved(names, tmp_path):
     assert "was not measured" in page(
         replace(run, methods=(replace(run.own, merge=replace(merge, displacements=None)),))
     )
+    facts = {"displacements": {"joint": {"base": 50.0, "branches": [], "merged": 7.5}}}
+    measured = make_record("evaluation").model_copy(update=facts)
+    text = page(replace(run, methods=(replace(run.own, merge=merge),), records={"evaluation": measured}))
+    assert "joint training lies 3.00 × as far out as the merge" in text
+    assert ">15.000%<" in text
 
 
 def test_diagnostics_are_a_section_and_nothing_in_their_drawings_can_run(names, tmp_path):

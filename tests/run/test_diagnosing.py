@@ -11,8 +11,6 @@ from tests import builders
 from tests.builders import Case, read
 
 from merit.diagnostics.registry import DIAGNOSTICS
-from merit.hf.inplace import Folder
-from merit.merge.displacement import measure_displacements
 from merit.run.diagnose_checkpoints import _names as names_of
 
 SMALL = [
@@ -48,10 +46,10 @@ def test_every_diagnostic_of_a_run_has_a_verdict_figures_and_a_record(
     branches = [norms[name] for name in norms if name.startswith("branch-")]
     merged = [*kept["branches"], kept["merged"], kept["base"]]
     assert merged == pytest.approx([*branches, norms["merged"], measured["base_norm"]], rel=1e-5)
-    joint = run / "baselines" / "joint" / "branches" / "0" / "model"
-    origin = Path(finished.settings["model"]["base"])
-    moved = measure_displacements(origin, [joint], joint, Folder(origin).shapes)
-    assert moved.merged == pytest.approx(norms["joint"], rel=1e-5)
+    moved = read(run / "evaluation" / "record.json")["displacements"]["joint"]
+    assert moved["branches"] == []
+    assert [moved["base"], moved["merged"]] == pytest.approx([kept["base"], norms["joint"]], rel=1e-5)
+    assert f"{100 * moved['merged'] / moved['base']:.3f}%" in (run / "report.html").read_text(encoding="utf-8")
     record = read(folder / "gain" / "record.json")
     assert {"base", "merged", "joint", "branch-0", "geometry", "split"} <= set(record["inputs"])
     before = builders.snapshot(folder / "gain")

@@ -6,6 +6,7 @@ The measuring is done by :mod:`merit.evaluation`. A stale or damaged model is re
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from merit.evaluation.halves import halves_of, row_digest
@@ -16,6 +17,7 @@ from merit.mixture import EncodedDataset, load_split
 from merit.progress import count
 from merit.run import key
 from merit.run.branches import branch_stages
+from merit.run.merging import how_far
 from merit.run.record import Output, damaged
 from merit.run.scope import Scope
 from merit.run.session import Session
@@ -59,6 +61,9 @@ def evaluate_run(session: Session) -> Evaluation:
             seconds_by_model=found.seconds,
             verdict=list(found.verdict.sentences),
         )
+        joint = models["joint"][0] if "joint" in models else None
+        if joint is not None and session.recipe.split.method != "joint":  # else its merge was measured
+            work.facts.update(displacements={"joint": asdict(how_far(session, (), joint))})
         return found
 
     step = Step(

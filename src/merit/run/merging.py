@@ -18,10 +18,11 @@ from merit.hf.models import trainable_names
 from merit.merge import MergeResult, merge_branches
 from merit.merge.curve import trade_off_svg, weights_svg
 from merit.merge.displacement import measure_displacements
+from merit.merge.result import Displacements
 from merit.merge.stage import Judging
 from merit.merge.weights import condense, weigh
 from merit.mixture import read_counts
-from merit.progress import Progress, count
+from merit.progress import Progress, count, silent
 from merit.run import key
 from merit.run.branches import branch_stages
 from merit.run.machines import trained_on, unlike
@@ -139,11 +140,7 @@ def make_merge(
         ),
         progress=progress,
     )
-    moved = trainable_names(
-        list(read_headers(session.base.folder, "model").tensors), session.recipe.model.trainable, session.base.family
-    )
-    paths = [branch.path for branch in branches]
-    found = measure_displacements(session.base.folder, paths, output, moved, progress)
+    found = how_far(session, [branch.path for branch in branches], output, progress)
     result = replace(result, displacements=found)
     result.save(output)
     if result.scale_search is not None:
@@ -152,6 +149,13 @@ def make_merge(
         write_text(output / "weights.svg", weights_svg(result.weight_search))
         log_file(output).unlink(missing_ok=True)
     return result
+
+
+def how_far(session: Session, branches: Sequence[Path], model: Path, progress: Progress = silent) -> Displacements:
+    """How far branches and a model lie from the run's base, over the weights that its training may change."""
+    names = list(read_headers(session.base.folder, "model").tensors)
+    moved = trainable_names(names, session.recipe.model.trainable, session.base.family)
+    return measure_displacements(session.base.folder, branches, model, moved, progress)
 
 
 def _tokens(session: Session, taking: Mapping[int, Stage]) -> list[dict[str, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from merit.merge import MergeResult
+from merit.merge.result import Displacements
 from merit.merge.searched import WeightSearch
 from merit.merge.weights import condense
 from merit.progress import duration, size
@@ -52,7 +53,7 @@ def _weights(merge: MergeResult) -> Html:
 
 
 def _displacements(data: RunData, merge: MergeResult) -> Html:
-    """How far every branch, the merge and the baselines' merges lie from the base."""
+    """How far every branch, the merge and the baselines lie from the base."""
     own = merge.displacements
     if own is None:
         return paragraph("How far the models moved was not measured by the version that merged them.", class_="small")
@@ -61,6 +62,9 @@ def _displacements(data: RunData, merge: MergeResult) -> Html:
     for other in data.methods[1:]:
         if other.merge is not None and other.merge.displacements is not None:
             models.append((other.name, other.merge.displacements, other.merge.displacements.merged))
+    models += [
+        (name, found, found.merged) for name, found in _of_evaluation(data) if name not in dict(m[:2] for m in models)
+    ]
     rows: list[Row] = [
         [name, number(norm, "{:.4f}" if norm < 10 else "{:,.1f}"), _share(m.relative(norm))] for name, m, norm in models
     ]
@@ -81,6 +85,13 @@ def _displacements(data: RunData, merge: MergeResult) -> Html:
             details("Displacements, as a table", table("moved", title, header, rows)),
         ]
     )
+
+
+def _of_evaluation(data: RunData) -> list[tuple[str, Displacements]]:
+    """Of models that no merge made: joint training, as the evaluation recorded it."""
+    record = data.records.get("evaluation")
+    found = {} if record is None else record.facts.get("displacements", {})
+    return [(name, Displacements(facts["base"], (), facts["merged"])) for name, facts in found.items()]
 
 
 def _share(value: float | None) -> Cell:
