@@ -184,6 +184,23 @@ def test_help_imports_nothing_heavy() -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_a_recipes_error_is_told_before_anything_heavy_is_imported(command: str, tmp_path: Path) -> None:
+    """The starter recipe as it is, and one that is no YAML: told in a third of a second, not after PyTorch's start."""
+    starter = (SOURCE / "starter_recipe.yaml").read_text(encoding="utf-8")
+    for text, named in ((starter, "placeholder"), (starter.replace("seed: 0", "seed: ["), "YAML")):
+        (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
+        code = (
+            f"import sys\nfrom merit.cli import main\nsys.argv = ['merit', {command!r}, 'recipe.yaml']\n"
+            f"try: main()\nexcept SystemExit as end: code = end.code\n"
+            f"sys.exit(', '.join({ML!r} & set(sys.modules)) or code)"
+        )
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert result.returncode == 2, result.stderr
+        assert named in result.stderr
+        assert list(tmp_path.iterdir()) == [tmp_path / "recipe.yaml"]
+
+
 RULES = {"PLC0415", "ANN401", "SLF001", "PLR0913", "C901"}
 
 

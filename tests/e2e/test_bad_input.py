@@ -43,6 +43,17 @@ def test_a_dataset_that_dominates_is_told_before_anything_is_trained(case: Case,
     assert plan["steps"] > 0
 
 
+def test_what_is_too_small_to_tell_anything_is_told_before_anything_is_trained(case: Case, merit) -> None:
+    """Six datasets in four groups, three dozen steps: every limit that the report would name only at the end."""
+    case.write(split={"axes": 2}, train={"batch_size": 64, "max_length": 96})
+    notes = json.loads(merit("check", case.recipe, "--output", case.run, "--json").out)["notes"]
+    for words in ("6 datasets in 4 groups", "about 1 optimizer step per branch", "6 datasets with held-out rows"):
+        assert [note for note in notes if words in note], words
+    case.write(split={"axes": 1}, train={"batch_size": 2, "max_length": 96}, evaluate={"heldout": False})
+    few = json.loads(merit("check", case.recipe, "--output", case.run, "--json").out)["notes"]
+    assert not [note for note in few if "per branch" in note or "groups:" in note or "held-out rows:" in note]
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

@@ -76,10 +76,13 @@ def open_session(
     launch: str | None = None,
 ) -> Session:
     """The session of a command; library telemetry and tokenizer threads (which clash with worker processes) are off."""
+    from merit.recipe.load import refuse_placeholders
+
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     where = [] if launch is None else [f"launch.where={launch}"]
     recipe, run = open_target(target, output, [*(overrides or ()), *where])
+    refuse_placeholders(recipe)
     from merit.report.terminal import Terminal
     from merit.run.session import Session
 

@@ -51,11 +51,11 @@ def run(
 
     Example: `merit run recipe.yaml --jobs 2 --set train.learning_rate=2e-5`
     """
+    session = open_session(recipe, output, overrides, quiet=quiet, jobs=jobs, redo=redo, launch=launch)
     from merit.run.chain import STAGES, run_chain
 
     if until not in STAGES:
         raise RecipeError(f"--until {until}: no such stage.{nearest(until, STAGES)} Stages: {', '.join(STAGES)}.")
-    session = open_session(recipe, output, overrides, quiet=quiet, jobs=jobs, redo=redo, launch=launch)
     run_chain(session, until)
     finish(session)
     show_results(session, as_json=as_json)
@@ -187,12 +187,12 @@ def check(
 
     Example: `merit check recipe.yaml`, and `merit check recipe.yaml --images` before a long run on images
     """
+    session = open_session(recipe, output, overrides, quiet=quiet)  # first: a recipe's error needs no ML library
     from merit.hf.hub import resolve_ids
     from merit.report import images as image_report
     from merit.report import plan as report
     from merit.run.check import check_images, make_plan
 
-    session = open_session(recipe, output, overrides, quiet=quiet)
     found = check_images(session, offline=offline) if images else None
     if found is not None and not as_json:
         out(*image_report.render(found))

@@ -90,6 +90,22 @@ def parse_recipe(
     return _resolve_paths(recipe, folder or Path.cwd())
 
 
+def refuse_placeholders(recipe: Recipe) -> None:
+    """Refuse what the starter recipe leaves open.
+
+    Raises:
+        RecipeError: A placeholder is left; the message names every one.
+    """
+    left = {"model.base": recipe.model.base, "mixture.folder": recipe.mixture.folder or ""}
+    keys = [key for key, value in left.items() if Path(value).name.startswith("PATH_")]
+    if keys:
+        raise RecipeError(
+            f"{recipe.name}: {' and '.join(keys)} still {'has' if len(keys) == 1 else 'have'} the starter recipe's "
+            "placeholder.",
+            "Set model.base to a checkpoint's folder or hub id, and mixture.folder to the folder of your datasets.",
+        )
+
+
 def changed(recipe: Recipe, changes: Iterable[tuple[str, Any]]) -> Recipe:
     """The recipe with other values at some keys (``train.epochs``), validated again.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from merit.errors import RecipeError, UserError
+from merit.evaluation.statistics import MIN_UNITS
 from merit.files import require_space
 from merit.hf.base import Base, BaseFacts
 from merit.hf.hub import hub_ids
@@ -127,7 +128,6 @@ def make_plan(session: Session, *, offline: bool = False) -> Plan:
         UserError: The first problem found.
     """
     recipe, run = session.given, session.run
-    _refuse_placeholders(recipe)
     if is_run_folder(run):
         run_status(run, recipe)  # a run of another version is refused here
     summaries = _sources(recipe, offline=True) if offline else session.found.check()
@@ -162,18 +162,6 @@ def make_plan(session: Session, *, offline: bool = False) -> Plan:
     return Plan(recipe, run, datasets, kept, unseen, base, weights, steps, preparation, disk, memory, tuple(notes))
 
 
-def _refuse_placeholders(recipe: Recipe) -> None:
-    """What the starter recipe leaves open, in one message."""
-    left = {"model.base": recipe.model.base, "mixture.folder": recipe.mixture.folder or ""}
-    keys = [key for key, value in left.items() if Path(value).name.startswith("PATH_")]
-    if keys:
-        raise RecipeError(
-            f"{recipe.name}: {' and '.join(keys)} still {'has' if len(keys) == 1 else 'have'} the starter recipe's "
-            "placeholder.",
-            "Set model.base to a checkpoint's folder or hub id, and mixture.folder to the folder of your datasets.",
-        )
-
-
 def _check_settings(recipe: Recipe, datasets: int, *, offline: bool) -> None:
     """Check what depends only on settings and the number of datasets."""
     if datasets or not offline:
@@ -206,6 +194,12 @@ def _notes_on_tests(recipe: Recipe, datasets: Sequence[SourceSummary]) -> Iterat
     if without and recipe.evaluate.heldout:
         share = f"{len(without)} of {count(len(datasets), 'dataset')}"
         yield f"not scored, for lack of held-out rows: {share}, {_list(without)}."
+    tested = sum(item.test is not None for item in datasets)
+    if recipe.evaluate.heldout and 0 < tested < MIN_UNITS and all(item.format != NOT_CHECKED for item in datasets):
+        yield (
+            f"{count(tested, 'dataset')} with held-out rows: the report will show every figure, but no difference between "
+            f"models can be called with fewer than {MIN_UNITS}."
+        )
 
 
 def _notes_on_base(opened: Base | None, weights: Weights | None, *, looked_at: bool) -> Iterator[str]:

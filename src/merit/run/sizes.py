@@ -6,9 +6,13 @@ import math
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 
+from merit.progress import count
 from merit.recipe.schema import DatasetSettings, MixtureSettings, Recipe
 
 __all__ = ["meant", "notes_on_sizes", "stated_steps", "steps_of"]
+
+_FEW_STEPS = 10
+"""Optimizer steps of a branch below which nothing much can be learned at the usual rates."""
 
 
 def meant(mixture: MixtureSettings) -> list[DatasetSettings]:
@@ -39,10 +43,21 @@ def steps_of(recipe: Recipe, rows: int) -> int:
 
 
 def notes_on_sizes(recipe: Recipe, rows: Mapping[str, int]) -> Iterator[str]:
-    """Whether one dataset (``rows`` by name) is much larger than a group should be."""
+    """Whether a dataset (``rows`` by name) is much larger than a group should be, a branch too short, a group too small."""
+    steps = steps_of(recipe, sum(rows.values())) // max(1, recipe.group_count)
+    if rows and steps < _FEW_STEPS:
+        yield (
+            f"about {count(steps, 'optimizer step')} per branch: with so few, the learning rate is hardly warm and the models stay "
+            "close to the base. More rows, more train.epochs or a smaller train.batch_size give more steps."
+        )
     largest, total = max(rows, key=rows.__getitem__, default=""), sum(rows.values())
     if recipe.group_count > 1 and total and (share := rows[largest] / total) > 1.5 / recipe.group_count:
         yield (
             f"{largest} holds {share:.0%} of the rows, and datasets are never cut: its group is at least that large (an "
             f"equal one has {1 / recipe.group_count:.0%}). mixture.samples or mixture.temperature evens them out."
+        )
+    if recipe.group_count > 1 and rows and len(rows) < 2 * recipe.group_count:
+        yield (
+            f"{len(rows)} datasets in {recipe.group_count} groups: some groups are one dataset, so the split separates "
+            "datasets whether they conflict or not. A smaller split.axes gives fewer groups."
         )
