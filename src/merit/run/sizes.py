@@ -47,8 +47,8 @@ def notes_on_sizes(recipe: Recipe, rows: Mapping[str, int]) -> Iterator[str]:
     steps = steps_of(recipe, sum(rows.values())) // max(1, recipe.group_count)
     if rows and steps < _FEW_STEPS:
         yield (
-            f"about {count(steps, 'optimizer step')} per branch: with so few, the learning rate is hardly warm and the models stay "
-            "close to the base. More rows, more train.epochs or a smaller train.batch_size give more steps."
+            f"about {count(steps, 'optimizer step')} per branch: with so few, the learning rate is hardly warm and the "
+            "models stay close to the base. More rows, more train.epochs or a smaller train.batch_size give more steps."
         )
     largest, total = max(rows, key=rows.__getitem__, default=""), sum(rows.values())
     if recipe.group_count > 1 and total and (share := rows[largest] / total) > 1.5 / recipe.group_count:
