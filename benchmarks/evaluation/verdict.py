@@ -1,6 +1,6 @@
 """How often the verdict calls a difference between models that do not differ, and how often one that is there.
 
-``python -m benchmarks.evaluation.verdict`` writes ``benchmarks/results/verdict.md``; a few minutes on one core.
+``python -m benchmarks.evaluation.verdict`` writes ``benchmarks/results/verdict.md``; ten minutes or so on one core.
 
 A comparison has up to seven measures: loss and exact match of the mixture, of the kept sets and of the unseen tasks, and
 drift. Under a null every unit's difference is drawn with mean zero; made-up measures are independent of each other, which is
@@ -22,7 +22,7 @@ from merit.evaluation.figures import Metric, Part
 from merit.evaluation.summary import called
 from merit.files import write_text
 
-DRAWS = 2000
+DRAWS = 6000
 OLD_MIN_UNITS = 6
 Key = tuple[Part, Metric]
 Sizes = tuple[int, int, int, int]
@@ -31,9 +31,9 @@ Family = dict[Key, np.ndarray]
 Sampler = Callable[[np.random.Generator, int], np.ndarray]
 
 SIZES: tuple[Sizes, ...] = (
-    (6, 6, 6, 32),
     (8, 8, 8, 32),
     (12, 12, 12, 32),
+    (16, 16, 16, 32),
     (29, 16, 12, 32),
     (70, 70, 70, 64),
 )
@@ -131,7 +131,7 @@ def main() -> None:
     }
     nulls += [[name, counts, *percent(rates(families))] for name, families in real.items()]
     as_they_are = rates(seeds(losses, rng, centred=False) for _ in range(DRAWS))
-    for sizes in SIZES[2:]:
+    for sizes in SIZES[1:]:
         for shift in (0.8, 1.5):
             families = (made_up(NULLS["normal"], sizes, rng, shift) for _ in range(DRAWS // 2))
             power.append([f"{shift} sd", str(sizes[0]), *percent(rates(families, ("mixture", "loss")))])

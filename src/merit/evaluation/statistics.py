@@ -5,6 +5,7 @@ Arrays in, numbers out. Which comparisons form a family is decided in :mod:`meri
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,8 @@ ERROR = 0.05
 SKEW_REACH = 6.0
 """t up to which Johnson's correction grows: it is made for t near the threshold, and far beyond it would undo any
 difference."""
+STEEP_BELOW = 21
+"""Units below which the correction for what few values show of their skewness grows with the cube of 1/n."""
 MIN_UNITS = 12
 """Minimum datasets (or answers) for calling a difference: with fewer, skewed differences alone would give more than
 5 % of false calls (benchmarks/results/verdict.md)."""
@@ -71,7 +74,7 @@ def p_value(values: np.ndarray, *, seed: int = 0) -> float:
     """Two-sided p of "the mean difference is zero", the larger of two tests' so that each covers the other's weakness.
 
     Sign flips: exact for any symmetric distribution, however heavy its tails. Johnson's t: allows for skewness, whose
-    estimate from few values is too small and is therefore multiplied by 1 + 20/n.
+    estimate from few values is too small and is therefore multiplied by 1 + 20/n · max(1, (21/n)²).
     Source: Fisher, The Design of Experiments (1935), §21; Johnson, "Modified t Tests and Confidence Intervals for
     Asymmetrical Populations", Journal of the American Statistical Association 73 (1978), 536-544. The factor and its
     reach are ours, from the simulations in benchmarks/evaluation/verdict.py.
@@ -86,8 +89,7 @@ def p_value(values: np.ndarray, *, seed: int = 0) -> float:
 def _sign_flips(values: np.ndarray, seed: int) -> float:
     n, threshold = len(values), abs(float(values.sum())) * (1 - 1e-12)
     if n <= EXACT:
-        signs = (np.arange(2**n)[:, None] >> np.arange(n) & 1) * 2.0 - 1
-        return float(np.mean(np.abs(signs @ values) >= threshold))
+        return float(np.mean(np.abs(_every_sign(n) @ values) >= threshold))
     rng = np.random.default_rng([seed, n, 1])
     reached = 1  # the values as they are
     for start in range(0, FLIPS, 1000):
@@ -96,11 +98,17 @@ def _sign_flips(values: np.ndarray, seed: int) -> float:
     return reached / (FLIPS + 1)
 
 
+@functools.cache
+def _every_sign(n: int) -> np.ndarray:
+    return (np.arange(2**n)[:, None] >> np.arange(n) & 1) * 2.0 - 1
+
+
 def _skewed_t(values: np.ndarray) -> float:
     n, mean, spread = len(values), float(values.mean()), float(values.std(ddof=1))
     if spread <= 1e-12 * abs(mean):
         return 0.0 if mean else 1.0  # all alike
-    third = float(((values - mean) ** 3).mean()) * n * n / ((n - 1) * (n - 2)) * (1 + 20 / n)
+    unseen = 20 / n * max(1.0, (STEEP_BELOW / n) ** 2)  # the long tail has no value yet
+    third = float(((values - mean) ** 3).mean()) * n * n / ((n - 1) * (n - 2)) * (1 + unseen)
     squared = min(mean**2, SKEW_REACH**2 * spread**2 / n)
     moved = mean + third / (6 * spread**2 * n) + third * squared / (3 * spread**4)
     if moved * mean <= 0:  # the correction undoes the difference
