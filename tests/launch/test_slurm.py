@@ -189,12 +189,15 @@ def test_a_damaged_note_of_the_queue_is_named_and_nothing_is_submitted(tmp_path:
     assert (tmp_path / "done").read_text() == "x"
 
 
-def test_a_damaged_outcome_is_named(tmp_path: Path, queue: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("content", ["{", None])
+def test_a_damaged_or_missing_outcome_is_named(
+    tmp_path: Path, queue: Path, monkeypatch: pytest.MonkeyPatch, content: str | None
+) -> None:
     monkeypatch.setattr("merit.launch.slurm._OUTCOME_SECONDS", 0.1)
     task = job(tmp_path, "0", "")
-    spoil = f"open({str(task.outcome_path)!r}, 'w').write('{{')"
-    (queue.parent / "bin" / "sbatch").write_text(f"#!/bin/bash\n{sys.executable} -S -c {shlex.quote(spoil)}; echo 1\n")
-    with pytest.raises(RunFolderError, match=r"0\.outcome\.json is damaged"):
+    spoil = "" if content is None else f"echo '{content}' > {shlex.quote(str(task.outcome_path))}"
+    (queue.parent / "bin" / "sbatch").write_text(f"#!/bin/bash\n{spoil}\necho 1\n")
+    with pytest.raises(ResourceError, match=r"0\.outcome\.json is missing or damaged"):
         launcher().run([task], silent)
 
 

@@ -75,7 +75,8 @@ class Slurm:
 
         Raises:
             ResourceError: There is no Slurm here, or it refuses the array.
-            UserError: A command ended with an error that the user can fix: that error; the others go on.
+            UserError: A command ended with an error that the user can fix: that error; the others go on. Or one left the
+                queue and no outcome of it can be read.
             BranchCrashed: A command ended in another way.
             Interrupted: Stopped from outside; the array goes on in the queue.
         """
@@ -277,12 +278,13 @@ def _error(job: BranchJob, outcome: Outcome | None) -> MeritError:
     error = outcome.user_error(f"branch {job.name}") if outcome else None
     if error is not None:
         return error
-    if outcome is None and job.outcome_path.exists():
-        return RunFolderError(
-            f"branch {job.name}: how it ended cannot be read: {job.outcome_path} is damaged.",
-            "Run this again: what is finished is kept, other branches go on.",
+    if outcome is None:
+        return ResourceError(
+            f"branch {job.name} left the queue, and how it ended cannot be read: {job.outcome_path} is missing or damaged.",
+            "Run this again: what is finished is kept, the rest goes on from its checkpoint. Other branches go on.",
+            log_end(job),
         )
-    why = outcome.message.splitlines()[0] if outcome and outcome.message else "It left the queue without an outcome."
+    why = outcome.message.splitlines()[0] if outcome.message else "It ended without a word."
     return BranchCrashed(f"branch {job.name}: {why}\nOther branches go on.\n{log_end(job)}")
 
 
