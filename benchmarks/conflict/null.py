@@ -1,11 +1,15 @@
 """How often is a split recommended where there is nothing to split? And what is recommended for real mixtures?
 
     python -m benchmarks.conflict.null --work SCRATCH [--draws 50] [--real BASE MIXTURE]
+    python -m benchmarks.conflict.null --many 40
 
 Gradients of single rows are measured once (``SCRATCH`` keeps their inner products). From them, "datasets" are cut at random
 out of ONE pool of real rows, so that there is no conflict but all of a real gradient's noise: heavy tails, low rank. Every
 draw is judged as the conflict stage judges a mixture. Then the same rows in their own datasets. It also says, on the same
 rows, whether plain or corrected cosines give the more stable split. Results: ``benchmarks/results/conflict_null.md``.
+
+Above 200 datasets the null is of 39 mixtures, in single precision. ``--many`` judges the first axis of 204 datasets with
+*made-up* gradients: no pool is large enough. Results: ``benchmarks/results/conflict_null_many.md``.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ import numpy as np
 import torch
 from benchmarks.conflict.blocks import make_recipe
 from scipy.optimize import linear_sum_assignment
+from tests.conflict import spectrum_cases
 
 from merit.conflict.geometry import gram_matrix
 from merit.conflict.gradients import GradientMeter
@@ -222,6 +227,39 @@ def stability_calibration(pool: Pool, draws: int = 12) -> list[dict[str, Any]]:
     return table
 
 
+def draw_many(draws: int, spread: float, *, uneven: bool, count: int = 204) -> list[object]:
+    """A row of the table: mixtures of one made-up gradient, whose examples scatter around it in few strong directions."""
+    names, above, suggested, signals, limits = [f"d{i:03}" for i in range(count)], 0, 0, [], []
+    for seed in range(draws):
+        sizes = np.random.default_rng([seed, 7]).integers(8, 40, count) if uneven else 12
+        parts = spectrum_cases.mixture(
+            spectrum_cases.planted(count), spread * spectrum_cases.low_rank_noise(60), sizes, seed
+        )
+        found = spectral_concentration(parts, np.ones(count), names, 1)
+        suggested += suggest_axes(found, count)[0] > 0
+        above += (found[0].signal or 0.0) > (found[0].signal_null or 0.0)
+        signals.append(found[0].signal or 0.0)
+        limits.append(found[0].signal_null or 0.0)
+    noise = float(parts.products().trace(axis1=2, axis2=3).sum()) / count - 1
+    sizes_said = "8 to 39" if uneven else 12
+    means = (f"{np.mean(values):.2f}" for values in (signals, limits))
+    return [f"{max(noise, 0) ** 0.5:.1f}", sizes_said, draws, suggested, above, *means]
+
+
+def report_many(draws: int) -> str:
+    """The results as a table."""
+    cases = ((0.1, False), (0.3, False), (0.3, True), (1.0, False))
+    rows = [draw_many(draws, spread, uneven=uneven) for spread, uneven in cases]
+    head = ("noise", "examples", "draws", "a split recommended", "signal above its limit", "signal", "limit")
+    return (
+        "# Splits recommended without conflict, above 200 datasets\n\n"
+        f"`python -m benchmarks.conflict.null --many {draws}`. 204 datasets of one made-up gradient; noise: its length in "
+        "a dataset's mean gradient, in lengths of that gradient (root mean square, last draw). Signal and limit (the "
+        "largest of 39 mixtures without conflict) are means over draws, for the first axis; by chance alone signal would "
+        f"be above its limit in one draw of 40.\n\n{_table(head, rows)}\n"
+    )
+
+
 def report(facts: dict[str, Any]) -> str:
     """The results as tables."""
     draws = next(iter(facts["pools"].values()))["even"]["draws"]
@@ -282,10 +320,16 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for measured gradients")
+    parser.add_argument("--work", type=Path, help="folder for measured gradients")
+    parser.add_argument("--many", type=int, help="instead: so many draws of 204 made-up datasets")
     parser.add_argument("--draws", type=int, default=50, help="mixtures without conflict, per pool and kind of sizes")
     parser.add_argument("--real", nargs=2, metavar=("BASE", "MIXTURE"), help="another base and mixture folder")
     arguments = parser.parse_args()
+    if arguments.many:
+        (RESULTS / "conflict_null_many.md").write_text(report_many(arguments.many))
+        return
+    if arguments.work is None:
+        parser.error("--work FOLDER is needed")
     arguments.work.mkdir(parents=True, exist_ok=True)
     demo = arguments.work / "demo"
     write_demo(demo)

@@ -6,6 +6,8 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from scipy import stats
+from tests.conflict.spectrum_cases import low_rank_noise, mixture, planted
 
 from merit.conflict.quarters import Quarters, null_mixtures
 from merit.conflict.reliability import SubSamples, reliability
@@ -31,24 +33,6 @@ def gain_of(cosine, chosen, count):
     s[list(chosen)] = 1
     j = np.eye(count) - 1 / count
     return s @ j @ cosine @ j @ s
-
-
-def mixture(truth: np.ndarray, noise: np.ndarray, sizes, seed: int) -> SubSamples:
-    """Quarters of datasets with true gradients (T, D), whose examples scatter as ``noise`` (R, D) times normal draws."""
-    rng = np.random.default_rng(seed)
-    sizes = np.broadcast_to(sizes, len(truth))
-    samples = [mean + rng.standard_t(3, size=(n, len(noise))) @ noise for mean, n in zip(truth, sizes, strict=True)]
-    sums = np.array([s[p::4].sum(axis=0) / len(s) for p in range(4) for s in samples])
-    counts = np.array([[len(s[p::4]) for p in range(4)] for s in samples], dtype=float)
-    total = counts.sum(axis=1)
-    with np.errstate(divide="ignore"):
-        return SubSamples(sums @ sums.T, counts / total[:, None], 1 / counts, 1 / total, np.zeros(len(truth)))
-
-
-def low_rank_noise(width: int, seed: int = 0) -> np.ndarray:
-    """Few strong directions, as real gradients scatter."""
-    rng = np.random.default_rng(seed)
-    return rng.normal(size=(30, width)) * (1.0 / np.arange(1, 31))[:, None]
 
 
 def judged(parts: SubSamples, weights=None) -> list[Concentration]:
@@ -77,14 +61,6 @@ def test_the_second_axis_is_judged_inside_the_parts_of_the_first():
         gain += gain_of(inner, chosen, 4)
         random += np.mean([gain_of(inner, c, 4) for c in combinations(range(4), len(chosen))])
     assert found == (pytest.approx(gain), pytest.approx(random))
-
-
-def planted(count: int, *patterns) -> np.ndarray:
-    truth = np.zeros((count, 60))
-    truth[:, 0] = 1.0
-    for place, pattern in enumerate(patterns, start=1):
-        truth[:, place] = pattern
-    return truth
 
 
 def test_planted_axes_are_confirmed_and_counted():
@@ -168,6 +144,22 @@ def test_no_split_is_recommended_where_there_is_no_conflict(sizes, draws):
         truth = np.tile(np.r_[1.0, np.zeros(79)], (12, 1))
         recommended += suggest_axes(judged(mixture(truth, 2.0 * low_rank_noise(80), members, seed)), 12)[0] > 0
     assert recommended == 0
+
+
+@pytest.mark.parametrize("draws", [3, pytest.param(40, marks=[pytest.mark.exhaustive, pytest.mark.slow])])
+def test_more_than_200_datasets_without_conflict_pass_the_largest_of_39_nulls_in_one_of_40_draws(draws):
+    """Their own path: float32 products, axes by iteration. 204 datasets of twelve examples, noise of low rank."""
+    names, above = [f"d{i:03}" for i in range(204)], 0
+
+    def axis(truth: np.ndarray, seed: int) -> list[Concentration]:
+        return spectral_concentration(mixture(truth, 0.1 * low_rank_noise(60), 12, seed), np.ones(204), names, 1)
+
+    for seed in range(draws):
+        found = axis(planted(204), seed)
+        above += found[0].signal > found[0].signal_null
+        assert suggest_axes(found, 204)[0] == 0
+    assert above <= stats.binom.ppf(0.999, draws, 1 / 40)
+    assert suggest_axes(axis(planted(204, np.tile([0.5, -0.5], 102)), 0), 204)[0] == 1
 
 
 def between(quarters: Quarters, p: int, r: int) -> np.ndarray:
