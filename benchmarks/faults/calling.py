@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import signal
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 LIMIT = 60
@@ -71,7 +74,9 @@ def limited(work: Callable[[], Any], limit: int = LIMIT) -> Outcome:
 
 
 def command(*words: object, limit: int = LIMIT) -> Outcome:
-    """Run a `merit` command."""
+    """Run a `merit` command, or with ``-m`` a module that a launcher starts."""
+    if words[0] == "-m":
+        return _module(*map(str, words[1:]), limit=limit)
     from typer.testing import CliRunner
 
     from merit.cli.commands import app
@@ -88,3 +93,21 @@ def command(*words: object, limit: int = LIMIT) -> Outcome:
     if found.code in (1, -1):
         return found
     return Outcome(result.exit_code, result.stdout, result.stderr)
+
+
+def _module(name: str, *words: str, limit: int) -> Outcome:
+    from merit.launch import one
+    from merit.run import worker
+
+    code, files = 0, list(map(Path, words))
+
+    def invoke() -> None:
+        nonlocal code
+        code = one.main(*files) if name == one.__name__ else worker.run_job(lambda: worker.train(files[0]), files[1])
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        found = limited(invoke, limit)
+    if found.code in (1, -1):
+        return found
+    return Outcome(found.code or code, out.getvalue(), err.getvalue() + found.err)

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
+from benchmarks.faults import launched
 from benchmarks.faults.calling import command
 from benchmarks.faults.case import (
     CHAIN,
@@ -215,6 +216,7 @@ MAKERS = {
     study: ("study",),
     changes: ("searching", "adding", "added", "exported", "returned"),
     prepared: ("prepared",),
+    **launched.MAKERS,
 }
 """What makes which moments."""
 

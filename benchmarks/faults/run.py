@@ -1,11 +1,11 @@
 """Damage files of a finished run at random places, run the command that reads them again, and see what it says.
 
-    python -m benchmarks.faults.run --places 1140 --jobs 2
+    python -m benchmarks.faults.run --places 1150 --jobs 2
 
-Every place is one of: *named* (exit 2, or a note in the results: the file or its folder is named), *healed* (made again, and
-all files equal the undamaged run's), *harmless* (all results equal the undamaged run's; the file keeps its damage and is no
-result, or its values are the same JSON), *unnamed* (exit 2 without the file or folder), *silent* (exit 0, and a result or
-kept file is wrong), *traceback*, *hang*.
+Every place is one of: *named* (exit 2, or 75 where that is not the usual end, or a note in the results: the file or its
+folder is named), *healed* (made again, and all files equal the undamaged run's), *harmless* (all results equal the undamaged
+run's; the file keeps its damage and is no result, or its values are the same JSON), *unnamed* (exit 2 without the file or
+folder), *silent* (exit 0, and a result or kept file is wrong), *traceback*, *hang*.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from benchmarks.faults.case import PLACES, Place, files_of, words_in
 from benchmarks.faults.damage import FAULTS, Tree, damage
 from benchmarks.faults.further import MAKERS, make_runs
 from benchmarks.faults.further import PLACES as FURTHER
+from benchmarks.faults.launched import PLACES as LAUNCHED
+from benchmarks.faults.launched import with_programs
 from benchmarks.report import RESULTS, table, write
 
 ENDS = ("named", "healed", "harmless", "unnamed", "silent", "traceback", "hang")
@@ -101,7 +103,7 @@ def main() -> None:
         findings = survey(Path(folder), given.places, given.seed, given.kind, given.jobs)
     seconds = time.monotonic() - started
     words = f"python -m benchmarks.faults.run --places {given.places} --seed {given.seed}"
-    notes, again = "", set[str]()
+    notes, again, added = "", set[str](), set[str]()
     if given.again:
         last = json.loads((RESULTS / "faults.json").read_text(encoding="utf-8"))
         made = {item.kind for item in findings}
@@ -109,8 +111,13 @@ def main() -> None:
             found for found in (Finding(**item) for item in last["findings"]) if found.kind not in made
         ] + findings
         words, seconds = f"{words}, then with --again", seconds + last["seconds"]
-        again = made | set(last.get("again", ()))
-        notes = f" Run again on a later version: {'; '.join(sorted(again))}."
+        added = made - {item["kind"] for item in last["findings"]} | set(last.get("added", ()))
+        again = made - added | set(last.get("again", ()))
+        notes = "".join(
+            f" {title} on a later version: {'; '.join(sorted(kinds))}."
+            for title, kinds in (("Run again", again), ("Added", added))
+            if kinds
+        )
     text = summary(findings)
     print(text)
     for item in findings:
@@ -126,6 +133,7 @@ def main() -> None:
                 "places": len(findings),
                 "seconds": round(seconds, 1),
                 "again": sorted(again),
+                "added": sorted(added),
                 "findings": [asdict(item) for item in findings],
             },
         )
@@ -133,7 +141,7 @@ def main() -> None:
 
 def survey(folder: Path, places: int, seed: int, kind: str = "", jobs: int = 1) -> list[Finding]:
     """Damage ``places`` places, as many of each kind, of runs that are made below ``folder``."""
-    every = (*PLACES, *FURTHER)
+    every = (*PLACES, *FURTHER, *LAUNCHED)
     counts = {place: len(range(number, places, len(every))) for number, place in enumerate(every)}
     chosen = [place for place in every if any(word in place.kind for word in kind.split(","))]
     groups = [[place for place in chosen if place.moment in moments] for moments in MAKERS.values()]
@@ -157,7 +165,7 @@ def _part(folder: Path, counts: dict[Place, int], seed: int) -> list[Finding]:
             tree = trees[place.moment]
             if (place.moment, words) not in expected:
                 outcome = _call(tree.root, words)
-                assert outcome.code == 0, outcome
+                assert outcome.code in (0, 75), outcome
                 expected[place.moment, words] = outcome, _results(tree)
                 tree.restore()
             found = _one(tree, place, words, rng, *expected[place.moment, words])
@@ -169,6 +177,7 @@ def _part(folder: Path, counts: dict[Place, int], seed: int) -> list[Finding]:
 
 
 def _call(top: Path, words: tuple[str, ...]) -> Outcome:
+    with_programs(top)
     return command(*words_in(words, top))
 
 
@@ -198,9 +207,9 @@ def _end(
 ) -> tuple[str, str]:
     if found.code == -1:
         return "hang", f"longer than {LIMIT} CPU seconds"
-    if found.code == 2:
+    if found.code == 2 or found.code == 75 != usual.code:
         return ("named" if _names(tree.root, list(held), found.err) else "unnamed"), ""
-    if found.code != 0:
+    if found.code != usual.code:
         return "traceback", f"exit {found.code}"
     same = _PASSING_WORDS.sub("", found.out) == _PASSING_WORDS.sub("", usual.out)
     if not same and _names(tree.root, list(held), found.out + found.err):
@@ -235,12 +244,10 @@ def _same_json(one: bytes | None, other: bytes) -> bool:
 
 def _names(root: Path, names: list[str], said: str) -> bool:
     """Whether a message names a damaged file or a folder that it lies in; of a base or source, the recipe's name for it."""
-    flat = "".join(said.split())
+    flat, shared = "".join(said.split()), (root, root / "run", root / "run" / "logs")
     for name in names:
         path = root / name
-        folders = [
-            parent for parent in path.parents if parent.is_relative_to(root) and parent not in (root, root / "run")
-        ]
+        folders = [parent for parent in path.parents if parent.is_relative_to(root) and parent not in shared]
         if any(str(item) in flat for item in (path, *folders)):
             return True
         if any(name.startswith(folder) and any(word in flat for word in words) for folder, words in _CALLED.items()):

@@ -88,6 +88,8 @@ def test_a_detached_branch_is_told_from_the_folder_that_it_was_exported_to(tmp_p
     assert (found["joint branch 0"].state, found["joint branch 0"].detail) == ("partial", "exported")
     write_json(tmp_path / "detached" / "1" / "branch" / "record.json", {})
     assert rows(tmp_path, recipe())["branch 1"].detail == "exported; trained, not taken back yet"
+    (tmp_path / "detached" / "1" / "branch.json").unlink()  # before, the branch looked as if it had never been exported
+    assert "1/branch.json is missing" in rows(tmp_path, recipe())["branch 1"].detail
 
 
 def test_what_was_begun_is_partial(tmp_path: Path) -> None:

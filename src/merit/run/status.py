@@ -307,8 +307,10 @@ def row_of(stage: Stage, wanted: Callable[[], Stage] | None) -> Row:
 
 def _exported(row: Row, folder: Path) -> Row:
     """A branch that ``--launch detached`` exported, as far as ``folder`` tells; other branches as they are."""
-    if row.state not in ("missing", "partial") or not (folder / MANIFEST).is_file():
+    if row.state not in ("missing", "partial") or not folder.is_dir():
         return row
+    if not (folder / MANIFEST).is_file():
+        return replace(row, detail=f"{folder / MANIFEST} is missing")
     result = folder / RESULT
     if (result / RECORD).is_file():
         return replace(row, state="partial", detail="exported; trained, not taken back yet")
