@@ -163,6 +163,17 @@ def test_the_first_sentence_says_what_to_use_and_how_sure(mixture, kept, use, ad
         assert "one training seed" in found.sentences[0]
 
 
+def test_keeping_more_recommends_nothing_where_learning_could_not_be_compared():
+    """Four datasets, a few steps: the merge had moved less, kept more by drift, and was recommended for it."""
+    tables = {"base": table(3.0, n=4), "joint": table(2.9, n=4, noise=1), "merged": table(2.95, n=4, noise=2)}
+    drifts = {"base": moved(0.0), "joint": moved(0.2), "merged": moved(0.1)}
+    found = evaluation(tables, drift=drifts).verdict
+    (joint,) = [item for item in found.comparisons if item.other == "joint"]
+    assert (joint.learned, joint.kept) == (Side.UNKNOWN, Side.MORE)
+    assert (found.recommendation.use, found.recommendation.advice) == (None, Advice.UNKNOWN)
+    assert found.sentences[0].startswith("No recommendation")
+
+
 @pytest.mark.parametrize(
     ("kept", "unseen", "use", "advice", "words", "call"),
     [

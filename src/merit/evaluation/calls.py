@@ -120,7 +120,7 @@ class Advice(Enum):
     EQUAL = "equal"
     """No clear difference in any column."""
     ONE_COLUMN = "one column"
-    """The model did better in what could be compared, and learned or kept could not be."""
+    """The model did better in what could be compared, and what was kept could not be."""
     MIXED = "mixed"
     """The measures of a column disagree."""
     UNKNOWN = "unknown"
@@ -154,9 +154,12 @@ def recommend(found: Sequence[Comparison]) -> Recommendation:
     if rival is None:
         return Recommendation(None, Advice.UNKNOWN)
     sides = set(rival.columns.values())
-    for undecided, advice in ((Side.MIXED, Advice.MIXED), (Side.UNKNOWN, Advice.UNKNOWN)):
-        if undecided in sides and (advice is Advice.MIXED or not sides & {Side.MORE, Side.LESS}):
-            return Recommendation(None, advice, rival)
+    if Side.MIXED in sides:
+        return Recommendation(None, Advice.MIXED, rival)
+    if rival.learned is Side.UNKNOWN or (Side.UNKNOWN in sides and not sides & {Side.MORE, Side.LESS}):
+        return Recommendation(
+            None, Advice.UNKNOWN, rival
+        )  # what hardly trained keeps more, which is no reason to use it
     if {Side.MORE, Side.LESS} <= sides:
         return Recommendation(None, Advice.TRADE, rival)
     if sides == {Side.SAME}:

@@ -121,7 +121,7 @@ def _advice(advised: Recommendation) -> str:
     words = {
         Advice.NOTHING_LEARNED: "Use the base: there is no clear sign that the merged model learned this mixture",
         Advice.BETTER: did,
-        Advice.ONE_COLUMN: f"{did}; {_uncompared(item)} on enough data",
+        Advice.ONE_COLUMN: f"{did}; what was kept was not measured on enough data",
         Advice.TRADE: (
             f"A trade-off, no clear winner: the merged model {_columns(item, Side.MORE)}, "
             f"{other} {_columns(item, Side.LESS)}"
@@ -144,13 +144,6 @@ def _did(item: Comparison, worse: str) -> str:
 def _columns(item: Comparison, wanted: Side) -> str:
     """What the merged model did better (more) or the other did better (less)."""
     return _joined([_DID_OF[part] for part, side in item.columns.items() if side is wanted])
-
-
-def _uncompared(item: Comparison) -> str:
-    parts = [
-        "what was " + word for word, side in (("learned", item.learned), ("kept", item.kept)) if side is Side.UNKNOWN
-    ]
-    return f"{_joined(parts)} was not measured"
 
 
 def _joined(words: Sequence[str], last: str = "and") -> str:
