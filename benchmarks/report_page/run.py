@@ -2,7 +2,8 @@
 
     python -m benchmarks.report_page.run [--datasets 30 200 1000]
 
-The runs are typed results of random figures (tests/report/page_cases.py), four groups, 500 logged steps per branch. Opening
+The runs are typed results of random figures (tests/report/page_cases.py), four groups, 500 logged steps per branch; and once
+30 datasets with 24 sample answers whose rows have a picture each (640 x 480, smoothed noise: it hardly compresses). Opening
 is measured in the system's Chromium, from navigation to the first painted frame, the median of five: by the clock, which
 other work on the machine prolongs, and as processor time of all of the browser's processes. Left out where playwright or
 Chromium is missing. The floor is an empty page in the same browser.
@@ -12,20 +13,30 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import shutil
 import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 from benchmarks.report import table, write
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
+from PIL import Image, ImageFilter
+from tests.builders import make_vision_base
+
+from merit.hf.base import open_base
+from merit.recipe.load import parse_recipe
+from merit.report.page.data import RunData
 from merit.report.page.document import page
+from mixture.mixture_cases import prepare_mixture
 from report.page_cases import make_run
 
 ROUNDS = 5
@@ -66,14 +77,46 @@ def opened(file: Path) -> tuple[float, float] | None:
     return statistics.median(times), statistics.median(busy)
 
 
-def measure(folder: Path, count: int) -> dict[str, Any]:
+def with_pictures(folder: Path, data: RunData) -> RunData:
+    """The same run with answers to 24 rows that have a picture."""
+    rng, answers = np.random.default_rng(0), []
+    for name in [f"d{i:02d}" for i in range(12)]:
+        rows = []
+        for row in range(2):
+            (folder / "data" / name).mkdir(parents=True, exist_ok=True)
+            noise = Image.fromarray(rng.integers(0, 256, (480, 640, 3), np.uint8))
+            noise.filter(ImageFilter.GaussianBlur(2)).save(folder / "data" / name / f"{row}.png")
+            rows.append({"image": f"{row}.png", "prompt": "<image>\nWhich?", "completion": "a"})
+            answers.append({"part": "mixture", "dataset": name, "row": row, "match": True, "prompt": "Which?"})
+        text = "\n".join(map(json.dumps, rows))
+        for part in ("train", "test"):
+            (folder / "data" / name / f"{part}.jsonl").write_text(text, encoding="utf-8")
+    settings = {"name": "t", "model": {"base": "none"}, "mixture": {"folder": str(folder / "data")}}
+    base = open_base(make_vision_base("llava", folder / "base"))
+    counts = prepare_mixture(parse_recipe(settings, folder=folder), base, folder / "mixture")
+    (folder / "evaluation" / "models").mkdir(parents=True)
+    for model in ("base", "joint", "merged"):
+        lines = "\n".join(json.dumps(answer | {"answer": model, "reference": "a"}) for answer in answers)
+        (folder / "evaluation" / "models" / f"{model}.answers.jsonl").write_text(lines, encoding="utf-8")
+    return replace(data, counts=(*data.counts, *counts))
+
+
+def measure(folder: Path, count: int, *, pictures: bool = False) -> dict[str, Any]:
     data = make_run(folder, [f"dataset-{i:04d}" for i in range(count)], steps=500)
+    if pictures:
+        data = with_pictures(folder, data)
     began = time.process_time()
     text = page(data)
     seconds = time.process_time() - began
     file = folder / f"{count}.html"
     file.write_text(text, encoding="utf-8")
-    return {"datasets": count, "cpu_seconds": seconds, "bytes": len(text.encode()), "opens_ms": opened(file)}
+    return {
+        "datasets": count,
+        "pictures": text.count("data:image/png"),
+        "cpu_seconds": seconds,
+        "bytes": len(text.encode()),
+        "opens_ms": opened(file),
+    }
 
 
 def main() -> None:
@@ -86,8 +129,14 @@ def main() -> None:
         empty.write_text("<!doctype html><title>empty</title><p>empty", encoding="utf-8")
         floor = opened(empty)
         rows = [measure(folder, count) for count in arguments.datasets]
+        rows.append(measure(folder, 30, pictures=True))
     shown = [
-        [f"{row['datasets']:,}", f"{row['cpu_seconds']:.1f}", f"{row['bytes'] / 1e6:.2f}", *_ms(row["opens_ms"])]
+        [
+            f"{row['datasets']:,}" + (f", {row['pictures']} pictures" if row["pictures"] else ""),
+            f"{row['cpu_seconds']:.1f}",
+            f"{row['bytes'] / 1e6:.2f}",
+            *_ms(row["opens_ms"]),
+        ]
         for row in rows
     ]
     shown.append(["an empty page", "", "", *_ms(floor)])
