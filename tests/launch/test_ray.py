@@ -9,13 +9,16 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 import pytest
 
+import merit.launch.ray
 from merit.errors import Interrupted, ResourceError, TrainingError
 from merit.launch.job import BranchCrashed, BranchJob
 from merit.launch.outcome import Outcome
@@ -37,6 +40,30 @@ def job(folder: Path, name: str, code: str, *words: object) -> BranchJob:
 def test_without_ray_it_says_how_to_get_it(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match=r"pip install -e '\.\[ray\]' in MERIT's checkout"):
         Ray(RaySettings(), 1, 0).run([job(tmp_path, "0", "")], silent)
+
+
+def test_signals_have_their_effect_again_after_ray_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails on commit 7afef29: SIGTERM after a stage on Ray ended the command without a word."""
+
+    def takes_signals(**_: object) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+
+    stand_in = types.ModuleType("ray")
+    stand_in.__spec__ = ModuleSpec("ray", None)
+    for name, does in (("is_initialized", lambda: False), ("init", takes_signals), ("shutdown", takes_signals)):
+        setattr(stand_in, name, does)
+    monkeypatch.setitem(sys.modules, "ray", stand_in)
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    seen: list[object] = []
+    try:
+        with merit.launch.ray._connected(None):
+            seen += [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+        seen += [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGINT, before[1])
+    assert seen == 2 * before
 
 
 @pytest.fixture(scope="module")

@@ -172,6 +172,12 @@ def _connected(address: str | None) -> Iterator[Any]:
         yield ray
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def restore() -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
     try:
         ray.init(
             address=address, include_dashboard=None if address else False, log_to_driver=False, logging_level="ERROR"
@@ -183,10 +189,9 @@ def _connected(address: str | None) -> Iterator[Any]:
             "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH is needed here.",
         ) from None
     finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        restore()
     try:
         yield ray
     finally:
         ray.shutdown()
+        restore()  # Ray's own code, below Python, leaves SIGTERM with its default effect
