@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from sklearn.cluster import KMeans
 
 from merit.split.view import Groups, MixtureView
 
@@ -14,6 +13,8 @@ def split(view: MixtureView, axes: int, seed: int) -> Groups:
     The rows of U Λ^(1/2), from the eigendecomposition C = U Λ Uᵀ, have the unit gradients' mutual distances, so
     clustering them is clustering the gradients. Small negative eigenvalues (sketch noise) are set to 0.
     """
+    from sklearn.cluster import KMeans  # noqa: PLC0415  (over a second, which every command would start later)
+
     assert view.cosine is not None
     values, vectors = np.linalg.eigh((view.cosine + view.cosine.T) / 2)
     points = vectors * np.sqrt(np.clip(values, 0.0, None))
