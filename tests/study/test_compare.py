@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -85,6 +86,14 @@ def test_every_method_is_read_off_where_the_own_one_ends() -> None:
     assert found["own", 0]["kept"] == pytest.approx(1.5)
     assert found["joint", 0]["kept"] == pytest.approx(2.0)
     assert ("weak", 0) not in found
+
+
+def test_the_own_line_reaches_its_own_end_whatever_rounding_the_saved_model_has() -> None:
+    """The line's last point is above what the saved model measures, by less than its weights' rounding."""
+    own = replace(run("own", 0, 3.0, 1.5), values={"learned": 3.0 - 1e-7, "kept": 1.5})
+    found = equal_learning([own, run("joint", 0, 2.0, 3.0)], "own")
+    assert found["own", 0]["kept"] == pytest.approx(1.5)
+    assert found["joint", 0]["kept"] == pytest.approx(2.0)
 
 
 def test_differences_are_paired_by_seed_and_corrected_together() -> None:
