@@ -287,10 +287,16 @@ def write(facts: dict[str, Any], output: Path) -> None:
             f"{row['target_tokens_per_cpu_second']:,.0f} | {row['ratio']:.2f} ({low:.2f}–{high:.2f}) | "
             f"{row['last_step_loss']:.5f} |"
         )
+    stock = any("TRL" in row["contestant"] for row in facts["results"])
+    differs = (
+        "TRL's after it (and TRL's warm-up starts at a learning rate of 0), so TRL's differs; the others agree"
+        if stock
+        else "and all agree"
+    )
     lines += [
         "",
-        "The loss at the last step is taken before that step's update, TRL's after it (and TRL's warm-up starts at a "
-        "learning rate of 0), so TRL's differs; the others agree to rounding because they do the same work.",
+        f"The loss at the last step is taken before that step's update, {differs} to rounding because they do the same "
+        "work.",
         "",
         "The gain over the bare loop is padding that is not computed; what the trainer itself costs is the fourth row "
         "against the second. Wall times were taken on a machine with other work on it.",
