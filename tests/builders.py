@@ -472,18 +472,30 @@ def call(*words: Any) -> Result:
     return Result(result.exit_code, result.stdout, result.stderr)
 
 
-def start(*words: Any, log: Path) -> multiprocessing.context.ForkProcess:
+def start(*words: Any, log: Path, linger: str = "") -> multiprocessing.context.ForkProcess:
     """A `merit` command in a process of its own, which can be killed; what it prints goes to ``log``.
 
     It is forked from this one, whose libraries are loaded. ``exitcode`` is minus the number of the signal that ended it.
+    With ``linger`` it waits for a second after every checkpoint in a folder below one of that name, so that there is
+    time to see the checkpoint.
     """
-    process = multiprocessing.get_context("fork").Process(target=_command, args=(list(map(str, words)), log))
+    process = multiprocessing.get_context("fork").Process(target=_command, args=(list(map(str, words)), log, linger))
     process.start()
     return process
 
 
-def _command(words: list[str], log: Path) -> None:
+def _command(words: list[str], log: Path, linger: str) -> None:
     from merit.cli import main
+    from merit.train import checkpoint
+
+    save = checkpoint.save
+
+    def save_and_wait(folder: Path, *others: Any, **settings: Any) -> None:
+        save(folder, *others, **settings)
+        if linger in folder.parts:
+            time.sleep(1)
+
+    checkpoint.save = save_and_wait
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

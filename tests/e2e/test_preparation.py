@@ -263,9 +263,9 @@ def test_another_base_makes_everything_after_it_anew(
 def test_killed_and_stopped_preparations_end_in_the_same_bits(root: Path, prepared: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     for stage, sent, code in (("align", signal.SIGKILL, -9), ("instruct", signal.SIGTERM, 75), ("", None, 0)):
-        process = start("prepare", root / "recipe.yaml", "--output", run, log=tmp_path / "log")
+        process = start("prepare", root / "recipe.yaml", "--output", run, log=tmp_path / "log", linger=stage)
         if sent is not None:
-            until(process, run, f"preparation/{stage}/branches/0/checkpoints/*/complete.json")
+            assert until(process, run, f"preparation/{stage}/branches/0/checkpoints/*/complete.json")
             assert process.pid is not None
             os.kill(process.pid, sent)
         process.join()

@@ -32,6 +32,19 @@ def test_time_left_follows_the_rate_since_work_began(clock: list[float]) -> None
     assert eta(50, 100) == "about 25 s left"
 
 
+def test_time_left_falls_between_two_gains_and_is_silent_when_it_was_wrong(clock: list[float]) -> None:
+    """A cluster's task that ends in few large steps: on the version before, the time left rose while one went on."""
+    eta = Eta()
+    eta(0, 4)
+    clock[0] += 30
+    assert eta(1, 4) == "about 90 s left"
+    clock[0] += 20
+    assert eta(1, 4) == "about 70 s left"
+    clock[0] += 80
+    assert eta(1, 4) == ""
+    assert eta(2, 4) == "about 2 min 10 s left"
+
+
 def test_a_second_pass_begins_anew(clock: list[float]) -> None:
     eta = Eta()
     eta(0, 10)

@@ -63,6 +63,7 @@ class BranchJob:
         progress_paths: Files that it writes with :class:`ProgressFile`, one per branch that it trains.
         threads: CPU threads of each of its processes.
         processes: How many processes work on it together; they find each other as torchrun's do (RANK, WORLD_SIZE ...).
+        unit: What it is one of, in progress.
         fingerprint: Of what it is to make: a command that is still queued elsewhere is only waited for if it makes the same.
     """
 
@@ -75,6 +76,7 @@ class BranchJob:
     threads: int = 1
     processes: int = 1
     fingerprint: str = ""
+    unit: str = "branches"
 
     def save(self, path: Path) -> None:
         """Write it."""
@@ -144,10 +146,10 @@ def read_progress(path: Path) -> dict[str, Any] | None:
 def progress_of(
     jobs: Sequence[BranchJob], ended: Sequence[BranchJob], running: Sequence[BranchJob], begun: float
 ) -> tuple[float, float, str]:
-    """Work done (whole commands, plus each running one's share of steps), total work, and branches done as text.
+    """Work done (whole commands, plus each running one's share of steps), total work, and branches (or tasks) done as text.
 
     Args:
-        jobs: All commands.
+        jobs: All commands, of one unit.
         ended: Those that are done.
         running: Those under way.
         begun: Unix time (seconds); progress files from before it are of an earlier attempt.
@@ -163,7 +165,7 @@ def progress_of(
         branches += sum(share == 1 for share in shares)
         if fresh:
             speed += max(fresh, key=lambda item: item["time"]).get("tokens_per_second") or 0.0
-    text = f"{branches} of {sum(job.branches for job in jobs)} branches done"
+    text = f"{branches} of {sum(job.branches for job in jobs)} {jobs[0].unit} done"
     text += f", {speed:,.0f} target tokens/s" if speed else ""
     return work, sum(job.work for job in jobs), text
 

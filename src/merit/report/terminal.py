@@ -88,24 +88,30 @@ class Output(Console):
 
 
 class Eta:
-    """Time left, from the rate since progress began; empty while that is unreliable."""
+    """Time left, from the rate up to the last gain, less the time since; empty while or as soon as that is unreliable.
+
+    So the time left of a task that ends in a few large steps falls between them.
+    """
 
     def __init__(self) -> None:
         self._began: tuple[float, float] | None = None
-        self._done = 0.0
+        self._done = self._gained = 0.0
 
     def __call__(self, done: float, total: float) -> str:
         """``about 40 s left``, or an empty string."""
         now = time.monotonic()
         again = done < self._done
+        if done > self._done:
+            self._gained = now
         self._done = done
         if self._began is None or again:
-            self._began = (now, done)
+            self._began, self._gained = (now, done), now
             return ""
-        elapsed, gained = now - self._began[0], done - self._began[1]
+        elapsed, gained = self._gained - self._began[0], done - self._began[1]
         if elapsed < _KNOWN_AFTER or gained < _KNOWN_SHARE * total:
             return ""
-        return f"about {duration(elapsed * (total - done) / gained)} left"
+        left = elapsed * (total - done) / gained - (now - self._gained)
+        return f"about {duration(left)} left" if left > 0 or done == total else ""
 
 
 class _Lines:

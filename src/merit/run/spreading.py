@@ -91,4 +91,5 @@ def _job(session: Session, kind: Kind, names: Sequence[str], folder: Path) -> Br
         work=len(names),
         threads=session.recipe.train.threads or 1,
         fingerprint=fingerprint([session.base.fingerprint, session.recipe.model_dump(mode="json"), kind, *names]),
+        unit="tasks",
     )
