@@ -308,10 +308,13 @@ def test_a_study_is_a_section_with_its_tables_and_lines(names, tmp_path):
 
 
 def test_sample_answers_show_the_pictures_of_their_rows(tmp_path):
-    save(picture("red", (224, 160)), tmp_path / "data" / "d" / "0.png")
-    save(picture("blue", (32, 48)), tmp_path / "data" / "d" / "1.png")
+    files = ['0"><script>alert(1)<', "1.png"]  # a picture's name is text from data, too
+    (tmp_path / "data" / "d" / files[0]).mkdir(parents=True)
+    files[0] += "/svg onload=alert(2)>.png"
+    save(picture("red", (224, 160)), tmp_path / "data" / "d" / files[0])
+    save(picture("blue", (32, 48)), tmp_path / "data" / "d" / files[1])
     for part in ("train", "test"):
-        rows = [{"image": f"{i}.png", "prompt": "<image>\nWhich?", "completion": "a"} for i in (0, 1)]
+        rows = [{"image": files[i], "prompt": "<image>\nWhich?", "completion": "a"} for i in (0, 1)]
         (tmp_path / "data" / "d" / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     base = open_base(make_vision_base("llava", tmp_path / "base"))
     settings = {"name": "t", "model": {"base": "none"}, "mixture": {"folder": str(tmp_path / "data")}}
@@ -325,6 +328,9 @@ def test_sample_answers_show_the_pictures_of_their_rows(tmp_path):
     answers = text[text.index('id="answers"') :]
     sources = re.findall(r'src="data:image/png;base64,([^"]+)"', answers[: answers.index("</table>")])
     shown = [Image.open(BytesIO(b64decode(source))).convert("RGB") for source in sources]
+    assert read(text).wrong == []
+    assert "<script>alert" not in text
+    assert "<svg onload" not in text
     assert [image.size for image in shown] == [(112, 80), (32, 48)]
     assert [image.getpixel((8, 8)) for image in shown] == [COLOURS["red"], COLOURS["blue"]]
 
