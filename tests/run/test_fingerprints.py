@@ -36,12 +36,13 @@ SOME = {
 }
 
 
-def fresh(*words: Any) -> None:
-    """A command in a process of its own, with an interpreter of its own."""
+def merit(*words: Any) -> str:
+    """A command in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "merit", *map(str, words)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def real_files(folder: Path) -> Path:
@@ -87,18 +88,15 @@ def test_histories_do_not_matter(kind: str, tmp_path: Path) -> None:
     recipe = real_files(tmp_path) if kind == "real files" else write_demo(tmp_path, vision=kind == "pictures")
     little = [word for text in (*LITTLE, *SOME.get(kind, ())) for word in ("--set", text)]
     workers, alone = tmp_path / "workers", tmp_path / "alone"
-    words = ("run", recipe, "--output", workers, "--quiet", *little, "--jobs")
-    assert call(*words, 1, "--until", "split").code == 0  # in a process that did many things before
-    assert call(*words, 2).code == 0  # checks, then trains in workers
+    merit("run", recipe, "--output", workers, "--jobs", 2, "--quiet", *little)  # checks, then trains in workers
     stages = records(workers)
     assert {"mixture", "conflict", "split", "branches/0", "branches/1", "merged", "evaluation"} <= set(stages)
 
     shutil.copytree(workers, alone)
     for folder in ("branches", "merged", "evaluation"):
         shutil.rmtree(alone / folder)
-    if kind == "real files":  # the workers are fresh processes too
-        fresh("train", alone, "--branch", 1)  # the first thing that this process does
-    for words in (("gradients",), ("check",), ("run", "--quiet")):
+    merit("train", alone, "--branch", 1)  # the first thing that this process does
+    for words in (("gradients",), ("check",), ("run", "--quiet")):  # in a process that did many things before
         assert call(words[0], alone, *words[1:]).code == 0
     assert records(alone) == stages
     for run in (workers, alone):
