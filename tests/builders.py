@@ -472,14 +472,14 @@ def call(*words: Any) -> Result:
     return Result(result.exit_code, result.stdout, result.stderr)
 
 
-def start(*words: Any, log: Path, linger: str = "") -> multiprocessing.context.ForkProcess:
+def start(*words: Any, log: Path, linger: str = "") -> multiprocessing.context.SpawnProcess:
     """A `merit` command in a process of its own, which can be killed; what it prints goes to ``log``.
 
-    It is forked from this one, whose libraries are loaded. ``exitcode`` is minus the number of the signal that ended it.
+    It is not forked: PyTorch's threads do not survive that. ``exitcode`` is minus the number of the signal that ended it.
     With ``linger`` it waits for a second after every checkpoint in a folder below one of that name, so that there is
     time to see the checkpoint.
     """
-    process = multiprocessing.get_context("fork").Process(target=_command, args=(list(map(str, words)), log, linger))
+    process = multiprocessing.get_context("spawn").Process(target=_command, args=(list(map(str, words)), log, linger))
     process.start()
     return process
 
@@ -507,7 +507,7 @@ def _command(words: list[str], log: Path, linger: str) -> None:
         main()
 
 
-def until(process: multiprocessing.context.ForkProcess, folder: Path, pattern: str) -> bool:
+def until(process: multiprocessing.context.SpawnProcess, folder: Path, pattern: str) -> bool:
     """Wait until something below ``folder`` matches; False when the process ended before."""
     while process.is_alive():
         if next(folder.glob(pattern), None) is not None:

@@ -216,7 +216,7 @@ def _run_until_killed(recipe, mixture, folder):
 def test_killed_in_the_middle_it_goes_on_and_equals_an_undisturbed_run(make_recipe, mixture, tmp_path, monkeypatch):
     folder = tmp_path / "killed"
     folder.mkdir()
-    process = multiprocessing.get_context("fork").Process(
+    process = multiprocessing.get_context("spawn").Process(
         target=_run_until_killed, args=(make_recipe(), mixture, folder)
     )
     process.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 
@@ -318,13 +319,10 @@ def evaluate_in_child(root, folder):
 
 
 def test_killed_and_run_again_gives_the_same_figures(run, tmp_path):
-    child = os.fork()
-    if child == 0:
-        try:
-            evaluate_in_child(run.root, tmp_path / "killed")
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    child = multiprocessing.get_context("spawn").Process(target=evaluate_in_child, args=(run.root, tmp_path / "killed"))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
     assert sorted(path.name for path in (tmp_path / "killed/models").iterdir()) == [
         "answers-of-the-base.json",
         "base.answers.jsonl",
