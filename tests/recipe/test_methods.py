@@ -54,6 +54,12 @@ def test_sizes_are_groups_or_axes() -> None:
     assert changes(found["pca-3d"])["split.axes"] == 3
 
 
+def test_finch_is_joint_training_at_a_rate_that_follows_the_loss() -> None:
+    method = named("sceptics")["finch"]
+    assert changes(method) == {"split.method": "joint", "train.scheduler": "finch"}
+    assert method.merge is None
+
+
 def test_budgets_multiply_the_epochs() -> None:
     found = named("joint@budget=0.5", "one_budget")
     assert changes(found["joint@budget=0.5"])["train.epochs"] == 1.5

@@ -116,6 +116,16 @@ def test_configs_have_the_keys_that_the_tools_document(home: Case, tmp_path: Pat
     assert ("LoraConfig" in script) == adapters
 
 
+@pytest.mark.parametrize("setting", ["train.scheduler=finch", "train.balancing=pcgrad"])
+def test_training_that_no_tool_knows_is_not_handed_over(home: Case, tmp_path: Path, setting: str) -> None:
+    run = tmp_path / "run"
+    assert call("run", home.recipe, "--output", run, "--until", "split", "--quiet", "--set", setting).code == 0
+    found = call("branch", "export", run, 0, "--to", tmp_path / "out", "--format", "trl")
+    assert found.code == 2
+    assert f"{setting.replace('=', ': ')} is not known to other tools" in found.err
+    assert not (tmp_path / "out").exists()
+
+
 def finish(home: Case, folder: Path, run: Path, *, epoch: float | None = 1.0) -> None:
     """A checkpoint as transformers' Trainer leaves it, with a base's weights moved a little."""
     import torch

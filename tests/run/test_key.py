@@ -86,7 +86,7 @@ def test_every_setting_of_a_branch_decides_it_unless_it_is_known_not_to() -> Non
     assert left_out == {
         *("device", "threads", "processes", "sharding", "loader_workers", "compile", "tf32", "deterministic"),
         *("checkpoint_minutes", "checkpoint_steps", "report_to", "max_length"),
-        *("balancing", "save_second_moments", "rounds", "between"),  # at their defaults
+        *("balancing", "max_lr_ratio", "save_second_moments", "rounds", "between"),  # at their defaults
     }
 
 

@@ -41,7 +41,7 @@ SETS: dict[str, tuple[str, ...]] = {
         *("kmeans-2", "kmeans-4", "kmeans-8", "raw_pca-1d", "raw_pca-2d", "raw_pca-3d"),
         *("soup-2", "soup-3", "soup-4", "pca-1d", "pca-2d", "pca-3d"),
     ),
-    "sceptics": ("wise_ft", "one_budget", "joint_matched"),
+    "sceptics": ("wise_ft", "finch", "one_budget", "joint_matched"),
     "surgery": ("pcgrad", "gradnorm"),
     "searched": ("own+weights=auto", "random+weights=auto", "joint+weights=auto"),
     "operators": (),  # every merge operator on the recipe's own branches, see methods_of
@@ -177,6 +177,8 @@ def _alone(text: str, own: Own) -> Method | None:
         return Method(text, (_joint((), (), 0),), (*_PLAIN, ("merge.scale", 0.5)))
     if text == "joint_matched":
         return Method(text, (_joint((), (), 0),), _PLAIN, matched=True)
+    if text == "finch":
+        return Method(text, (_joint(("scheduler=finch",), (("train.scheduler", "finch"),), 0),), None)
     if text in SETS["surgery"]:
         return Method(text, (_joint((f"balancing={text}",), (("train.balancing", text),), 0),), None)
     if text == "one_budget":
@@ -214,6 +216,7 @@ def _method_and_axes(word: str, own: Own, name: str) -> tuple[str, int]:
             *_SPLITS,
             "soup-2",
             "wise_ft",
+            "finch",
             "one_budget",
             "joint_matched",
             *SETS["surgery"],

@@ -14,7 +14,7 @@ class StudySettings(Settings):
 
     methods: list[str] = ["base", "joint", "wise_ft", "one_budget", "random", "own"]
     """What is compared: base, joint, own (the recipe's split), pca-2d, raw_pca-1d, random-4, kmeans-8, conflict_induced,
-    soup-3, wise_ft, one_budget, joint_matched, pcgrad, gradnorm; with changes of training (joint@budget=0.5,
+    soup-3, wise_ft, finch, one_budget, joint_matched, pcgrad, gradnorm; with changes of training (joint@budget=0.5,
     own@learning_rate=1e-4) and of the merge (own+ties, own+weights=uniform); or the sets paper, operators, sceptics,
     searched, surgery."""
     seeds: (

@@ -76,10 +76,13 @@ class TrainSettings(Settings):
     max_length: Annotated[int, Field(ge=8)] = 2048
     """Longest example in tokens; longer ones are truncated at the end, and rows that lose all their targets are dropped and
     counted."""
-    scheduler: Literal["linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup"] = "cosine"
-    """Learning-rate schedule over the branch's own steps."""
+    scheduler: Literal["linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup", "finch"] = "cosine"
+    """Learning-rate schedule over the branch's own steps. finch: learning_rate over the square root of the training loss
+    (arXiv 2605.20005), without warm-up; a baseline that forgets less (`merit study`)."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     """For scheduler: cosine_with_min_lr. Learning rate at the end, as a share of the peak."""
+    max_lr_ratio: Annotated[float, Field(gt=0)] = 2.5
+    """For scheduler: finch. Highest learning rate, as a multiple of ``learning_rate``."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
     """Share of the steps with a linearly rising learning rate."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -167,6 +170,7 @@ class TrainSettings(Settings):
         """The settings that decide a branch's weights, as JSON values: all but those on how and where to compute."""
         unused = set() if self.save_second_moments else {"save_second_moments"}
         unused |= {"balancing"} if self.balancing == "none" else set()
+        unused |= {"max_lr_ratio"} if self.scheduler != "finch" else set()
         if self.rounds == 1:
             return self.model_dump(mode="json", exclude={*_HOW_TO_COMPUTE, *unused, "rounds", "between"})
         found = self.model_dump(mode="json", exclude={*_HOW_TO_COMPUTE, *unused})

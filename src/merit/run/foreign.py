@@ -80,6 +80,15 @@ def _check(session: Session, recipe: Recipe, tool: str) -> None:
             "and lora are.",
             "Export it without --format.",
         )
+    for key, value, plain in (
+        ("scheduler: finch", recipe.train.scheduler == "finch", "another scheduler"),
+        (f"balancing: {recipe.train.balancing}", recipe.train.balancing != "none", "balancing: none"),
+    ):
+        if value:
+            raise RecipeError(
+                f"--format {tool}: train.{key} is not known to other tools.",
+                f"Export it without --format, or train with {plain}.",
+            )
 
 
 def _rows(rows: Datasets) -> Iterator[dict[str, list[int]]]:

@@ -41,6 +41,7 @@ from merit.train import checkpoint
 from merit.train.balancing import balancing_of, refuse_large
 from merit.train.batches import CPU_OVERHEAD, GroupRows, StepBatch, StepCollator, StepOrder
 from merit.train.checkpoint import LOG, Marker, Totals, Training
+from merit.train.finch import Finch
 from merit.train.guards import kernels, memory_meter, plain_errors, silence_libraries
 from merit.train.log import StepLog, final_loss
 from merit.train.optimizers import make_schedule, second_moments
@@ -171,8 +172,8 @@ def _take_steps(
     folder, team = log.path.parent, training.team
     saved = time.monotonic()
     for step, batch in enumerate(loader, marker.step + 1):
-        rate = float(training.schedule.get_last_lr()[0])
-        log.note(step, rate, _take_step(training, base, batch), batch)
+        rate, figures = _take_step(training, base, batch)
+        log.note(step, rate, figures, batch)
         if step == marker.steps:
             break
         due = time.monotonic() - saved >= 60 * settings.checkpoint_minutes
@@ -188,12 +189,12 @@ def _take_steps(
     log.flush()
 
 
-def _take_step(training: Training, base: Base, batch: StepBatch) -> torch.Tensor:
+def _take_step(training: Training, base: Base, batch: StepBatch) -> tuple[float, torch.Tensor]:
     """One optimizer step: forward and backward over its micro-batches, clip, update.
 
     Returns:
-        On the device, float32: this process's part of the mean loss per target token, the gradient norm before clipping,
-        and the summed loss of each of its rows.
+        The learning rate; and, on the device, float32: this process's part of the mean loss per target token, the gradient
+        norm before clipping, and the summed loss of each of its rows.
     """
     team, spread = training.team, training.spread
     targets = batch.counts[0].to(team.device).clamp(min=1)
@@ -215,10 +216,14 @@ def _take_step(training: Training, base: Base, batch: StepBatch) -> torch.Tensor
         seen += len(losses)
     if training.balancing is not None:
         training.balancing.finish(batch.targets)
+    mean = torch.stack(parts).sum()
+    if isinstance(training.schedule, Finch):
+        training.schedule.observe(float(team.total(mean.double().cpu())))
+    rate = float(training.schedule.get_last_lr()[0])
     norm = spread.update()
     if not team.accelerator.optimizer_step_was_skipped:
         training.schedule.step()
-    return torch.cat([torch.stack([torch.stack(parts).sum(), norm.to(parts[0])]), *by_row])
+    return rate, torch.cat([torch.stack([mean, norm.to(parts[0])]), *by_row])
 
 
 def _provenance(

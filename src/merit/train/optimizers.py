@@ -14,6 +14,7 @@ from transformers import Adafactor, get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
 
 from merit.recipe.schema import TrainSettings
+from merit.train.finch import Finch
 
 _NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 """Parameters without weight decay, by name, as transformers' trainer has it."""
@@ -68,7 +69,7 @@ def second_moments(
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings, steps: int, taken: int = 0) -> LRScheduler:
-    """transformers' schedule over ``steps``, of which some are ``taken`` already.
+    """transformers' schedule over ``steps``, of which some are ``taken`` already; or FINCH's, which follows the loss.
 
     Its warm-up is 1/(W+1) ... W/(W+1) of the peak instead of 0 ... (W-1)/W.
     The library's first step has learning rate 0: it would train nothing, and a group of one step nothing at all. From
@@ -77,13 +78,18 @@ def make_schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings, ste
     options = {"min_lr_rate": settings.min_lr_ratio} if settings.scheduler == "cosine_with_min_lr" else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # stepping the schedule before the optimizer is meant here
-        schedule: LRScheduler = get_scheduler(
-            settings.scheduler,
-            optimizer,
-            num_warmup_steps=math.ceil(settings.warmup_ratio * steps) + 1,
-            num_training_steps=steps + 1,
-            scheduler_specific_kwargs=options,
-        )
+        schedule: LRScheduler
+        if settings.scheduler == "finch":
+            rate = settings.learning_rate
+            schedule = Finch(optimizer, rate, settings.max_lr_ratio * rate)
+        else:
+            schedule = get_scheduler(
+                settings.scheduler,
+                optimizer,
+                num_warmup_steps=math.ceil(settings.warmup_ratio * steps) + 1,
+                num_training_steps=steps + 1,
+                scheduler_specific_kwargs=options,
+            )
         for _ in range(1 + taken):
             schedule.step()
     return schedule
