@@ -1,9 +1,10 @@
 """Train a small base for a mixture of real tasks: one that reads the mixture's prompts and can do some tasks already.
 
 A folder of tasks (``<task>/train.jsonl``, ``test.jsonl``, rows with ``messages``) is parted three ways. The base is trained
-on whole conversations of the tasks in `KNOWN` and on the prompts alone of the tasks to be fine-tuned on; the tasks in
-`UNSEEN` are shown to nobody. It is a Qwen2-architecture model with byte-level tokens whose merges are learned on the
-same text. Same arguments, data, thread count and versions give the same bytes.
+on whole conversations of the tasks in `KNOWN` and on the prompts alone of the tasks to be fine-tuned on (with ``--answers``
+on some whole rows of theirs, for a base that has an idea of them); the tasks in `UNSEEN` are shown to nobody. It is a
+Qwen2-architecture model with byte-level tokens whose merges are learned on the same text. Same arguments, data, thread
+count and versions give the same bytes.
 
 The output folder gets ``base/`` (checkpoint, README, training.json), ``mixture/``, ``kept/`` and ``unseen/`` (copies of the
 rows), which benchmarks/study/real_mixture.yaml reads.
@@ -78,16 +79,19 @@ def part(data: Path, output: Path) -> dict[str, list[str]]:
 
 
 def examples(
-    data: Path, parts: dict[str, list[str]], rng: random.Random, prompts: float
+    data: Path, parts: dict[str, list[str]], rng: random.Random, prompts: float, answers: float
 ) -> Iterator[tuple[str, str | None]]:
-    """Yield prompt and answer for ever, tasks drawn by the square root of their rows; no answer: a task of the mixture."""
+    """Yield prompt and answer for ever, tasks drawn by the square root of their rows.
+
+    Prompts of the mixture come without an answer but for a share of ``answers``.
+    """
     rows = {task: read(data / task / "train.jsonl") for name in ("kept", "mixture") for task in parts[name]}
     sizes = {name: [len(rows[task]) ** 0.5 for task in parts[name]] for name in ("kept", "mixture")}
     while True:
         name = "mixture" if rng.random() < prompts else "kept"
         [task] = rng.choices(parts[name], sizes[name])
         prompt, answer = rng.choice(rows[task])
-        yield prompt, answer if name == "kept" else None
+        yield prompt, answer if name == "kept" or (answers and rng.random() < answers) else None
 
 
 def like_lengths(
@@ -192,7 +196,7 @@ def build(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     parts = part(args.data, args.output)
     rng = random.Random(f"{args.seed}/real base")
-    stream = examples(args.data, parts, rng, args.prompts)
+    stream = examples(args.data, parts, rng, args.prompts, args.answers)
     sample = [text for pair in (next(stream) for _ in range(args.tokenizer_rows)) for text in pair if text]
     tokenizer = learned_tokenizer(sample, SPECIALS, args.merges, CHAT_TEMPLATE, model_max_length=1024)
     model = make_model(tokenizer, args)
@@ -250,6 +254,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--length", type=int, default=256, help="rows are cut at this many tokens (default %(default)s)")
     add("--learning-rate", type=float, default=3e-3, help="peak, warm-up then cosine (default %(default)s)")
     add("--prompts", type=float, default=0.4, help="share of prompts of the mixture (default %(default)s)")
+    add("--answers", type=float, default=0.0, help="share of those with their answer (default %(default)s)")
     add("--merges", type=int, default=3836, help="merges of the tokenizer (default %(default)s)")
     add("--tokenizer-rows", type=int, default=20_000, help="rows that merges are learned on (default %(default)s)")
     add("--hidden", type=int, default=192, help="hidden size (default %(default)s)")
