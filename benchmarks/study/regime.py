@@ -35,7 +35,7 @@ from merit.mixture import read_counts
 from merit.recipe.load import load_recipe
 from merit.recipe.methods import own_of
 from merit.study.compare import equal_learning
-from merit.study.figures import FILE, StudyResult
+from merit.study.figures import StudyResult
 
 HERE = Path(__file__).parent
 MIXTURES = {"text": "text.yaml", "vision": "vision.yaml", "real": "real_mixture.yaml"}
@@ -98,7 +98,9 @@ def by_conflict(run: Path, seed: int, excluded: Sequence[str]) -> list[Setting]:
     geometry = Geometry.load(folder)
     parts = halves(geometry.names, geometry.arrays.cosine_corrected)
     return [
-        Setting("conflict", label, (f"mixture.exclude={json.dumps([*excluded, *sorted(set(geometry.names) - set(kept))])}",))
+        Setting(
+            "conflict", label, (f"mixture.exclude={json.dumps([*excluded, *sorted(set(geometry.names) - set(kept))])}",)
+        )
         for label, kept in parts.items()
     ]
 
@@ -172,7 +174,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--only", nargs="+", metavar="FACTOR", help=f"of {', '.join(FACTORS)}, conflict")
     parser.add_argument("--setting", nargs="+", action="append", default=[], metavar="FACTOR LABEL KEY=VALUE")
-    parser.add_argument("--write", action="store_true", help="write benchmarks/study/results/regime_<mixture>.json, .md")
+    parser.add_argument(
+        "--write", action="store_true", help="write benchmarks/study/results/regime_<mixture>.json, .md"
+    )
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     file = HERE / MIXTURES[args.mixture]
@@ -183,7 +187,9 @@ def main() -> None:
     def take(setting: Setting) -> None:
         result = run_study(file, setting, args.work, args.set, args.seeds)
         changed = load_recipe(file, [*args.set, *setting.overrides])
-        random = own_of(changed.model_copy(update={"split": changed.split.model_copy(update={"method": "random"})})).name
+        random = own_of(
+            changed.model_copy(update={"split": changed.split.model_copy(update={"method": "random"})})
+        ).name
         found[setting.folder] = {
             "factor": setting.factor,
             "label": setting.label,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -18,7 +19,7 @@ from merit.report.plots import mean_lines
 from merit.report.study import cost_tables, csv_text, facts, latex, markdown, overview, render, write
 from merit.study.compare import compare_methods
 from merit.study.cost import Cost, item_of
-from merit.study.figures import Line, Point, Run, StudyResult
+from merit.study.figures import Line, Point, Run, StudyResult, Surgery
 from merit.study.verdict import judge_study
 
 SEEDS = (0, 1, 2)
@@ -115,6 +116,19 @@ def test_a_plots_points_are_means_over_seeds(result: StudyResult) -> None:
     ends = [run.values for run in result.of("joint")]
     assert points[-1] == pytest.approx((1.0, fmean(v["learned"] for v in ends), fmean(v["kept"] for v in ends)))
     assert "base" not in mean_lines(result, "kept")
+
+
+def test_gradient_surgery_is_counted_next_to_the_papers_count(result: StudyResult, tmp_path: Path) -> None:
+    found = replace(result, surgery=Surgery(10, 2_000_000, 10, 45, 40_000_000))
+    cost = Cost((), 2, 500, 1e-3, 2, 10**6, 9, 7, "4 steps", found.surgery)
+    for text in (markdown(found), plain(*render(found)), plain(*cost_tables(cost))):
+        (ours,) = [line for line in text.splitlines() if "this base and mixture" in line]
+        (papers,) = [line for line in text.splitlines() if "136 datasets" in line]
+        assert all(figure in ours for figure in ("2,000,000", "45", "40.0 MB"))
+        assert all(figure in papers for figure in ("136", "9,180", "816 GB"))
+    found.save(tmp_path)
+    assert StudyResult.load(tmp_path) == found
+    assert "surgery" not in markdown(result)
 
 
 def test_cost_is_exact_where_it_can_be() -> None:

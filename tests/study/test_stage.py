@@ -21,7 +21,7 @@ from merit.run.evaluating import held_out_rows, reporting_rows
 from merit.run.session import Session
 from merit.run.store import Stage
 from merit.study.cost import Cost
-from merit.study.figures import Run, StudyResult
+from merit.study.figures import Run, StudyResult, Surgery
 from merit.study.stage import run_study
 from merit.train.result import BranchResult
 
@@ -201,6 +201,19 @@ def test_refusing_the_cost_trains_nothing(done: tuple[Case, StudyResult], tmp_pa
     asked = builders.call("study", case.recipe, "--output", tmp_path / "run")
     assert asked.code == 2
     assert "--yes" in asked.err
+
+
+def test_the_cost_says_what_gradient_surgery_takes(done: tuple[Case, StudyResult], tmp_path: Path) -> None:
+    case, result = done
+    shutil.copytree(case.run, tmp_path / "run")
+    recipe = changed(load_recipe(case.recipe), (("study.methods", ["pcgrad", "finch"]),))
+    seen: list[Cost] = []
+    assert run_study(Session(recipe, tmp_path / "run", Silent()), lambda cost: bool(seen.append(cost))) is None
+    count = sum(array.size for array in builders.weights(Path(recipe.model.base)).values())
+    assert seen[0].surgery == Surgery(4, count, 4, 6, 2 * 4 * count)
+    sources = {*("joint", "joint@balancing=pcgrad", "joint@scheduler=finch", "pca-1d")}
+    assert {item.source for item in seen[0].items} == sources
+    assert result.surgery is None
 
 
 def test_a_mixture_that_is_too_small_is_refused_by_the_methods_name(tmp_path: Path, base: Path) -> None:

@@ -17,7 +17,7 @@ from merit.progress import duration, size
 from merit.report.plots import write_plots
 from merit.study.compare import equal_learning
 from merit.study.cost import Cost
-from merit.study.figures import Column, Difference, Place, StudyResult
+from merit.study.figures import Column, Difference, Place, StudyResult, Surgery
 
 __all__ = ["cost_tables", "csv_text", "latex", "markdown", "render", "tables", "write"]
 
@@ -39,6 +39,10 @@ _LEGEND = (
     "learned, kept, unseen: mean over datasets of the held-out loss, nats per target token, on the mixture's test rows, on "
     "what the base could do, and on tasks that nobody trains on; exact: share of greedy answers that match; drift: from the "
     "base, nats per token; other columns: scores of benchmark suites. Mean ± standard deviation over seeds."
+)
+_ABOUT_SURGERY = (
+    "What PCGrad and GradNorm take at a step over all datasets of the mixture; where a step has fewer rows than there are "
+    "datasets, only those with rows in it are worked on. The second line is the paper's count (§5)."
 )
 _ABOUT_P = (
     "p: one-sided Wilcoxon signed-rank test over seeds that the method is better than the baseline; Holm: corrected for all "
@@ -63,7 +67,7 @@ def cost_tables(cost: Cost) -> list[RenderableType]:
         f"({1e6 * cost.seconds_per_token:,.0f} µs per token, from {cost.note}); then {cost.models:,} models are measured on "
         f"held-out rows, most of them at {cost.points} points of their lines. {size(cost.disk_bytes)} of disk."
     )
-    return [table, said]
+    return [table, said, *([_rich("Gradient surgery", _ABOUT_SURGERY, _surgery(cost.surgery))] if cost.surgery else [])]
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -106,6 +110,16 @@ def differences(result: StudyResult, place: Place, *, short: bool = False) -> Ta
     return ["method", *map(_title, columns)], rows
 
 
+def _surgery(count: Surgery) -> Table:
+    """Ours and the paper's."""
+    paper = Surgery(136, 3_000_000_000, 136, 9180, 816 * 10**9)
+    rows = [
+        [name, *(f"{n:,}" for n in (item.datasets, item.parameters, item.backward, item.projections)), size(item.bytes)]
+        for name, item in (("this base and mixture", count), ("3B, 136 datasets", paper))
+    ]
+    return ["of", "datasets", "trained parameters", "backward passes", "projections", "gradients in fp16"], rows
+
+
 def _title(column: Column) -> str:
     return TITLES.get(column, f"{column} ↑")
 
@@ -140,20 +154,25 @@ def tables(result: StudyResult, *, short: bool = False) -> list[tuple[str, str, 
         (f"Differences from {baseline}", about, differences(result, "end", short=short)),
         (f"Differences from {baseline} at equal learning", about, differences(result, "equal", short=short)),
     ]
+    if result.surgery is not None:
+        chosen.append(("Gradient surgery", _ABOUT_SURGERY, _surgery(result.surgery)))
     return [item for item in chosen if item[2][1]]
 
 
 def render(result: StudyResult) -> list[RenderableType]:
     """Verdict and tables for the terminal."""
     shown: list[RenderableType] = [result.verdict[0], ""]
-    for title, note, (header, rows) in tables(result, short=True):
-        table = RichTable(title=title, title_justify="left", caption=note, caption_justify="left")
-        for number, name in enumerate(header):
-            table.add_column(name, justify="right" if number else "left")
-        for row in rows:
-            table.add_row(*row)
-        shown.append(table)
+    shown += [_rich(*item) for item in tables(result, short=True)]
     return [*shown, *result.verdict[1:]]
+
+
+def _rich(title: str, note: str, content: Table) -> RichTable:
+    table = RichTable(title=title, title_justify="left", caption=note, caption_justify="left")
+    for number, name in enumerate(content[0]):
+        table.add_column(name, justify="right" if number else "left")
+    for row in content[1]:
+        table.add_row(*row)
+    return table
 
 
 def markdown(result: StudyResult) -> str:

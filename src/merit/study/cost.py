@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from merit.recipe.schema import Recipe
+from merit.study.figures import Surgery
 
 __all__ = ["Cost", "Item", "item_of"]
 
@@ -49,6 +50,7 @@ class Cost:
         models: To be measured on held-out rows.
         points: λ on every line.
         note: How the rate was measured.
+        surgery: What gradient surgery takes at a step, if the study has any.
     """
 
     items: tuple[Item, ...]
@@ -60,6 +62,7 @@ class Cost:
     models: int
     points: int
     note: str
+    surgery: Surgery | None = None
 
     @property
     def steps(self) -> int:

@@ -13,7 +13,7 @@ from merit.files import checksum, read_as, read_json, sealed, write_json
 
 __all__ = [
     *("COLUMNS", "FILE", "PART_COLUMNS", "Column", "Difference", "Line", "Place", "Point", "Run", "StudyResult"),
-    *("columns_of", "is_better_high"),
+    *("Surgery", "columns_of", "is_better_high"),
 ]
 
 Column = str
@@ -132,6 +132,25 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class Surgery:
+    """What gradient surgery takes at every step over all datasets of a mixture (paper §5, A.1.3).
+
+    Attributes:
+        datasets: T.
+        parameters: P, trained.
+        backward: Backward passes, T.
+        projections: Pairs of gradients, T (T - 1) / 2.
+        bytes: Of T gradients in half precision.
+    """
+
+    datasets: int
+    parameters: int
+    backward: int
+    projections: int
+    bytes: int
+
+
+@dataclass(frozen=True)
 class StudyResult:
     """A finished study.
 
@@ -145,6 +164,7 @@ class StudyResult:
         differences: All comparisons with the baseline.
         verdict: Sentences, the answer first.
         parameters: Size of the base.
+        surgery: What gradient surgery costs here, if the study has any.
     """
 
     name: str
@@ -156,6 +176,7 @@ class StudyResult:
     differences: tuple[Difference, ...]
     verdict: tuple[str, ...]
     parameters: int
+    surgery: Surgery | None = None
     format: int = 1
 
     def of(self, method: str) -> tuple[Run, ...]:

@@ -36,7 +36,7 @@ from merit.run.chain import begun, gradients, mixture, run_chain, split
 from merit.run.check import make_plan
 from merit.run.evaluating import checked_model, held_out_rows, merge_as_made, reporting_rows
 from merit.run.merging import merge_run
-from merit.run.needs import estimate
+from merit.run.needs import estimate, file_sizes, weigh
 from merit.run.preparation import prepare
 from merit.run.rounds import train_rounds
 from merit.run.scope import StudyScope, merge_scope, searches_weights, source_scope, study_scopes
@@ -48,9 +48,10 @@ from merit.split.view import needs_conflict
 from merit.study.check import check_study
 from merit.study.compare import compare_methods
 from merit.study.cost import Cost, item_of
-from merit.study.figures import PART_COLUMNS, Column, Line, Run, StudyResult
+from merit.study.figures import PART_COLUMNS, Column, Line, Run, StudyResult, Surgery
 from merit.study.line import Rows, measure_line, rows_by_part
 from merit.study.verdict import judge_study
+from merit.train.balancing import cost as surgery_cost
 from merit.train.branch import train_branch
 from merit.train.result import BranchResult
 
@@ -147,7 +148,20 @@ class _Study:
             models=1 + len(self.seeds) * sum(bool(method.sources) for method in self.methods),
             points=len({0.0, 1.0, *recipe.study.scales}),
             note=f"{rate.steps} steps of joint training on this machine ({rate.device}, {rate.threads} threads)",
+            surgery=self.surgery,
         )
+
+    @cached_property
+    def surgery(self) -> Surgery | None:
+        """What gradient surgery takes here, if the study has any; adapters are not counted before they are made."""
+        session, lora = self.session, self.recipe.model.trainable == "lora"
+        if lora or all(session.recipe_of(scope).train.balancing == "none" for scope in self.scopes):
+            return None
+        parameters, datasets = (
+            weigh(self.recipe, session.base, file_sizes(session.base)).trainable,
+            len(self.mixture.counts),
+        )
+        return Surgery(datasets, parameters, **vars(surgery_cost(datasets, parameters)))
 
     def _trained(self, scope: StudyScope) -> int:
         found = (scope.root / "branches").glob("*/record.json")
@@ -299,7 +313,8 @@ class _Study:
         baseline, parameters = baseline_of(self.recipe).name, self.session.base.parameters
         differences = compare_methods(runs, baseline, self.own)
         result = StudyResult(
-            self.recipe.name, self.own, baseline, self.seeds, tuple(order), tuple(runs), differences, (), parameters
+            *(self.recipe.name, self.own, baseline, self.seeds, tuple(order), tuple(runs), differences, (), parameters),
+            surgery=self.surgery,
         )
         sentences = judge_study(result.difference, self.own, baseline, len(self.seeds), parameters)
         return replace(result, verdict=sentences)
