@@ -516,6 +516,21 @@ def until(process: multiprocessing.context.SpawnProcess, folder: Path, pattern: 
     return False
 
 
+def ended(process: multiprocessing.context.SpawnProcess, log: Path, sent: int | None, code: int) -> str:
+    """Send a command of :func:`start` a signal, if any, and wait for its end; returns what it printed.
+
+    It has to end with ``code``, and without a traceback.
+    """
+    if sent is not None:
+        assert process.pid is not None
+        os.kill(process.pid, sent)
+    process.join()
+    said = log.read_text()
+    assert process.exitcode == code, said
+    assert "Traceback" not in said
+    return said
+
+
 def read(path: Path) -> Any:
     """A JSON file's value."""
     return json.loads(path.read_text(encoding="utf-8"))

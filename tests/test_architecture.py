@@ -174,6 +174,12 @@ def test_light_modules_import_nothing_heavy(module: str, heavy: set[str]) -> Non
     assert result.returncode == 0, result.stderr
 
 
+def test_kmeans_library_is_loaded_by_kmeans_alone() -> None:
+    code = "import sys, merit.split, merit.run.chain, merit.study.stage; sys.exit('sklearn' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys\nfrom merit.cli.commands import app\n"

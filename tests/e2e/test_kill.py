@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.builders import Case, call, make_case, read, start, until, weights
+from tests.builders import Case, call, ended, make_case, read, start, until, weights
 
 
 def command(case: Case, jobs: int = 1) -> list[str]:
@@ -24,12 +23,7 @@ def test_killed_and_stopped_at_many_points(finished: Case, tmp_path: Path, base:
     ):
         process = start(*command(case), log=tmp_path / "log")
         assert until(process, case.run, pattern), (pattern, (tmp_path / "log").read_text())
-        assert process.pid is not None
-        os.kill(process.pid, sent)
-        process.join()
-        said = (tmp_path / "log").read_text()
-        assert process.exitcode == code, said
-        assert "Traceback" not in said
+        said = ended(process, tmp_path / "log", sent, code)
         if code == 75:
             assert "Run the same command again" in said
         assert not (case.run / "evaluation" / "record.json").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -14,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from tests.builders import ended, start, until
 from tests.builders import make_vision_base as make_base
-from tests.builders import start, until
 from tests.e2e.conftest import Result, make_case, write_rows
 from tests.hf.vision_cases import COLOURS, picture
 from tests.prepare.test_assemble import llama_tokenizer, make_encoder, make_language_model, tensors
@@ -266,12 +265,7 @@ def test_killed_and_stopped_preparations_end_in_the_same_bits(root: Path, prepar
         process = start("prepare", root / "recipe.yaml", "--output", run, log=tmp_path / "log", linger=stage)
         if sent is not None:
             assert until(process, run, f"preparation/{stage}/branches/0/checkpoints/*/complete.json")
-            assert process.pid is not None
-            os.kill(process.pid, sent)
-        process.join()
-        said = (tmp_path / "log").read_text()
-        assert process.exitcode == code, said
-        assert "Traceback" not in said
+        ended(process, tmp_path / "log", sent, code)
         assert (run / "prepared" / "record.json").exists() == (sent is None)
     assert record(run / "preparation" / "align" / "branches" / "0")["resumed_from"]
     for name in ("assemble", *STAGES):

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from merit.errors import Interrupted, TrainingError
-from merit.launch.job import BranchCrashed, BranchJob, ProgressFile, read_progress
+from merit.launch.job import BranchCrashed, BranchJob, ProgressFile, progress_of, read_progress
 from merit.launch.local import run_branches
 from merit.launch.outcome import Outcome, outcome_of
 from merit.signals import stop_on_sigterm
@@ -234,6 +234,12 @@ def test_progress_file_is_whole_sparse_and_read_back(tmp_path: Path) -> None:
     assert (found["step"], found["steps"], found["loss"], found["tokens_per_second"]) == (9, 9, 1.5, 7.0)
     path.write_text('{"step": 1')
     assert read_progress(path) is None
+
+
+@pytest.mark.parametrize("unit", ["branches", "tasks"])
+def test_progress_calls_commands_what_they_are_part_of(tmp_path: Path, unit: str) -> None:
+    jobs = [job(tmp_path, name, "", unit=unit) for name in ("a", "b")]
+    assert progress_of(jobs, jobs[:1], [], time.time()) == (1, 2, f"1 of 2 {unit} done")
 
 
 def test_running_commands_count_by_their_share_of_steps(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ class Here:
 
     def run(self, jobs: Sequence[BranchJob], progress: Progress) -> None:
         self.names += [job.name.split()[0] for job in jobs]
+        assert {job.unit for job in jobs} == {"tasks"}
         run_branches(jobs, 2, progress)
 
 

@@ -7,14 +7,15 @@ measured rate, for training and gradients only.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from merit.recipe.schema import Recipe
 from merit.study.figures import Surgery
+from merit.train import balancing
 
-__all__ = ["Cost", "Item", "item_of"]
+__all__ = ["Cost", "Item", "item_of", "surgery_of"]
 
 
 @dataclass(frozen=True)
@@ -102,3 +103,16 @@ def item_of(source: str, recipes: Sequence[Recipe], counts: Mapping[str, tuple[i
         steps += groups * math.ceil(train.epochs * math.ceil(rows / groups / train.batch_size))
         trained += round(train.epochs * tokens)
     return Item(source, branches, steps, trained, max(0, trained - done))
+
+
+def surgery_of(recipes: Iterable[Recipe], datasets: int, parameters: int) -> Surgery | None:
+    """What gradient surgery takes; None where no recipe asks for it, and for adapters, whose weights are not made yet.
+
+    Args:
+        recipes: Of all sources.
+        datasets: Of the mixture.
+        parameters: Trained weights.
+    """
+    if not any(r.train.balancing != "none" and r.model.trainable != "lora" for r in recipes):
+        return None
+    return Surgery(datasets, parameters, **vars(balancing.cost(datasets, parameters)))

@@ -9,11 +9,12 @@ from typing import Literal
 
 from merit.errors import RunFolderError
 from merit.evaluation.figures import Part
+from merit.evaluation.results import Evaluation
 from merit.files import checksum, read_as, read_json, sealed, write_json
 
 __all__ = [
     *("COLUMNS", "FILE", "PART_COLUMNS", "Column", "Difference", "Line", "Place", "Point", "Run", "StudyResult"),
-    *("Surgery", "columns_of", "is_better_high"),
+    *("Surgery", "columns_of", "is_better_high", "values_of"),
 ]
 
 Column = str
@@ -27,6 +28,21 @@ PART_COLUMNS: dict[str, tuple[Column, Column]] = {
     "unseen": ("unseen", "unseen_match"),
 }
 """Columns of loss and exact match of each part of the evaluation."""
+
+
+def values_of(evaluation: Evaluation, name: str) -> dict[Column, float]:
+    """The columns that an evaluation measured for a model."""
+    averages = evaluation.summary.macro[name]
+    found: dict[Column, float] = {}
+    for part in evaluation.sets:
+        average, (loss, match) = averages.of(part), PART_COLUMNS[part]
+        if average is not None:
+            found[loss] = average.loss
+            if average.exact_match is not None:
+                found[match] = average.exact_match
+    if averages.drift is not None:
+        found["drift"] = averages.drift.kl
+    return found
 
 
 def is_better_high(column: Column) -> bool:

@@ -47,11 +47,10 @@ from merit.run.suites import measure_suites
 from merit.split.view import needs_conflict
 from merit.study.check import check_study
 from merit.study.compare import compare_methods
-from merit.study.cost import Cost, item_of
-from merit.study.figures import PART_COLUMNS, Column, Line, Run, StudyResult, Surgery
+from merit.study.cost import Cost, item_of, surgery_of
+from merit.study.figures import Column, Line, Run, StudyResult, Surgery, values_of
 from merit.study.line import Rows, measure_line, rows_by_part
 from merit.study.verdict import judge_study
-from merit.train.balancing import cost as surgery_cost
 from merit.train.branch import train_branch
 from merit.train.result import BranchResult
 
@@ -153,15 +152,9 @@ class _Study:
 
     @cached_property
     def surgery(self) -> Surgery | None:
-        """What gradient surgery takes here, if the study has any; adapters are not counted before they are made."""
-        session, lora = self.session, self.recipe.model.trainable == "lora"
-        if lora or all(session.recipe_of(scope).train.balancing == "none" for scope in self.scopes):
-            return None
-        parameters, datasets = (
-            weigh(self.recipe, session.base, file_sizes(session.base)).trainable,
-            len(self.mixture.counts),
-        )
-        return Surgery(datasets, parameters, **vars(surgery_cost(datasets, parameters)))
+        """What gradient surgery takes here, if the study has any."""
+        parameters = weigh(self.recipe, self.session.base, file_sizes(self.session.base)).trainable
+        return surgery_of(map(self.session.recipe_of, self.scopes), len(self.mixture.counts), parameters)
 
     def _trained(self, scope: StudyScope) -> int:
         found = (scope.root / "branches").glob("*/record.json")
@@ -303,7 +296,7 @@ class _Study:
         found: dict[str, tuple[Path | None, str]] = {"base": (None, self.session.base.fingerprint)}
         found |= {model.name: checked_model(model.stage) for model in models}
         evaluation, scores = self._evaluate(found), self._scores(found)
-        values = {name: _values(evaluation, name) | scores.get(name, {}) for name in found}
+        values = {name: values_of(evaluation, name) | scores.get(name, {}) for name in found}
         runs = [Run("base", seed, values["base"], 0, 0, 0.0) for seed in self.seeds]
         runs += [model.run(values[model.name]) for model in models]
         order = {method.name: place for place, method in enumerate(self.methods)}
@@ -389,18 +382,3 @@ class _Model:
         facts = [stage.record().facts for stage in self.branches]
         targets, tokens = (sum(int(item[key]) for item in facts) for key in ("target_tokens", "tokens"))
         return Run(self.method.name, self.seed, values, targets, tokens, self.scale, self.line)
-
-
-def _values(evaluation: Evaluation, name: str) -> dict[Column, float]:
-    """The columns that were measured for a model."""
-    averages = evaluation.summary.macro[name]
-    found: dict[Column, float] = {}
-    for part in evaluation.sets:
-        average, (loss, match) = averages.of(part), PART_COLUMNS[part]
-        if average is not None:
-            found[loss] = average.loss
-            if average.exact_match is not None:
-                found[match] = average.exact_match
-    if averages.drift is not None:
-        found["drift"] = averages.drift.kl
-    return found
