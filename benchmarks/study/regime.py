@@ -7,7 +7,8 @@ training, the recipe's own split and a random one of as many groups. What counts
 (docs/study.md): at the own split's learned loss, against joint's line from the base (WiSE-FT) and against the random
 split's. Settings:
 
-- rate, epochs, groups, rounds: ``train.learning_rate``, ``train.epochs``, ``split.axes``, ``train.rounds``.
+- rate, epochs: ``train.learning_rate``, ``train.epochs``, for all three.
+- groups, rounds: other ``split.axes`` and ``train.rounds`` for the split and the random one.
 - conflict: the half of the mixture whose datasets agree least with each other (cosines of their gradients, corrected for
   noise), and the half that agrees most.
 - others, by ``--setting FACTOR LABEL KEY=VALUE``: another base, say.
@@ -22,7 +23,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -33,46 +34,55 @@ from benchmarks.report import machine, table
 from merit.conflict.result import Geometry
 from merit.mixture import read_counts
 from merit.recipe.load import load_recipe
-from merit.recipe.methods import own_of
+from merit.recipe.methods import Own, own_of
+from merit.recipe.schema import Recipe
 from merit.study.compare import equal_learning
 from merit.study.figures import StudyResult
 
 HERE = Path(__file__).parent
 MIXTURES = {"text": "text.yaml", "vision": "vision.yaml", "real": "real_mixture.yaml"}
-RECIPE = ("as in the recipe", "")
-FACTORS: dict[str, dict[str, str]] = {
-    "rate": {f"{factor:g} ×": f"train.learning_rate={{rate:{factor}}}" for factor in (1 / 3, 3, 10)},
-    "epochs": {"0.5": "train.epochs=0.5", "3": "train.epochs=3"},
-    "groups": {"2": "split.axes=1", "8": "split.axes=3"},
-    "rounds": {"2": "train.rounds=2", "4": "train.rounds=4"},
-}
+EPOCHS = (0.5, 3)
+AXES, ROUNDS = (1, 3), (2, 4)
+FACTORS = ("rate", "epochs", "groups", "rounds", "conflict")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One study: what is changed, and how."""
+    """One line of the table.
+
+    Attributes:
+        factor: What is changed.
+        label: To what.
+        overrides: Of the recipe; settings with the same ones share a study.
+        own: The method that is looked at.
+        random: A random split that is trained in the same way.
+    """
 
     factor: str
     label: str
     overrides: tuple[str, ...]
-
-    @property
-    def folder(self) -> str:
-        """Its name in the work folder."""
-        return "".join(c if c.isalnum() or c in ".-" else "_" for c in f"{self.factor}-{self.label}")
+    own: str
+    random: str
 
 
-def settings_of(recipe_rate: float, only: Sequence[str] | None) -> list[Setting]:
-    """The recipe as it is, and every change of one thing."""
-    found = [Setting(*RECIPE, ())]
-    for factor, values in FACTORS.items():
-        for label, text in values.items():
-            key, _, value = text.partition("=")
-            if value.startswith("{rate:"):
-                value = f"{float(value[6:-1]) * recipe_rate:.3g}"
-            if only is None or factor in only:
-                found.append(Setting(factor, label, (f"{key}={value}",)))
-    return found
+def settings_of(recipe: Recipe, only: Sequence[str], rates: Sequence[float]) -> list[Setting]:
+    """The recipe as it is, and every change of one thing but conflict."""
+    own, random = own_of(recipe).name, f"random-{recipe.group_count}"
+    found = [Setting("as in the recipe", "", (), own, random)]
+    if "groups" in only:
+        found += [
+            Setting("groups", str(2**axes), (), Own(recipe.split.method, axes, 1).name, f"random-{2**axes}")
+            for axes in AXES
+            if axes != recipe.split.axes
+        ]
+    if "rounds" in only:
+        found += [
+            Setting("rounds", str(number), (), f"{own}@rounds={number}", f"{random}@rounds={number}")
+            for number in ROUNDS
+        ]
+    changes = [("rate", f"{f:.2g} ×", f"train.learning_rate={f * recipe.train.learning_rate:.3g}") for f in rates]
+    changes += [("epochs", f"{number:g}", f"train.epochs={number}") for number in EPOCHS]
+    return found + [Setting(factor, label, (text,), own, random) for factor, label, text in changes if factor in only]
 
 
 def halves(names: Sequence[str], cosines: np.ndarray) -> dict[str, list[str]]:
@@ -92,26 +102,24 @@ def halves(names: Sequence[str], cosines: np.ndarray) -> dict[str, list[str]]:
     return found
 
 
-def by_conflict(run: Path, seed: int, excluded: Sequence[str]) -> list[Setting]:
+def by_conflict(run: Path, like: Setting, recipe: Recipe) -> list[Setting]:
     """The two halves, by the gradients of a study that ran already."""
-    folder = next(path for path in (run / "conflict", run / "study" / f"s{seed}" / "conflict") if path.is_dir())
+    folder = next(path for path in (run / "conflict", run / "study" / f"s{recipe.seed}" / "conflict") if path.is_dir())
     geometry = Geometry.load(folder)
-    parts = halves(geometry.names, geometry.arrays.cosine_corrected)
-    return [
-        Setting(
-            "conflict", label, (f"mixture.exclude={json.dumps([*excluded, *sorted(set(geometry.names) - set(kept))])}",)
-        )
-        for label, kept in parts.items()
-    ]
+    found = []
+    for label, kept in halves(geometry.names, geometry.arrays.cosine_corrected).items():
+        out = [*recipe.mixture.exclude, *sorted(set(geometry.names) - set(kept))]
+        found.append(replace(like, factor="conflict", label=label, overrides=(f"mixture.exclude={json.dumps(out)}",)))
+    return found
 
 
-def run_study(recipe: Path, setting: Setting, work: Path, given: Sequence[str], seeds: int) -> StudyResult:
-    """Run or finish one setting's study."""
-    fixed = ["study.methods=[base, joint, own, random]", f"study.seeds={seeds}", "study.gradients=once"]
-    words = [word for text in (*given, *fixed, *setting.overrides) for word in ("--set", text)]
-    run = work / setting.folder
-    print(f"{setting.factor}: {setting.label}", flush=True)
-    with (work / f"{setting.folder}.log").open("w") as log:
+def run_study(recipe: Path, settings: Sequence[Setting], run: Path, given: Sequence[str], seeds: int) -> StudyResult:
+    """Run or finish the study of all settings with the same overrides."""
+    names = dict.fromkeys(name for setting in settings for name in (setting.own, setting.random))
+    fixed = [f"study.methods=[base, joint, {', '.join(names)}]", f"study.seeds={seeds}", "study.gradients=once"]
+    words = [word for text in (*given, *fixed, *settings[0].overrides) for word in ("--set", text)]
+    print(f"{run.name}: {', '.join(names)}", flush=True)
+    with (run.parent / f"{run.name}.log").open("w") as log:
         subprocess.run(
             [sys.executable, "-m", "merit", "study", str(recipe), "--output", str(run), "--yes", *words],
             check=True,
@@ -121,23 +129,22 @@ def run_study(recipe: Path, setting: Setting, work: Path, given: Sequence[str], 
     return StudyResult.load(run / "study")
 
 
-def figures(result: StudyResult, random: str) -> dict[str, Any]:
-    """What the table says of one study."""
-    own, seeds = result.own, result.seeds
+def figures(result: StudyResult, own: str, random: str) -> dict[str, Any]:
+    """What the table says of one setting: losses as the methods ended, and own minus other at equal learning, by seed."""
     values = {(run.method, run.seed): run.values for run in result.runs}
     equal = equal_learning(result.runs, own)
 
     def mean(method: str, column: str) -> float:
-        return fmean(values[method, seed][column] for seed in seeds)
+        return fmean(values[method, seed][column] for seed in result.seeds)
 
     def against(other: str, column: str) -> list[float]:
-        """Own minus other at equal learning, in the seeds in which the other learns so much."""
-        return [equal[own, s][column] - equal[other, s][column] for s in seeds if (other, s) in equal]
+        """In the seeds in which the other learns so much."""
+        return [equal[own, s][column] - equal[other, s][column] for s in result.seeds if (other, s) in equal]
 
     return {
         "own": own,
         "random": random,
-        "seeds": list(seeds),
+        "seeds": list(result.seeds),
         "ended": {m: {c: mean(m, c) for c in ("learned", "kept", "unseen")} for m in ("base", "joint", own, random)},
         "equal": {other: {c: against(other, c) for c in ("kept", "unseen")} for other in ("joint", random)},
     }
@@ -172,7 +179,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where the studies are kept")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the recipe, for all")
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--only", nargs="+", metavar="FACTOR", help=f"of {', '.join(FACTORS)}, conflict")
+    parser.add_argument("--only", nargs="*", default=FACTORS, metavar="FACTOR", help=f"of {', '.join(FACTORS)}")
+    parser.add_argument("--rates", nargs="+", type=float, default=[1 / 3, 3, 10], help="multiples of the recipe's rate")
     parser.add_argument("--setting", nargs="+", action="append", default=[], metavar="FACTOR LABEL KEY=VALUE")
     parser.add_argument(
         "--write", action="store_true", help="write benchmarks/study/results/regime_<mixture>.json, .md"
@@ -181,37 +189,41 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     file = HERE / MIXTURES[args.mixture]
     recipe = load_recipe(file, args.set)
-    chosen = settings_of(recipe.train.learning_rate, args.only)
-    found: dict[str, dict[str, Any]] = {}
+    found: list[dict[str, Any]] = []
 
-    def take(setting: Setting) -> None:
-        result = run_study(file, setting, args.work, args.set, args.seeds)
-        changed = load_recipe(file, [*args.set, *setting.overrides])
-        random = own_of(
-            changed.model_copy(update={"split": changed.split.model_copy(update={"method": "random"})})
-        ).name
-        found[setting.folder] = {
-            "factor": setting.factor,
-            "label": setting.label,
-            "changes": [text for text in setting.overrides if not text.startswith("mixture.exclude")],
-            "datasets": len(read_counts(args.work / setting.folder / "mixture")),
-            **figures(result, random),
-        }
+    def take(settings: Sequence[Setting]) -> None:
+        for overrides in dict.fromkeys(setting.overrides for setting in settings):
+            together = [setting for setting in settings if setting.overrides == overrides]
+            run = args.work / (named(f"{together[0].factor} {together[0].label}") if overrides else "as-in-the-recipe")
+            result = run_study(file, together, run, args.set, args.seeds)
+            found.extend(
+                {
+                    "factor": setting.factor,
+                    "label": setting.label,
+                    "changes": [text for text in overrides if not text.startswith(("mixture.exclude", "model.base"))],
+                    "datasets": len(read_counts(run / "mixture")),
+                    **figures(result, setting.own, setting.random),
+                }
+                for setting in together
+            )
 
-    for setting in chosen:
-        take(setting)
-    if args.only is None or "conflict" in args.only:
-        for setting in by_conflict(args.work / chosen[0].folder, recipe.seed, recipe.mixture.exclude):
-            take(setting)
-    for factor, label, *overrides in args.setting:
-        take(Setting(factor, label, tuple(overrides)))
+    chosen = settings_of(recipe, args.only, args.rates)
+    take(chosen)
+    if "conflict" in args.only:
+        take(by_conflict(args.work / "as-in-the-recipe", chosen[0], recipe))
+    take([replace(chosen[0], factor=f, label=label, overrides=tuple(texts)) for f, label, *texts in args.setting])
     show(args.mixture, found, args.seeds, write=args.write)
 
 
-def show(mixture: str, found: dict[str, dict[str, Any]], seeds: int, *, write: bool) -> None:
+def named(text: str) -> str:
+    """As a folder's name."""
+    return "".join(c if c.isalnum() or c in ".-" else "-" for c in text)
+
+
+def show(mixture: str, found: list[dict[str, Any]], seeds: int, *, write: bool) -> None:
     """Print the table; with ``write``, also keep it."""
     facts = machine()
-    body = table(HEADER, [[f"{item['factor']} {item['label']}".strip(), *rows_of(item)] for item in found.values()])
+    body = table(HEADER, [[f"{item['factor']} {item['label']}".strip(), *rows_of(item)] for item in found])
     text = "\n".join(
         [
             f"# Where splitting wins: {MIXTURES[mixture]} with one thing changed",
@@ -230,7 +242,7 @@ def show(mixture: str, found: dict[str, dict[str, Any]], seeds: int, *, write: b
     print(text)
     if write:
         (HERE / "results" / f"regime_{mixture}.md").write_text(text, encoding="utf-8")
-        kept = {"machine": facts, "settings": list(found.values())}
+        kept = {"machine": facts, "settings": found}
         (HERE / "results" / f"regime_{mixture}.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 

@@ -1,0 +1,53 @@
+"""The benchmark that changes one thing at a time: which halves of a mixture it takes, and which methods it compares."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+from benchmarks.study.regime import HERE, MIXTURES, figures, halves, settings_of
+
+from merit.recipe.load import load_recipe
+from merit.recipe.methods import methods_of
+from merit.study.figures import Line, Point, Run, StudyResult
+
+
+def test_the_halves_agree_least_and_most() -> None:
+    """Two camps that oppose each other, and bystanders: the least agreeing half has both camps, the most agreeing one."""
+    camp = np.array([1.0, 1, 1, -1, -1, -1, 0, 0])
+    cosines = 0.8 * np.outer(camp, camp) + 0.2 * np.eye(8)
+    names = [*"abcdefgh"]
+
+    def mean(chosen: list[str]) -> float:
+        return float(np.mean([cosines[names.index(a), names.index(b)] for a, b in combinations(chosen, 2)]))
+
+    found = halves(names, cosines)
+    values = [mean(list(chosen)) for chosen in combinations(names, 4)]
+    assert mean(found["least agreeing half"]) == min(values)
+    assert mean(found["most agreeing half"]) > np.quantile(values, 0.9)
+    assert all(len(chosen) == len(set(chosen)) == 4 for chosen in found.values())
+
+
+def test_every_setting_names_methods_of_the_recipe() -> None:
+    for file in MIXTURES.values():
+        recipe = load_recipe(HERE / file)
+        found = settings_of(recipe, ["rate", "epochs", "groups", "rounds"], [3.0])
+        assert len({(setting.factor, setting.label) for setting in found}) == len(found) == 8
+        names = {name for setting in found for name in (setting.own, setting.random)}
+        study = recipe.study.model_copy(update={"methods": sorted(names)})
+        assert names <= {method.name for method in methods_of(recipe.model_copy(update={"study": study}))}
+
+
+def test_figures_are_at_the_own_methods_learned_loss() -> None:
+    def run(method: str, learned: float, kept: float) -> Run:
+        ends = [(0.0, 4.0, 1.0), (1.0, learned, kept)]
+        line = Line(tuple(Point(s, {"mixture": a, "kept": b, "unseen": b}) for s, a, b in ends), 1.0)
+        return Run(method, 0, {"learned": learned, "kept": kept, "unseen": kept}, 1, 1, 1.0, line)
+
+    base = Run("base", 0, {"learned": 4.0, "kept": 1.0, "unseen": 1.0}, 0, 0, 0.0)
+    runs = (base, run("joint", 2.0, 3.0), run("pca-1d", 3.0, 1.5), run("random-2", 3.5, 1.1))
+    names = tuple(item.method for item in runs)
+    found = figures(StudyResult("x", "pca-2d", "joint", (0,), names, runs, (), (), 1), "pca-1d", "random-2")
+    assert found["equal"]["joint"]["kept"] == [1.5 - 2.0]
+    assert found["equal"]["random-2"]["kept"] == []
+    assert found["ended"]["random-2"]["learned"] == 3.5
