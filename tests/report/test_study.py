@@ -15,7 +15,7 @@ from rich.console import Console, RenderableType
 
 from merit.errors import RunFolderError
 from merit.recipe.load import parse_recipe
-from merit.report.plots import mean_lines
+from merit.report.plots import family_of, mean_lines
 from merit.report.study import cost_tables, csv_text, facts, latex, markdown, overview, render, write
 from merit.study.compare import compare_methods
 from merit.study.cost import Cost, item_of
@@ -109,6 +109,15 @@ def test_files_come_back_and_plots_are_pictures(result: StudyResult, tmp_path: P
     assert {file.name for file in tmp_path.iterdir()} == names
     assert Image.open(tmp_path / "kept.png").size[0] > 800
     assert "pca_x-2d" in (tmp_path / "unseen.svg").read_text()
+
+
+def test_methods_of_a_family_share_a_colour() -> None:
+    own = "pca-2d"
+    assert family_of("pca-2d", own) == own
+    assert family_of("pca-2d+ties", own) == family_of("pca-2d+weights=auto", own) != own
+    assert len({family_of(name, own) for name in ("joint", "joint@budget=2", "joint@order=1")}) == 1
+    different = ("joint", "random-4", "kmeans-4", "raw_pca-2d", "pca-1d", "pca-2d", "pca-2d+ties", "wise_ft", "soup-3")
+    assert len({family_of(name, own) for name in different}) == len(different)
 
 
 def test_a_plots_points_are_means_over_seeds(result: StudyResult) -> None:

@@ -20,6 +20,9 @@ __all__ = ["write_plots"]
 
 _AXES = {"kept": "loss on kept sets (← kept more)", "unseen": "loss on unseen tasks (← better)"}
 _MARKS = "osD^vP*X<>hp"
+_DASHES = ("-", "--", ":", "-.")
+_INSIDE, _ROWS = 10, 36
+"""Lines whose legend fits into the axes, and rows of one that does not."""
 
 
 def write_plots(result: StudyResult, folder: Path, note: Callable[[str], None]) -> None:
@@ -50,35 +53,54 @@ def mean_lines(result: StudyResult, part: str) -> dict[str, list[tuple[float, fl
     return found
 
 
+def family_of(method: str, own: str) -> str:
+    """What a method shares its colour with: splits of one kind, joint training however trained, the own branches' merges."""
+    head, _, merged = method.partition("+")
+    if head == own:
+        return f"{own}'s branches" if merged else own
+    return head.partition("@")[0].partition("-")[0] + (" (searched)" if merged else "")
+
+
 def _draw(lines: dict[str, list[tuple[float, float, float]]], label: str, result: StudyResult) -> dict[str, bytes]:
-    """The plot as a PNG and as an SVG."""
+    """The plot as a PNG and as an SVG; colours are families, and a long legend stands beside the axes."""
     matplotlib: Any = import_module("matplotlib")
     figure_type: Any = import_module("matplotlib.figure").Figure
+    families: dict[str, list[str]] = {}
+    for method in lines:
+        families.setdefault(family_of(method, result.own), []).append(method)
+    colours = {name: f"C{number % 10}" for number, name in enumerate(name for name in families if name != result.own)}
+    columns = -(-len(lines) // _ROWS)
     options = {"svg.hashsalt": "merit", "svg.fonttype": "none"}
     with matplotlib.rc_context(options):
-        figure = figure_type(figsize=(8, 5.5), layout="constrained")
+        figure = figure_type(figsize=(8 + 2.6 * (columns if len(lines) > _INSIDE else 0), 5.5), layout="constrained")
         axes = figure.add_subplot()
-        for number, (method, points) in enumerate(lines.items()):
-            axes.plot(
-                [learned for _, learned, _ in points],
-                [other for _, _, other in points],
-                marker=_MARKS[number % len(_MARKS)],
-                color=f"C{number % 10}" if method != result.own else "black",
-                linewidth=2.2 if method == result.own else 1.1,
-                markersize=[4, 6][method == result.own],
-                linestyle="-" if number < 10 else "--",
-                label=method,
-            )
-            for scale, learned, other in points:
-                if scale == 1.0:
-                    axes.plot([learned], [other], marker="o", markersize=11, markerfacecolor="none", color="grey")
+        for family, methods in families.items():
+            for number, method in enumerate(methods):
+                points, own = lines[method], method == result.own
+                axes.plot(
+                    [learned for _, learned, _ in points],
+                    [other for _, _, other in points],
+                    marker=_MARKS[number % len(_MARKS)],
+                    color="black" if own else colours[family],
+                    linewidth=2.2 if own else 1.1,
+                    markersize=6 if own else 4,
+                    linestyle=_DASHES[number % len(_DASHES)],
+                    zorder=3 if own else 2,
+                    label=method,
+                )
+                for scale, learned, other in points:
+                    if scale == 1.0:
+                        axes.plot([learned], [other], marker="o", markersize=11, markerfacecolor="none", color="grey")
         axes.set_xlabel("loss on the mixture's test rows (← learned more)")
         axes.set_ylabel(label)
         axes.set_title(
             f"{result.name}: mean of {len(result.seeds)} seeds along θ0 + λ(θ̄ − θ0); circles: λ = 1", fontsize=10
         )
         axes.grid(alpha=0.25)
-        axes.legend(fontsize=7, ncols=2 if len(lines) > 8 else 1)
+        if len(lines) > _INSIDE:
+            figure.legend(loc="outside right upper", fontsize=7, ncols=columns)
+        else:
+            axes.legend(fontsize=7)
         made = {}
         for kind, extra in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
             stream = io.BytesIO()
