@@ -242,6 +242,14 @@ def build(args: argparse.Namespace) -> None:
     print(json.dumps({"parameters": model.num_parameters(), **figures, "heldout_loss_mean": means}, indent=1))
 
 
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, found {text}")
+    return value
+
+
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and build."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -253,8 +261,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--batch-size", type=int, default=8, help="rows per step (default %(default)s)")
     add("--length", type=int, default=256, help="rows are cut at this many tokens (default %(default)s)")
     add("--learning-rate", type=float, default=3e-3, help="peak, warm-up then cosine (default %(default)s)")
-    add("--prompts", type=float, default=0.4, help="share of prompts of the mixture (default %(default)s)")
-    add("--answers", type=float, default=0.0, help="share of those with their answer (default %(default)s)")
+    add("--prompts", type=share, default=0.4, help="share of prompts of the mixture (default %(default)s)")
+    add("--answers", type=share, default=0.0, help="share of those with their answer (default %(default)s)")
     add("--merges", type=int, default=3836, help="merges of the tokenizer (default %(default)s)")
     add("--tokenizer-rows", type=int, default=20_000, help="rows that merges are learned on (default %(default)s)")
     add("--hidden", type=int, default=192, help="hidden size (default %(default)s)")

@@ -14,7 +14,6 @@ from merit.merge.curve import weights_svg
 from merit.merge.search import (
     Objective,
     RowLosses,
-    evaluations_for,
     implied_ratios,
     rival_points,
     search_weights,
@@ -57,7 +56,7 @@ def test_a_planted_optimum_is_recovered(branches):
     assert found.chosen.learned - 1 < 1e-5 * model.learned(np.zeros(branches))
     assert found.scale == pytest.approx(0.8, abs=5e-3)
     assert found.weights == pytest.approx(model.best / 0.8, abs=5e-3)
-    assert len(model.asked) == len(set(model.asked)) == len(found.points) <= evaluations_for(settings, branches)
+    assert len(model.asked) == len(set(model.asked)) == len(found.points) <= settings.points(branches)
 
 
 @pytest.mark.parametrize("branches", [2, 4])

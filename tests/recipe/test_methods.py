@@ -60,6 +60,15 @@ def test_finch_is_joint_training_at_a_rate_that_follows_the_loss() -> None:
     assert method.merge is None
 
 
+def test_searches_of_a_study_have_equal_budgets() -> None:
+    """Four branches would get 16 + 12 x 4 points, joint training 28; here all get the most."""
+    found = named("searched", "pca-3d+weights=auto")
+    searched = [method for name, method in found.items() if "auto" in name]
+    assert len(searched) == 4
+    assert {dict(method.merge or ())["merge.search.evaluations"] for method in searched} == {16 + 12 * 8}
+    assert all(("merge.search.evaluations", 112) not in (found[name].merge or ()) for name in ("joint", "pca-2d"))
+
+
 def test_budgets_multiply_the_epochs() -> None:
     found = named("joint@budget=0.5", "one_budget")
     assert changes(found["joint@budget=0.5"])["train.epochs"] == 1.5

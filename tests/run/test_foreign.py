@@ -116,13 +116,15 @@ def test_configs_have_the_keys_that_the_tools_document(home: Case, tmp_path: Pat
     assert ("LoraConfig" in script) == adapters
 
 
-@pytest.mark.parametrize("setting", ["train.scheduler=finch", "train.balancing=pcgrad"])
+@pytest.mark.parametrize(
+    "setting", ["train.scheduler=finch", "train.balancing=pcgrad", "train.save_second_moments=true"]
+)
 def test_training_that_no_tool_knows_is_not_handed_over(home: Case, tmp_path: Path, setting: str) -> None:
     run = tmp_path / "run"
     assert call("run", home.recipe, "--output", run, "--until", "split", "--quiet", "--set", setting).code == 0
     found = call("branch", "export", run, 0, "--to", tmp_path / "out", "--format", "trl")
     assert found.code == 2
-    assert f"{setting.replace('=', ': ')} is not known to other tools" in found.err
+    assert f"{setting.replace('=', ': ')} is not written for other tools" in found.err
     assert not (tmp_path / "out").exists()
 
 

@@ -53,10 +53,21 @@ def test_the_same_arguments_give_the_same_bytes_and_a_base_that_the_recipe_takes
 
 def test_nobody_sees_unseen_tasks_and_only_the_prompts_of_the_mixture(data, tmp_path):
     parts = build.part(data, tmp_path)
-    rows = list(islice(build.examples(data, parts, random.Random(0), 0.5), 400))
+    rows = list(islice(build.examples(data, parts, random.Random(0), 0.5, 0.0), 400))
     assert not any(task in prompt for prompt, _ in rows for task in build.UNSEEN)
     assert all((answer is None) == (" one:" in prompt or " two:" in prompt) for prompt, answer in rows)
     assert 0.4 < sum(answer is None for _, answer in rows) / len(rows) < 0.6
+
+
+def test_a_share_of_the_mixtures_answers_can_be_shown(data, tmp_path, capsys):
+    parts = build.part(data, tmp_path)
+    rows = list(islice(build.examples(data, parts, random.Random(0), 0.5, 0.4), 1000))
+    assert not any(task in prompt for prompt, _ in rows for task in build.UNSEEN)
+    mixture = [answer for prompt, answer in rows if " one:" in prompt or " two:" in prompt]
+    assert 0.3 < sum(answer is not None for answer in mixture) / len(mixture) < 0.5
+    with pytest.raises(SystemExit):
+        build.main(["--data", str(data), "--output", str(tmp_path / "x"), "--answers", "1.5"])
+    assert "--answers" in capsys.readouterr().err
 
 
 def test_answers_are_scored_alone(data, tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from tests import builders
 from tests.builders import Case
 
-from merit.errors import Interrupted
+from merit.errors import Interrupted, RecipeError
 from merit.evaluation.halves import row_digest
 from merit.progress import Silent
 from merit.recipe.load import changed, load_recipe
@@ -64,6 +65,11 @@ def done(tmp_path_factory: pytest.TempPathFactory, base: Path) -> tuple[Case, St
     result = study(case, case.run)
     assert result is not None
     return case, result
+
+
+def but_time(found: StudyResult) -> Any:
+    runs = [(run.method, run.seed, run.values, run.target_tokens, run.line) for run in found.runs]
+    return runs, found.differences
 
 
 def only(result: StudyResult, method: str, seed: int) -> Run:
@@ -216,6 +222,32 @@ def test_the_cost_says_what_gradient_surgery_takes(done: tuple[Case, StudyResult
     assert result.surgery is None
 
 
+def test_surgery_that_does_not_fit_is_refused_before_anything_is_trained(
+    done: tuple[Case, StudyResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, _ = done
+    monkeypatch.setattr("merit.train.balancing.ROOM", 1000)
+    recipe = changed(load_recipe(case.recipe), (("study.methods", ["gradnorm"]),))
+    with pytest.raises(RecipeError, match="gradnorm would hold"):
+        run_study(Session(recipe, tmp_path / "run", Silent()), lambda _: True)
+    assert not list((tmp_path / "run" / "study").glob("s*"))
+
+
+def test_budgets_are_equal_to_the_token_for_every_way_to_train(tmp_path: Path, base: Path) -> None:
+    names = ["one_budget", "joint@budget=0.5", "own@rounds=2", "finch", "pcgrad", "gradnorm"]
+    result = study(small(tmp_path, base, study={"methods": names, "seeds": 1, "scales": [0.5]}), tmp_path / "run")
+    assert result is not None
+    whole = only(result, "joint", 0)
+    for name in ("pca-1d@rounds=2", "finch", "pcgrad", "gradnorm", "pca-1d"):
+        assert (only(result, name, 0).tokens, only(result, name, 0).target_tokens) == (
+            whole.tokens,
+            whole.target_tokens,
+        )
+    half, again = only(result, "one_budget", 0), only(result, "joint@budget=0.5", 0)
+    assert half.tokens == again.tokens
+    assert half.tokens == pytest.approx(whole.tokens / 2, rel=0.1)  # rows are not cut
+
+
 def test_a_mixture_that_is_too_small_is_refused_by_the_methods_name(tmp_path: Path, base: Path) -> None:
     case = small(tmp_path, base, study={"methods": ["pca-3d"]})
     result = builders.call("study", case.recipe, "--output", case.run, "--yes")
@@ -276,7 +308,7 @@ def test_searched_weights_are_reported_on_rows_that_no_search_saw(
 def test_a_study_killed_anywhere_resumes_to_the_same_table(
     done: tuple[Case, StudyResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stop at every third stage that is begun, and once in the middle of every kind of work, until nothing is left."""
+    """Stop before every third stage that is begun, until nothing is left."""
     case, expected = done
     write = Stage.writing
     begun = 0
@@ -298,12 +330,27 @@ def test_a_study_killed_anywhere_resumes_to_the_same_table(
             stops += 1
     assert stops > 10
 
-    def but_time(found: StudyResult) -> Any:
-        return [
-            (run.method, run.seed, run.values, run.target_tokens, run.line) for run in found.runs
-        ], found.differences
-
     assert result is not None
     assert but_time(result) == but_time(expected)
     trained = [BranchResult.load(file.parent) for file in (tmp_path / "run").glob("study/*/*/branches/*/record.json")]
     assert len(trained) == 12
+
+
+@pytest.mark.slow
+def test_a_study_whose_process_is_killed_resumes_to_the_same_table(
+    done: tuple[Case, StudyResult], tmp_path: Path
+) -> None:
+    """In the middle of a branch, of the lines and of the evaluation."""
+    case, expected = done
+    run, log = tmp_path / "run", tmp_path / "log"
+    for pattern, sent, code in (
+        ("study/s*/*/branches/*/progress.json", signal.SIGKILL, -signal.SIGKILL),
+        ("study/s0/lines/*/line.json", signal.SIGKILL, -signal.SIGKILL),
+        ("study/evaluation/models/*.json", signal.SIGTERM, 75),
+        ("never", None, 0),
+    ):
+        process = builders.start("study", case.recipe, "--output", run, "--yes", log=log)
+        if sent is not None:
+            assert builders.until(process, run, pattern), (pattern, log.read_text())
+        builders.ended(process, log, sent, code)
+    assert but_time(StudyResult.load(run / "study")) == but_time(expected)

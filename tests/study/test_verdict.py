@@ -37,6 +37,22 @@ def test_equal_learning_is_said_next_to_the_end() -> None:
     assert "at equal learning, it kept less" in first
 
 
+def test_a_comparison_of_some_seeds_is_not_called() -> None:
+    """At equal learning only the seeds in which the method learns enough are compared."""
+
+    def look(method: str, column: Column, place: Place) -> Difference | None:
+        count = {"end": 5, "equal": 2}[place]
+        return (
+            Difference(method, column, place, -0.5, (-1, 0), 0.03, 0.06, count, count, 0) if column == "kept" else None
+        )
+
+    first, *_ = judge_study(look, "own", "joint", 5, 10**10)
+    ended, equal = first.split("at equal learning")
+    assert "it kept more (" in ended
+    assert "2 of 2 seeds, which is no clear difference" in equal
+    assert "only 2 of 5 seeds reach that loss" in equal
+
+
 def test_small_models_get_their_warning() -> None:
     assert any("small models favour mixing" in said for said in judge_study(find(kept_end=5), "own", "joint", 5, 10**6))  # type: ignore[arg-type]
 

@@ -22,7 +22,7 @@ from merit.merge.searched import DIGITS, Ratio, WeightPoint, WeightSearch, weigh
 from merit.merge.weights import Losses
 from merit.recipe.merge import SearchSettings
 
-__all__ = ["Objective", "RowLosses", "evaluations_for", "implied_ratios", "rival_points", "search_weights"]
+__all__ = ["Objective", "RowLosses", "implied_ratios", "rival_points", "search_weights"]
 
 Coefficients = tuple[float, ...]
 _FIRST_RADIUS, _LAST_RADIUS = 0.2, 1e-3  # of the trust region, in coefficients
@@ -74,11 +74,6 @@ class Objective:
         return min(within, key=self.value)
 
 
-def evaluations_for(settings: SearchSettings, branches: int) -> int:
-    """Points to measure."""
-    return settings.evaluations or 16 + 12 * branches
-
-
 def search_weights(
     losses: Callable[[Coefficients], Losses],
     start: Sequence[float],
@@ -101,7 +96,7 @@ def search_weights(
     Raises:
         MergeError: A loss is not finite, or no point is within the bound.
     """
-    search = _Search(losses, settings.scale_range, evaluations_for(settings, len(start)))
+    search = _Search(losses, settings.scale_range, settings.points(len(start)))
     base, plain = search.measure(np.zeros(len(start))), search.measure(np.asarray(start))
     objective = Objective(settings, base, plain)
     for point in _first_points(start, settings.scale_range, search.left // 3, seed):

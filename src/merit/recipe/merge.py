@@ -30,11 +30,15 @@ class SearchSettings(Settings):
     """For the objectives with a bound (nats per token): rise of the mean loss on the kept sets above the base's, or
     divergence from the base on its own answers."""
     evaluations: Annotated[int, Field(ge=8, le=100_000)] | None = None
-    """Points to measure. Default: 16, and 12 more per branch."""
+    """Points to measure. Default: 16, and 12 more per branch; in a study all searches get as many as the largest."""
     rows: Annotated[int, Field(ge=1)] = 50
     """Maximum rows per dataset that a point is measured on; as many others report."""
     scale_range: tuple[Annotated[float, Field(ge=0, le=10)], Annotated[float, Field(gt=0, le=10)]] = (0.0, 1.5)
     """Lowest and highest λ; equal numbers fix it."""
+
+    def points(self, branches: int) -> int:
+        """Points to measure for so many branches."""
+        return self.evaluations or 16 + 12 * branches
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from merit.errors import nearest
@@ -133,8 +133,22 @@ def methods_of(recipe: Recipe) -> list[Method]:
     names += [f"own@rounds={number}" for number in settings.rounds]
     names += [f"own+weights={rule}" for rule in settings.weights]
     found = {method.name: method for method in (_read(name, own) for name in [settings.baseline, *names, "own"])}
+    found |= {method.name: method for method in _searched_alike(list(found.values()), recipe)}
     first = [name for name in ("base", baseline_of(recipe).name) if name in found]
     return [found[name] for name in dict.fromkeys([*first, *found])]
+
+
+def _searched_alike(methods: Sequence[Method], recipe: Recipe) -> list[Method]:
+    """Those that search weights, each with as many points as the one with the most branches would have."""
+    searched = [method for method in methods if ("merge.weights", "auto") in (method.merge or ())]
+    if not searched or recipe.merge.search.evaluations is not None:
+        return searched
+    points = max(recipe.merge.search.points(_branches(method)) for method in searched)
+    return [replace(method, merge=(*(method.merge or ()), ("merge.search.evaluations", points))) for method in searched]
+
+
+def _branches(method: Method) -> int:
+    return sum(int(2 ** dict(source.changes).get("split.axes", 0)) for source in method.sources)
 
 
 def _members(name: str, own: Own) -> Iterable[str]:

@@ -41,8 +41,9 @@ _LEGEND = (
     "base, nats per token; other columns: scores of benchmark suites. Mean ± standard deviation over seeds."
 )
 _ABOUT_SURGERY = (
-    "What PCGrad and GradNorm take at a step over all datasets of the mixture; where a step has fewer rows than there are "
-    "datasets, only those with rows in it are worked on. The second line is the paper's count (§5)."
+    "What PCGrad takes at a step over all datasets of the mixture (GradNorm: the same without projections); where a step "
+    "has fewer rows than there are datasets, only those with rows in it are worked on. The second line is the paper's count "
+    "(§5), which makes that more than 17 days per epoch."
 )
 _ABOUT_P = (
     "p: one-sided Wilcoxon signed-rank test over seeds that the method is better than the baseline; Holm: corrected for all "
@@ -66,6 +67,8 @@ def cost_tables(cost: Cost) -> list[RenderableType]:
         f"About {duration(cost.seconds)} of training and gradients with {cost.jobs} in parallel "
         f"({1e6 * cost.seconds_per_token:,.0f} µs per token, from {cost.note}); then {cost.models:,} models are measured on "
         f"held-out rows, most of them at {cost.points} points of their lines. {size(cost.disk_bytes)} of disk."
+        + (" Not in the time: what gradient surgery adds to a step." if cost.surgery else "")
+        + (f" Not in the time: {cost.searches} searches of weights." if cost.searches else "")
     )
     return [table, said, *([_rich("Gradient surgery", _ABOUT_SURGERY, _surgery(cost.surgery))] if cost.surgery else [])]
 

@@ -83,10 +83,12 @@ def _check(session: Session, recipe: Recipe, tool: str) -> None:
     for key, value, plain in (
         ("scheduler: finch", recipe.train.scheduler == "finch", "another scheduler"),
         (f"balancing: {recipe.train.balancing}", recipe.train.balancing != "none", "balancing: none"),
+        ("momentum", recipe.train.optimizer == "sgd" and recipe.train.momentum > 0, "momentum: 0"),
+        ("save_second_moments: true", recipe.train.save_second_moments, "save_second_moments: false"),
     ):
         if value:
             raise RecipeError(
-                f"--format {tool}: train.{key} is not known to other tools.",
+                f"--format {tool}: train.{key} is not written for other tools.",
                 f"Export it without --format, or train with {plain}.",
             )
 

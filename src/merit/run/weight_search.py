@@ -31,7 +31,7 @@ from merit.hf.rows import EncodedRow
 from merit.merge.adapter import read_adapters
 from merit.merge.agreement import match_tensors
 from merit.merge.direction import AdapterDirection
-from merit.merge.search import Objective, RowLosses, evaluations_for, implied_ratios, rival_points, search_weights
+from merit.merge.search import Objective, RowLosses, implied_ratios, rival_points, search_weights
 from merit.merge.searched import WeightSearch
 from merit.merge.stage import are_adapters
 from merit.merge.weights import Branch, Losses
@@ -83,7 +83,7 @@ def search_run_weights(
     with scratch(output) as folder, autocast(recipe.model, session.device):
         choosing, reporting, left_out = _halves(session, recipe, model, folder)
         log = _Log(log_file(output), _key(session, recipe, branches, start, choosing))
-        count = evaluations_for(settings, len(branches))
+        count = settings.points(len(branches))
         with moved.moving() as move:
 
             def at(coefficients: Sequence[float]) -> PreTrainedModel:

@@ -52,6 +52,7 @@ class Cost:
         points: λ on every line.
         note: How the rate was measured.
         surgery: What gradient surgery takes at a step, if the study has any.
+        searches: Merges whose weights or λ are searched.
     """
 
     items: tuple[Item, ...]
@@ -64,6 +65,7 @@ class Cost:
     points: int
     note: str
     surgery: Surgery | None = None
+    searches: int = 0
 
     @property
     def steps(self) -> int:

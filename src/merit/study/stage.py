@@ -51,6 +51,7 @@ from merit.study.cost import Cost, item_of, surgery_of
 from merit.study.figures import Column, Line, Run, StudyResult, Surgery, values_of
 from merit.study.line import Rows, measure_line, rows_by_part
 from merit.study.verdict import judge_study
+from merit.train.balancing import refuse_large
 from merit.train.branch import train_branch
 from merit.train.result import BranchResult
 
@@ -148,13 +149,17 @@ class _Study:
             points=len({0.0, 1.0, *recipe.study.scales}),
             note=f"{rate.steps} steps of joint training on this machine ({rate.device}, {rate.threads} threads)",
             surgery=self.surgery,
+            searches=len(self.seeds) * sum("auto" in dict(method.merge or ()).values() for method in self.methods),
         )
 
     @cached_property
     def surgery(self) -> Surgery | None:
-        """What gradient surgery takes here, if the study has any."""
+        """What gradient surgery takes here, if the study has any; refused where a step of it does not fit."""
         parameters = weigh(self.recipe, self.session.base, file_sizes(self.session.base)).trainable
-        return surgery_of(map(self.session.recipe_of, self.scopes), len(self.mixture.counts), parameters)
+        recipes, datasets = [self.session.recipe_of(scope) for scope in self.scopes], len(self.mixture.counts)
+        for recipe in recipes:  # adapters are counted when they are made
+            refuse_large(recipe.train, datasets, 0 if recipe.model.trainable == "lora" else parameters)
+        return surgery_of(recipes, datasets, parameters)
 
     def _trained(self, scope: StudyScope) -> int:
         found = (scope.root / "branches").glob("*/record.json")

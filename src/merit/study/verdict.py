@@ -65,9 +65,9 @@ def _said(find: Find, own: str, place: Place, seeds: int) -> list[str]:
             continue  # drift stands in where there are no kept sets
         short = f" (only {item.seeds} of {seeds} seeds reach that loss)" if item.seeds < seeds else ""
         figure = f"{item.mean:+.3f} nats/token{short}"
-        if item.wins == item.seeds:
+        if item.wins == seeds:
             said.append(f"{better} ({figure})")
-        elif item.losses == item.seeds:
+        elif item.losses == seeds:
             said.append(f"{worse} ({figure})")
         else:
             said.append(f"{better} in {item.wins} of {item.seeds} seeds, which is no clear difference ({figure})")

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 __all__ = ["Finch"]
 
 SMOOTHING = 0.9
-"""Share of the moving average that a step keeps (the paper's α)."""
+"""α: the share of the moving average that a step keeps."""
 _LEAST = 1e-12
 
 
