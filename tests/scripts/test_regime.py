@@ -6,7 +6,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from benchmarks.study.regime import HERE, MIXTURES, figures, halves, settings_of
+from benchmarks.study.regime import HERE, MIXTURES, against_best, figures, halves, settings_of, signed
 
 from merit.recipe.load import load_recipe
 from merit.recipe.methods import methods_of
@@ -39,16 +39,37 @@ def test_every_setting_names_methods_of_the_recipe() -> None:
         assert names <= {method.name for method in methods_of(recipe.model_copy(update={"study": study}))}
 
 
-def test_figures_are_at_the_own_methods_learned_loss() -> None:
-    def run(method: str, learned: float, kept: float) -> Run:
-        ends = [(0.0, 4.0, 1.0), (1.0, learned, kept)]
-        line = Line(tuple(Point(s, {"mixture": a, "kept": b, "unseen": b}) for s, a, b in ends), 1.0)
-        return Run(method, 0, {"learned": learned, "kept": kept, "unseen": kept}, 1, 1, 1.0, line)
+def run(method: str, learned: float, kept: float) -> Run:
+    ends = [(0.0, 4.0, 1.0), (1.0, learned, kept)]
+    line = Line(tuple(Point(s, {"mixture": a, "kept": b, "unseen": b}) for s, a, b in ends), 1.0)
+    return Run(method, 0, {"learned": learned, "kept": kept, "unseen": kept}, 1, 1, 1.0, line)
 
-    base = Run("base", 0, {"learned": 4.0, "kept": 1.0, "unseen": 1.0}, 0, 0, 0.0)
-    runs = (base, run("joint", 2.0, 3.0), run("pca-1d", 3.0, 1.5), run("random-2", 3.5, 1.1))
-    names = tuple(item.method for item in runs)
-    found = figures(StudyResult("x", "pca-2d", "joint", (0,), names, runs, (), (), 1), "pca-1d", "random-2")
+
+def study_of(*runs: Run) -> StudyResult:
+    return StudyResult("x", "pca-2d", "joint", (0,), tuple(item.method for item in runs), runs, (), (), 1)
+
+
+BASE = Run("base", 0, {"learned": 4.0, "kept": 1.0, "unseen": 1.0}, 0, 0, 0.0)
+
+
+def test_figures_are_at_the_own_methods_learned_loss() -> None:
+    result = study_of(BASE, run("joint", 2.0, 3.0), run("pca-1d", 3.0, 1.5), run("random-2", 3.5, 1.1))
+    found = figures(result, "pca-1d", "random-2")
     assert found["equal"]["joint"]["kept"] == [1.5 - 2.0]
     assert found["equal"]["random-2"]["kept"] == []
+    assert signed(found["equal"]["random-2"]["kept"], 1) == "other learns less"
     assert found["ended"]["random-2"]["learned"] == 3.5
+
+
+def test_the_best_joint_line_is_of_any_rate_and_budget() -> None:
+    past_its_cliff = study_of(BASE, run("joint", 2.0, 9.0), run("pca-1d", 3.0, 2.5), run("random-2", 3.5, 1.1))
+    gentle = study_of(BASE, run("joint", 2.0, 3.0), run("one_budget", 3.5, 0.0))
+    assert figures(past_its_cliff, "pca-1d", "random-2")["equal"]["joint"]["kept"] == [2.5 - 5.0]
+    found = against_best(past_its_cliff, "pca-1d", {"high": past_its_cliff, "low": gentle}, "kept")
+    assert found == ("joint, low", [2.5 - 2.0])
+    assert against_best(past_its_cliff, "pca-1d", {"low": study_of(BASE, run("joint", 3.9, 1.0))}, "kept") is None
+
+
+def test_datasets_without_a_gradient_are_in_neither_half() -> None:
+    cosines = np.array([[1, 0.5, np.nan, -0.5], [0.5, 1, np.nan, 0], [np.nan] * 4, [-0.5, 0, np.nan, 1]])
+    assert halves([*"abcd"], cosines) == {"least agreeing half": ["a", "d"], "most agreeing half": ["a", "b"]}
