@@ -12,6 +12,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-all: $(VENV)/.installed-dev
+	$(PIP) -c constraints.txt -e ".[eval]"
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "" --hypothesis-profile=fresh
 
 check: lint types

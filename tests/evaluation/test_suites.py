@@ -32,15 +32,33 @@ def test_named_suites_are_the_papers_eight_each() -> None:
     assert local_tasks(["piqa", "/x/own.jsonl"]) == [Path("/x/own.jsonl")]
 
 
-def test_everything_that_is_missing_is_said_at_once() -> None:
-    said = "\n".join(problems([*PAPER_TEXT, *PAPER_VISION], HarnessSettings(), network=False, token=False))
+def test_everything_that_is_missing_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    said = "\n".join(problems([*PAPER_TEXT, *PAPER_VISION], HarnessSettings(), token=False))
     assert "humaneval runs code that the model wrote" in said
     assert "https://huggingface.co/datasets/Idavidrein/gpqa and set HF_TOKEN" in said
     for judged in ("mmvet", "mathvista_testmini", "llava_in_the_wild"):
         assert f"{judged} is scored by a judge" in said
-    assert "hellaswag needs Rowan/hellaswag" in said
+    for needed in (
+        "hellaswag needs Rowan/hellaswag",
+        "ai2d needs lmms-lab-encoder/ai2d",
+        "the metric evaluate-metric/code_eval",
+    ):
+        assert needed in said
     ready = HarnessSettings(run_code=True, judge="local", judge_url="http://localhost:1/v1")
-    assert problems([*PAPER_TEXT, *PAPER_VISION], ready, network=True, token=True) == []
+    (tmp_path / "hub" / "datasets--openai--openai_humaneval").mkdir(parents=True)
+    (only,) = problems([task for task in PAPER_TEXT if task.code], ready, token=True)
+    assert "the metric evaluate-metric/code_eval, which is not in this machine's cache" in only
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert problems([*PAPER_TEXT, *PAPER_VISION], ready, token=True) == []
+
+
+def test_a_vision_dataset_that_is_not_here_is_named_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with pytest.raises(RecipeError, match="ai2d needs lmms-lab-encoder/ai2d, which is not"):
+        check_lmms([task for task in PAPER_VISION if task.name == "ai2d"], HarnessSettings(lmms_python=sys.executable))
 
 
 def test_misspelt_and_missing_ones_are_refused(tmp_path: Path) -> None:
@@ -122,7 +140,10 @@ def lmms(tmp_path: Path) -> HarnessSettings:
     )
 
 
-def test_vision_suites_run_in_their_own_environment(tmp_path: Path, lmms: HarnessSettings) -> None:
+def test_vision_suites_run_in_their_own_environment(
+    tmp_path: Path, lmms: HarnessSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE")
     check_lmms(PAPER_VISION, lmms)
     scores, version = run_lmms(tmp_path / "merged", "llava", PAPER_VISION, lmms, tmp_path / "out")
     assert scores == {task.name: {"acc": 0.25} for task in PAPER_VISION}

@@ -24,7 +24,7 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from merit.errors import RecipeError, ResourceError, install_hint
-from merit.evaluation.suites import Task, expand, local_tasks, problems
+from merit.evaluation.suites import expand, local_tasks, problems
 from merit.files import write_text
 from merit.recipe.suites import HarnessSettings
 
@@ -70,23 +70,9 @@ def check_harness(suites: Sequence[str], settings: HarnessSettings) -> None:
         raise ResourceError(
             "evaluate.suites needs lm-eval, which is not installed.", f"Install it: {install_hint('eval')}."
         )
-    offline = any(os.environ.get(name) in ("1", "true", "True") for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"))
-    missing = [task for task in text if task.dataset and not _cached(task)]
-    lines = problems(text, settings, network=True, token=_token())
-    lines += (
-        []
-        if not offline
-        else problems(missing, settings.model_copy(update={"run_code": True}), network=False, token=True)
-    )
+    lines = problems(text, settings, token=_token())
     if lines:
-        raise RecipeError("evaluate.suites: not everything is here:", *dict.fromkeys(lines), "Nothing was measured.")
-
-
-def _cached(task: Task) -> bool:
-    """Whether the hub's cache has the dataset."""
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
-    return (hub / f"datasets--{task.dataset.replace('/', '--')}").is_dir()
+        raise RecipeError("evaluate.suites: not everything is here:", *lines, "Nothing was measured.")
 
 
 def _token() -> bool:

@@ -39,7 +39,7 @@ def check_lmms(tasks: Sequence[Task], settings: HarnessSettings) -> None:
     if not Path(settings.lmms_python).is_file():
         raise RecipeError(f"evaluate.harness.lmms_python: {settings.lmms_python} does not exist.")
     token = bool(os.environ.get("HF_TOKEN"))
-    if lines := problems(tasks, settings, network=True, token=token):
+    if lines := problems(tasks, settings, token=token):
         raise RecipeError("evaluate.suites: not everything is here:", *lines, "Nothing was measured.")
 
 

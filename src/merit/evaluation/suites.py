@@ -1,11 +1,12 @@
 """Which benchmarks a suite stands for, and what each needs from outside. Data only; nothing is loaded or run here.
 
-Source of the suites: Choi & Kim, arXiv 2606.01717, §5 and A.1: eight text benchmarks, eight vision-language ones, and the
-wider vision suite of its K-means comparison.
+Source of the suites: Choi & Kim, arXiv 2606.01717, §5 and A.1: eight text benchmarks and eight vision-language ones. The
+wider vision suite of its other comparisons is not among them; any task of lmms-eval is named ``lmms/TASK``.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ class Task:
         gated: The dataset's terms must be accepted on the hub, with a token.
         judge: A judge model scores it.
         code: It runs code that the model wrote.
+        metric: On the hub: what the harness fetches when it reads the task.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Task:
     gated: bool = False
     judge: bool = False
     code: bool = False
+    metric: str = ""
 
 
 PAPER_TEXT = (
@@ -43,7 +46,7 @@ PAPER_TEXT = (
     Task("boolq", "aps/super_glue"),
     Task("xnli", "facebook/xnli"),
     Task("arc_challenge", "allenai/ai2_arc"),
-    Task("humaneval", "openai/openai_humaneval", code=True),
+    Task("humaneval", "openai/openai_humaneval", code=True, metric="evaluate-metric/code_eval"),
 )
 PAPER_VISION = (
     Task("seedbench", "lmms-lab-encoder/SEED-Bench"),
@@ -84,16 +87,29 @@ def expand(suites: Sequence[str]) -> tuple[list[Task], list[Task]]:
     return list(dict.fromkeys(text)), list(dict.fromkeys(vision))
 
 
-def problems(tasks: Iterable[Task], settings: HarnessSettings, *, network: bool, token: bool) -> list[str]:
-    """What is missing for tasks to run, one line each.
+def _absent(task: Task) -> list[str]:
+    """What a task needs from the hub and the hub's cache on this machine does not have."""
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+    metrics = Path(os.environ.get("HF_MODULES_CACHE", home / "modules")) / "evaluate_modules" / "metrics"
+    found = []
+    if task.dataset and not (hub / f"datasets--{task.dataset.replace('/', '--')}").is_dir():
+        found.append(task.dataset)
+    if task.metric and not (metrics / task.metric.replace("/", "--")).is_dir():
+        found.append(f"the metric {task.metric}")
+    return found
+
+
+def problems(tasks: Iterable[Task], settings: HarnessSettings, *, token: bool) -> list[str]:
+    """What is missing for tasks to run, one line each; with the network off also what the hub's cache lacks.
 
     Args:
         tasks: Of either harness.
         settings: The recipe's ``evaluate.harness``.
-        network: Whether datasets may be downloaded.
         token: Whether a hub token is there.
     """
     said = []
+    offline = any(os.environ.get(name) in ("1", "true", "True") for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"))
     for task in tasks:
         if task.code and not settings.run_code:
             said.append(
@@ -110,11 +126,11 @@ def problems(tasks: Iterable[Task], settings: HarnessSettings, *, network: bool,
                 f"{task.name} is scored by a judge: set evaluate.harness.judge and judge_url (an OpenAI-compatible URL; a "
                 "local server will do)"
             )
-        if task.dataset and not network:
-            said.append(
-                f"{task.name} needs {task.dataset}, which is not in this machine's cache, and the network is off "
-                "(HF_HUB_OFFLINE): download it where there is one"
-            )
+        said += [
+            f"{task.name} needs {what}, which is not in this machine's cache, and the network is off (HF_HUB_OFFLINE): "
+            "download it where there is one"
+            for what in (_absent(task) if offline else [])
+        ]
     return said
 
 
