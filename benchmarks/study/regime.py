@@ -38,7 +38,7 @@ from merit.recipe.load import load_recipe
 from merit.recipe.methods import Own, own_of
 from merit.recipe.schema import Recipe
 from merit.study.compare import equal_learning
-from merit.study.figures import StudyResult
+from merit.study.figures import FILE, StudyResult
 
 HERE = Path(__file__).parent
 MIXTURES = {"text": "text.yaml", "vision": "vision.yaml", "real": "real_mixture.yaml"}
@@ -119,7 +119,7 @@ def by_conflict(run: Path, like: Setting, recipe: Recipe) -> list[Setting]:
     return found
 
 
-def run_study(recipe: Path, settings: Sequence[Setting], run: Path, given: Sequence[str], seeds: int) -> StudyResult:
+def run_study(recipe: Path, settings: Sequence[Setting], run: Path, given: Sequence[str], seeds: int) -> None:
     """Run or finish the study of all settings with the same overrides."""
     names = dict.fromkeys(name for setting in settings for name in (setting.own, setting.random))
     fixed = [f"study.methods=[base, joint, one_budget, {', '.join(names)}]", f"study.seeds={seeds}"]
@@ -133,7 +133,6 @@ def run_study(recipe: Path, settings: Sequence[Setting], run: Path, given: Seque
             stdout=log,
             stderr=log,
         )
-    return StudyResult.load(run / "study")
 
 
 def figures(result: StudyResult, own: str, random: str) -> dict[str, Any]:
@@ -227,6 +226,9 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", type=float, default=[1 / 3, 3, 10], help="multiples of the recipe's rate")
     parser.add_argument("--setting", nargs="+", action="append", default=[], metavar="FACTOR LABEL KEY=VALUE")
     parser.add_argument(
+        "--no-run", action="store_true", help="take the studies of FOLDER as they are, finished ones alone"
+    )
+    parser.add_argument(
         "--write", action="store_true", help="write benchmarks/study/results/regime_<mixture>.json, .md"
     )
     args = parser.parse_args()
@@ -241,7 +243,12 @@ def main() -> None:
         for overrides in dict.fromkeys(setting.overrides for setting in settings):
             together = [setting for setting in settings if setting.overrides == overrides]
             run = args.work / (named(f"{together[0].factor} {together[0].label}") if overrides else "as-in-the-recipe")
-            result = run_study(file, together, run, args.set, args.seeds)
+            if args.no_run and not (run / "study" / FILE).is_file():
+                continue
+            if not args.no_run:
+                run_study(file, together, run, args.set, args.seeds)
+            result = StudyResult.load(run / "study")
+            together = [setting for setting in together if {setting.own, setting.random} <= set(result.methods)]
             if not any(text.startswith(("mixture.", "model.")) for text in overrides):
                 alike[f"{together[0].factor} {together[0].label}".strip() if overrides else "as is"] = result
             for setting in together:
