@@ -21,6 +21,7 @@ __all__ = ["write_plots"]
 _AXES = {"kept": "loss on kept sets (← kept more)", "unseen": "loss on unseen tasks (← better)"}
 _MARKS = "osD^vP*X<>hp"
 _DASHES = ("-", "--", ":", "-.")
+_COLOURS = (*(f"C{number}" for number in range(10)), "navy", "gold", "teal", "crimson", "indigo", "sienna", "deeppink")
 _INSIDE, _ROWS = 10, 36
 """Lines whose legend fits into the axes, and rows of one that does not."""
 
@@ -68,7 +69,8 @@ def _draw(lines: dict[str, list[tuple[float, float, float]]], label: str, result
     families: dict[str, list[str]] = {}
     for method in lines:
         families.setdefault(family_of(method, result.own), []).append(method)
-    colours = {name: f"C{number % 10}" for number, name in enumerate(name for name in families if name != result.own)}
+    others = [name for name in families if name != result.own]
+    colours = {name: _COLOURS[number % len(_COLOURS)] for number, name in enumerate(others)}
     columns = -(-len(lines) // _ROWS)
     options = {"svg.hashsalt": "merit", "svg.fonttype": "none"}
     with matplotlib.rc_context(options):
